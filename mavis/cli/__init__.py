@@ -1,0 +1,1 @@
+"""`mavis <command> [hydra overrides]`: which command runs which Hydra app."""

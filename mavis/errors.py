@@ -1,0 +1,67 @@
+"""The errors a user can meet; each says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MavisError(Exception):
+    """A mistake that the caller can mend.
+
+    Args:
+        message: names the argument, its value and what was expected.
+        hint: what to do next, one sentence.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message} Hint: {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class WeightsError(MavisError):
+    """Preference weights that cannot be used: unknown names, wrong shapes, values that are not finite."""
+
+
+class DecodingError(MavisError):
+    """A decoding step that cannot be tilted: bad beta or top_k, or scores that match no caught hidden state."""
+
+
+class CriticError(MavisError):
+    """A critic that cannot be built, saved, loaded or attached."""
+
+
+class ObjectiveError(MavisError):
+    """An objective that cannot be built or that returns something other than one finite float per response."""
+
+
+class DataError(MavisError):
+    """Prompts or rollouts that cannot be read."""
+
+
+class ConfigError(MavisError):
+    """A setting of a command that cannot be used."""
+
+
+class PolicyError(MavisError):
+    """A policy that cannot be loaded or steered."""
+
+
+class EvaluationError(MavisError):
+    """A quantity that the given evaluation data cannot support."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Say which known name was probably meant.
+
+    Args:
+        name: what the caller wrote.
+        known: the names that exist.
+
+    Returns:
+        `did you mean 'x'?` for a near match, else `known: a, b`.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}."
