@@ -1,0 +1,1 @@
+"""Pure tensor functions: the formulas of the project, torch only."""
