@@ -1,0 +1,8 @@
+"""Critics: the heads of all objectives, what they read, and their normalisation."""
+
+from mavis.critics.base import Attachment, Critic
+from mavis.critics.calibration import Calibration
+from mavis.critics.checkpoint import load_critic
+from mavis.critics.hidden_state import HiddenStateCritic
+
+__all__ = ["Attachment", "Calibration", "Critic", "HiddenStateCritic", "load_critic"]

@@ -1,0 +1,190 @@
+"""What every critic offers: objectives by name, a tilt over candidates, attachment to a policy."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mavis.critics.calibration import Calibration
+from mavis.critics.capture import Capture
+from mavis.critics.fingerprint import Fingerprint
+from mavis.errors import CriticError
+
+
+class Critic(nn.Module, ABC):
+    """Predicts, for each objective, the normalised reward still to come.
+
+    Args:
+        objectives: M distinct names, in the order of every tensor's last dimension.
+        fingerprint: the policy this critic is for.
+
+    Raises:
+        CriticError: if there is no objective, or a name is empty or comes twice.
+    """
+
+    kind: ClassVar[str]
+    reward_mean: Tensor
+    reward_std: Tensor
+
+    def __init__(self, objectives: Sequence[str], fingerprint: Fingerprint) -> None:
+        super().__init__()
+        names = [objectives] if isinstance(objectives, str) else list(objectives)
+        if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+            raise CriticError(
+                f"objectives is {names}, expected at least one name and every name once.",
+                "pass e.g. objectives=['positive', 'dialogue'].",
+            )
+        self.objectives: tuple[str, ...] = tuple(names)
+        self.fingerprint = fingerprint
+        self.calibration: Calibration | None = None
+        self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
+        self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
+        self._capture: Capture | None = None
+
+    @abstractmethod
+    def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+        """Compute the tilt of every candidate.
+
+            tilt(s, a) = Σ_m λ_m Q_m(s, a)
+
+        Args:
+            prefix_ids: (B, L) integer, the ids the logits processor is called with.
+            candidate_ids: (B, K) integer, or None for every token in order (K = V).
+            lam: (B, M) float32, λ = β·w.
+
+        Returns:
+            (B, K) float32, in nats.
+
+        Raises:
+            CriticError: if the critic is attached to no policy.
+            DecodingError: if the rows cannot be matched to a forward pass.
+        """
+
+    @abstractmethod
+    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
+        """Compute Q_m(s, a), the value behind the tilt, for every candidate and objective.
+
+        Args:
+            prefix_ids: (B, L) integer, the ids the logits processor is called with.
+            candidate_ids: (B, K) integer, or None for every token in order (K = V).
+
+        Returns:
+            (B, K, M) float32, on the normalised reward scale.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's own arguments as plain data, for the critic folder."""
+
+    def normalise(self, raw_rewards: Tensor) -> Tensor:
+        """Put raw rewards on the scale of the values.
+
+            R = (raw − mean) / std
+
+        Args:
+            raw_rewards: (..., M).
+
+        Returns:
+            (..., M) float64.
+        """
+        return (raw_rewards.double() - self.reward_mean.cpu()) / self.reward_std.cpu()
+
+    def set_normalisation(self, raw_rewards: Tensor) -> None:
+        """Estimate mean and standard deviation from rewards of reference-policy rollouts.
+
+        Args:
+            raw_rewards: (N, M), finite, N ≥ 2.
+
+        Raises:
+            CriticError: if an objective gave every response the same reward.
+        """
+        std, mean = torch.std_mean(raw_rewards.double(), dim=0)
+        for name, deviation in zip(self.objectives, std.tolist(), strict=True):
+            if not deviation > 1e-12:
+                raise CriticError(
+                    f"objective {name!r} gives every one of the {len(raw_rewards)} reference responses the same reward, "
+                    f"so there is nothing to learn.",
+                    "use prompts or an objective whose rewards differ, or more rollouts.",
+                )
+        self.reward_mean.copy_(mean)
+        self.reward_std.copy_(std)
+
+    def attach(self, policy: Any) -> Attachment:
+        """Make the critic read what `policy` computes from now on.
+
+        Args:
+            policy: the causal LM whose generation is to be steered; its weights are not touched.
+
+        Returns:
+            An attachment whose `detach()` removes every hook; as a context manager it detaches on leaving.
+
+        Raises:
+            CriticError: if the policy has another hidden size or vocabulary, or the critic is attached elsewhere.
+            PolicyError: if the policy has no output embedding.
+        """
+        if self._capture is not None:
+            if self._capture.policy() is not None:
+                raise CriticError(
+                    "critic is attached to a policy already.",
+                    "call critic.detach() first; a critic serves one policy at a time.",
+                )
+            self.detach()
+        self.fingerprint.check(policy)
+        self._on_attach(policy)
+        self._capture = Capture(policy, self)
+        return Attachment(self, self._capture)
+
+    def detach(self) -> None:
+        """Stop reading; leaves no hook behind and is harmless when nothing is attached."""
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
+
+    @property
+    def attached_policy(self) -> Any | None:
+        """The policy this critic reads, or None."""
+        return self._capture.policy() if self._capture is not None else None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the critic as `config.json` and `model.safetensors`, whole or not at all."""
+        from mavis.critics.checkpoint import save_critic
+
+        save_critic(self, folder)
+
+    def _on_attach(self, policy: Any) -> None:
+        """Move to where the policy's hidden states are."""
+        self.to(policy.get_output_embeddings().weight.device)
+
+    def _states(self, prefix_ids: Tensor) -> Tensor:
+        if self._capture is None:
+            raise CriticError(
+                "critic is attached to no policy, so there are no hidden states to read.",
+                "call critic.attach(policy), or use mavis.generate, which attaches it for the call.",
+            )
+        return self._capture.states(prefix_ids)
+
+
+class Attachment:
+    """The tie between a critic and a policy; ends with `detach()` or the `with` block."""
+
+    def __init__(self, critic: Critic, capture: Capture) -> None:
+        self._critic, self._captured = critic, capture
+
+    def detach(self) -> None:
+        """Remove the hooks, unless the critic has been attached anew since."""
+        if self._critic._capture is self._captured:
+            self._critic.detach()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()

@@ -1,0 +1,199 @@
+"""Hidden states of the policy's own forward passes, caught per thread and matched to score rows by position."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mavis.critics.fingerprint import output_embedding
+from mavis.errors import CriticError, DecodingError
+
+_NOT_MATCHED_HINT = (
+    "the tilt needs each step's scores to come from the attached policy's latest forward pass in this thread; "
+    "classifier-free guidance, early exit and inputs_embeds are not supported."
+)
+
+
+@dataclass(slots=True)
+class Forward:
+    """One forward pass: which tokens at which positions made which hidden states.
+
+    Args:
+        ids: (B, S) token ids that went in.
+        start: position of the first of them, which is the length of the cache before the pass.
+        hidden: (B, S', H) states that reached the output embedding: the last S' ≤ S positions.
+    """
+
+    ids: Tensor
+    start: int
+    hidden: Tensor | None = None
+
+
+class Capture:
+    """Hooks on one policy that keep the latest forward pass of each thread.
+
+    Args:
+        policy: a causal LM with an output embedding.
+        owner: the critic that reads the states.
+
+    Raises:
+        PolicyError: if the policy has no output embedding.
+    """
+
+    def __init__(self, policy: Any, owner: Any) -> None:
+        embedding = output_embedding(policy)
+        self.policy = weakref.ref(policy)
+        self.owner = weakref.ref(owner)
+        self._thread = threading.local()
+        self._pending: list[tuple[Tensor, Any]] = []
+        self._hooks = [
+            policy.register_forward_pre_hook(self._on_policy, with_kwargs=True),
+            embedding.register_forward_pre_hook(self._on_output),
+        ]
+        _attached.setdefault(policy, []).append(self)
+
+    def close(self) -> None:
+        """Remove both hooks and let go of every tensor; closing twice is harmless."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._thread = threading.local()
+        self._pending = []
+        policy = self.policy()
+        if policy is not None and self in _attached.get(policy, []):
+            _attached[policy].remove(self)
+
+    def states(self, prefix_ids: Tensor) -> Tensor:
+        """Return the hidden state of the last token of every row.
+
+        Args:
+            prefix_ids: (B, L) integer, the ids that a logits processor is called with.
+
+        Returns:
+            (B, H), in the policy's dtype and on its device.
+
+        Raises:
+            DecodingError: if this thread has no forward pass, or none that made a state for these rows. Ids that live
+                on an accelerator are compared there without waiting; a mismatch is raised at a following step.
+        """
+        self._raise_pending()
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        if forward is None or forward.hidden is None:
+            raise DecodingError(
+                "critic is attached, but no forward pass of its policy was caught in this thread.",
+                "call the attached policy itself; hooks do not fire in a forward that was compiled before attach().",
+            )
+        rows, length = prefix_ids.shape
+        taken = forward.ids.shape[1]
+        index = length - 1 - forward.start
+        in_hidden = index - (taken - forward.hidden.shape[1])
+        if rows != forward.ids.shape[0] or index >= taken or in_hidden < 0:
+            raise DecodingError(
+                f"the scores are for {rows} rows at position {length - 1}, but the latest forward pass made states for "
+                f"{forward.ids.shape[0]} rows at positions {forward.start + taken - forward.hidden.shape[1]} to "
+                f"{forward.start + taken - 1}.",
+                _NOT_MATCHED_HINT,
+            )
+        self._compare(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
+        return forward.hidden[:, in_hidden]
+
+    def _compare(self, expected: Tensor, caught: Tensor) -> None:
+        if caught.device.type == "cpu" and expected.device.type == "cpu":
+            if not torch.equal(expected, caught):
+                raise _other_tokens()
+            return
+        # A comparison that the host waits for would stall every step; the answer is read when it has arrived.
+        differs = (expected.to(caught.device) != caught).any()
+        event = torch.cuda.Event() if caught.device.type == "cuda" else None
+        answer = differs.to("cpu", non_blocking=True)
+        if event is not None:
+            event.record()
+        self._pending.append((answer, event))
+
+    def _raise_pending(self) -> None:
+        while self._pending and (self._pending[0][1] is None or self._pending[0][1].query()):
+            answer, _ = self._pending.pop(0)
+            if bool(answer):
+                self._pending = []
+                raise _other_tokens()
+
+    def _on_policy(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._thread.forward = None
+        if ids is None:
+            return
+        cache = kwargs.get("past_key_values")
+        start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        self._thread.forward = Forward(ids=ids, start=start)
+        _latest.capture = self
+
+    def _on_output(self, module: Any, args: tuple[Any, ...]) -> None:
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        if forward is not None and args:
+            forward.hidden = args[0]
+
+
+def forward_states(policy: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run one forward pass and return the states that reach the output embedding beside the logits.
+
+    Args:
+        policy: a causal LM with an output embedding.
+        inputs: what its `forward` takes.
+
+    Returns:
+        Hidden states (B, S', H) and logits (B, S', V), S' the positions whose logits were computed.
+    """
+    caught: list[Tensor] = []
+    hook = output_embedding(policy).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        logits = policy(**inputs).logits
+    finally:
+        hook.remove()
+    return caught[-1], logits
+
+
+def generating_critic() -> Any:
+    """Find the critic attached to the policy whose forward pass came last in this thread.
+
+    Raises:
+        CriticError: if there is none, or if several critics are attached to that policy.
+    """
+    capture: Capture | None = getattr(_latest, "capture", None)
+    policy = capture.policy() if capture is not None else None
+    return attached_critic(policy)
+
+
+def attached_critic(policy: Any | None) -> Any:
+    """Find the critic attached to a policy.
+
+    Raises:
+        CriticError: if there is none, or if several are attached.
+    """
+    captures = _attached.get(policy, []) if policy is not None else []
+    if not captures:
+        raise CriticError(
+            "critic is None, and no critic is attached to the policy that is generating in this thread.",
+            "attach one with critic.attach(policy), or name it: MavisTilt(weights, critic).",
+        )
+    if len(captures) > 1:
+        raise CriticError(
+            f"critic is None, and {len(captures)} critics are attached to the policy that is generating.",
+            "name the one to use: MavisTilt(weights, critic).",
+        )
+    return captures[0].owner()
+
+
+def _other_tokens() -> DecodingError:
+    return DecodingError(
+        "the scores' token ids are not the ones that the latest forward pass of the policy has read.",
+        _NOT_MATCHED_HINT,
+    )
+
+
+_attached: weakref.WeakKeyDictionary[Any, list[Capture]] = weakref.WeakKeyDictionary()
+_latest = threading.local()

@@ -1,0 +1,134 @@
+"""A critic as a folder: `config.json` says what it is, `model.safetensors` holds its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mavis.critics.base import Critic
+from mavis.critics.calibration import Calibration
+from mavis.critics.fingerprint import Fingerprint
+from mavis.critics.hidden_state import HiddenStateCritic
+from mavis.errors import CriticError, closest
+from mavis.files import atomic_folder, write_json
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
+    """Write a critic folder, whole or not at all.
+
+    Args:
+        critic: any critic.
+        folder: where; an older critic there is replaced.
+
+    Raises:
+        CriticError: if `folder` holds something that is not a critic.
+    """
+    target = Path(folder)
+    if target.exists() and (
+        not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())
+    ):
+        raise CriticError(
+            f"folder is {str(target)!r}, which exists and is not a critic.",
+            "name a new folder or an old critic.",
+        )
+    config = {
+        "format": FORMAT,
+        "kind": critic.kind,
+        "objectives": list(critic.objectives),
+        "settings": critic.settings(),
+        "policy": critic.fingerprint.to_json(),
+        "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
+    }
+    with atomic_folder(target) as temporary:
+        write_json(temporary / CONFIG, config)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_critic(folder: str | os.PathLike[str]) -> Critic:
+    """Read a critic folder; its `config.json` says which kind of critic it is.
+
+    Args:
+        folder: what `Critic.save` wrote.
+
+    Returns:
+        The critic on the CPU, attached to nothing.
+
+    Raises:
+        CriticError: if the folder is missing, is no critic folder, holds a pickle where safetensors belong, or is
+            corrupt or truncated.
+    """
+    path = Path(folder)
+    config = _read_config(path)
+    kinds: dict[str, Callable[..., Critic]] = {HiddenStateCritic.kind: HiddenStateCritic}
+    kind = config.get("kind")
+    if kind not in kinds:
+        raise CriticError(f"folder {str(path)!r} holds a critic of kind {kind!r}.", closest(str(kind), kinds))
+    try:
+        critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
+        if config.get("calibration") is not None:
+            critic.calibration = Calibration(**config["calibration"])
+    except (KeyError, TypeError) as error:
+        raise _corrupt(path / CONFIG, error) from error
+    _load_weights(critic, path)
+    return critic.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CriticError(
+            f"folder is {str(path)!r}, which does not exist.", "train a critic first: mavis train."
+        )
+    if not (path / CONFIG).is_file():
+        raise CriticError(
+            f"folder {str(path)!r} has no {CONFIG}, so it is not a critic.",
+            f"name the folder that Critic.save wrote; it holds {CONFIG} and {WEIGHTS}.",
+        )
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _corrupt(path / CONFIG, error) from error
+    if not isinstance(config, dict) or "kind" not in config or "format" not in config:
+        raise CriticError(
+            f"{str(path / CONFIG)!r} is the configuration of something else than a critic.",
+            "name the folder that Critic.save wrote.",
+        )
+    if config["format"] != FORMAT:
+        raise CriticError(
+            f"folder {str(path)!r} has critic format {config['format']!r}; this version reads {FORMAT}.",
+            "install the version of mavis that wrote it.",
+        )
+    return config
+
+
+def _load_weights(critic: Critic, path: Path) -> None:
+    if not (path / WEIGHTS).is_file():
+        pickles = sorted(
+            p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+        )
+        found = f"; it holds {', '.join(pickles)}, which is never read because loading a pickle can run code"
+        raise CriticError(
+            f"folder {str(path)!r} has no {WEIGHTS}{found if pickles else ''}.",
+            "save the critic again with Critic.save.",
+        )
+    try:
+        tensors = load_file(path / WEIGHTS)
+        critic.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise _corrupt(path / WEIGHTS, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> CriticError:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return CriticError(
+        f"{str(path)!r} is corrupt or truncated: {first_line}", "copy or train the critic again."
+    )

@@ -1,0 +1,110 @@
+"""What tells one policy from another: its shape, and a hash over a sample of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mavis.errors import CriticError, PolicyError
+
+_SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The policy a critic was made for.
+
+    Args:
+        model_type: the architecture's name in its config, such as `llama`.
+        hidden_size: H, what the output embedding reads.
+        vocab_size: V, what the output embedding writes.
+        weights: hexadecimal hash over a sample of every weight, rounded to bfloat16 so that it does not depend on the
+            precision the policy is loaded in.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    weights: str
+
+    @classmethod
+    def of(cls, policy: Any) -> Fingerprint:
+        """Take the fingerprint of a policy.
+
+        Raises:
+            PolicyError: if the policy has no output embedding.
+        """
+        embedding = output_embedding(policy)
+        hidden_size, vocab_size = embedding_shape(embedding)
+        return cls(
+            model_type=str(getattr(getattr(policy, "config", None), "model_type", "unknown")),
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            weights=_weights_hash(policy),
+        )
+
+    def check(self, policy: Any) -> None:
+        """Refuse a policy of another shape and warn about one with other weights.
+
+        Raises:
+            CriticError: if the hidden size or the vocabulary differs.
+            PolicyError: if the policy has no output embedding.
+        """
+        other = Fingerprint.of(policy)
+        if (other.hidden_size, other.vocab_size) != (self.hidden_size, self.vocab_size):
+            raise CriticError(
+                f"critic was made for a policy with hidden size {self.hidden_size} and {self.vocab_size} tokens, but "
+                f"policy ({other.model_type}) has hidden size {other.hidden_size} and {other.vocab_size} tokens.",
+                "attach the critic to the policy it was trained on, or train one with for_policy(policy, ...).",
+            )
+        if other.weights != self.weights:
+            warnings.warn(
+                "the policy has the shape but not the weights of the one this critic was trained on; its values are "
+                "predictions about that other policy. Train a critic for this one if the tilt seems weak.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def output_embedding(policy: Any) -> torch.nn.Module:
+    """Find the layer that turns hidden states into logits.
+
+    Raises:
+        PolicyError: if there is none.
+    """
+    find = getattr(policy, "get_output_embeddings", None)
+    embedding = find() if callable(find) else None
+    if embedding is None:
+        raise PolicyError(
+            f"policy {type(policy).__name__} has no output embedding (get_output_embeddings() gave nothing).",
+            "load the model with its language-model head, e.g. by AutoModelForCausalLM.",
+        )
+    return embedding
+
+
+def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
+    """Read (hidden size, vocabulary size) off an output embedding, not off a config, which some families break."""
+    if hasattr(embedding, "in_features") and hasattr(embedding, "out_features"):
+        return int(embedding.in_features), int(embedding.out_features)
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+def _weights_hash(policy: Any) -> str:
+    samples = []
+    for parameter in policy.parameters():
+        flat = parameter.detach().reshape(-1)
+        if parameter.device.type == "meta" or not flat.numel():
+            continue
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to("cpu").to(torch.bfloat16))
+    joined = torch.cat(samples).float() if samples else torch.zeros(0)
+    return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:16]
