@@ -1,0 +1,246 @@
+"""`MavisTilt`: the logits processor that steers a policy by its critic."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from mavis.critics import Critic
+from mavis.critics.capture import generating_critic
+from mavis.decoding.weights import Weights, lambda_rows, strength_rows
+from mavis.errors import CriticError, DecodingError, WeightsError
+from mavis.math.divergence import step_kl
+from mavis.math.tilt import candidates, tilted_logprobs
+
+
+class _Lambda(NamedTuple):
+    """λ spread over the rows of a batch, kept from step to step."""
+
+    critic: Critic
+    rows: int
+    device: torch.device
+    lam: Tensor | None
+    """(B, M) float32, or None when no row is tilted."""
+    passed: Tensor | None
+    """(B, 1) bool, True where λ = 0; None when every row is tilted."""
+
+
+@dataclass
+class _Generation:
+    """What one run of `generate` in one thread has shown so far."""
+
+    prompt_ids: Tensor
+    length: int
+    kl: list[Tensor] = field(default_factory=list)
+
+
+class MavisTilt(LogitsProcessor):
+    """Tilt the policy's distribution over its top-k candidates towards the weighted objectives.
+
+        π(a|s) ∝ π_ref(a|s) · exp(Σ_m λ_m Q_m(s, a)),   λ = β·w,   a ∈ top-k of π_ref(·|s)
+
+    Rows whose λ is 0 pass through untouched. Other rows come back as T · log π over the candidates and −inf elsewhere,
+    so that `generate`'s own division by T gives π, and a beam's score is log π. Pass it to `generate` alone, in a list
+    or in a `LogitsProcessorList`, together with `top_k=0` and the same temperature; `mavis.generate` sets both sides.
+
+    Args:
+        weights: a mapping from objective to weight, M numbers, a tensor (M,) or (R, M), or one mapping per prompt.
+            With R rows each serves B/R consecutive rows of the batch. Finite; need not sum to one.
+        critic: an attached critic; None takes the one attached to the policy that is generating in this thread.
+        beta: tilt strength in 1 / reward, ≥ 0, one number or one per prompt; the *inverse* of the β of DPO and RLHF
+            papers. None takes the critic's calibrated default.
+        target_kl: distance to the reference in nats per sequence, instead of beta; > 0.
+        top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate.
+        temperature: T > 0 that `generate` will divide by afterwards.
+        record_kl: keep every step's exact KL for `kl`.
+
+    Raises:
+        DecodingError: for a bad beta, target_kl, top_k or temperature.
+        WeightsError: for weights that do not fit the critic or the batch.
+        CriticError: if no critic is found.
+
+    Source: MAVIS, arXiv 2508.13415.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        critic: Critic | None = None,
+        *,
+        beta: float | Sequence[float] | Tensor | None = None,
+        target_kl: float | None = None,
+        top_k: int | None = 40,
+        temperature: float = 1.0,
+        record_kl: bool = False,
+    ) -> None:
+        if critic is not None and not isinstance(critic, Critic):
+            raise CriticError(
+                f"critic is a {type(critic).__name__}, expected a critic.", "use mavis.load_critic(folder)."
+            )
+        _check_settings(beta, target_kl, top_k, temperature)
+        self.weights, self.critic = weights, critic
+        self.beta, self.target_kl = beta, target_kl
+        self.top_k, self.temperature, self.record_kl = top_k, float(temperature), record_kl
+        self._rows: tuple[Critic, Tensor] | None = None
+        self._lambda: _Lambda | None = None
+        self._thread = threading.local()
+        self._generation: _Generation | None = None
+        if critic is not None:  # a mistake shows where it is made, not in the first step
+            self._rows = (critic, lambda_rows(weights, critic, beta, target_kl))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Tilt one step.
+
+        Args:
+            input_ids: (B, L) integer, the tokens so far.
+            scores: (B, V) floating, the policy's scores as earlier processors left them.
+
+        Returns:
+            (B, V) in the dtype of `scores`, which is not changed.
+        """
+        critic = self.critic if self.critic is not None else generating_critic()
+        if scores.shape[1] != critic.fingerprint.vocab_size:
+            raise CriticError(
+                f"critic knows {critic.fingerprint.vocab_size} tokens, but scores has {scores.shape[1]}.",
+                "use the critic that was trained for this policy.",
+            )
+        spread = self._spread(critic, input_ids, scores)
+        generation = self._follow(input_ids, critic)
+        if spread.lam is None:
+            if self.record_kl:
+                generation.kl.append(torch.zeros(len(scores), device=scores.device))
+            return scores
+        precise = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+        logits, ids = candidates(precise, self.top_k) if self.top_k is not None else (precise, None)
+        tilt = critic.tilt(input_ids, ids, spread.lam)
+        logprobs = tilted_logprobs(logits, tilt.to(logits.device), self.temperature)
+        if self.record_kl:
+            whole = torch.logsumexp(precise / self.temperature, dim=-1, keepdim=True)
+            kl = step_kl(logprobs, logits / self.temperature - whole)
+            generation.kl.append(kl if spread.passed is None else kl.masked_fill(spread.passed[:, 0], 0.0))
+        if self.temperature != 1.0:
+            logprobs = logprobs * self.temperature
+        if ids is not None:
+            logprobs = torch.full_like(precise, -torch.inf).scatter_(1, ids, logprobs)
+        if spread.passed is not None:
+            logprobs = torch.where(spread.passed, precise, logprobs)
+        return logprobs.to(scores.dtype)
+
+    # `generate` takes the length of what it is given and iterates over it: a processor alone is a list of one.
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[MavisTilt]:
+        yield self
+
+    @property
+    def kl(self) -> Tensor:
+        """The KL of every step of the latest generation: (B, steps) in nats, steps after a row's end included.
+
+        Raises:
+            DecodingError: if the tilt was built without `record_kl=True` or has not generated yet.
+        """
+        if not self.record_kl or self._generation is None:
+            raise DecodingError(
+                f"kl was asked for, but record_kl is {self.record_kl} and "
+                f"{'nothing' if self._generation is None else 'a response'} was generated.",
+                "build the tilt with record_kl=True and generate first.",
+            )
+        return torch.stack(self._generation.kl, dim=1)
+
+    def _spread(self, critic: Critic, input_ids: Tensor, scores: Tensor) -> _Lambda:
+        kept = self._lambda
+        if (
+            kept is not None
+            and kept.critic is critic
+            and kept.rows == len(scores)
+            and kept.device == scores.device
+        ):
+            return kept
+        if self._rows is None or self._rows[0] is not critic:
+            self._rows = (critic, lambda_rows(self.weights, critic, self.beta, self.target_kl))
+        lam = self._rows[1]
+        if len(scores) % len(lam):
+            raise WeightsError(
+                f"weights or beta has {len(lam)} rows, but the batch has {len(scores)}, which is no multiple.",
+                "give one row per prompt; beams and num_return_sequences are taken care of.",
+            )
+        lam = lam.repeat_interleave(len(scores) // len(lam), dim=0)
+        passed = (lam == 0).all(dim=1, keepdim=True)
+        kept = _Lambda(
+            critic=critic,
+            rows=len(scores),
+            device=scores.device,
+            lam=None if bool(passed.all()) else lam.to(scores.device, torch.float32),
+            passed=passed.to(scores.device) if bool(passed.any()) else None,
+        )
+        self._lambda = kept
+        return kept
+
+    def _follow(self, input_ids: Tensor, critic: Critic) -> _Generation:
+        """Tell a new generation from the next step of the one under way; check a new one's grouping."""
+        generation: _Generation | None = getattr(self._thread, "generation", None)
+        if generation is None or not _continues(generation, input_ids):
+            rows = len(self._rows[1]) if self._rows is not None else 1
+            if 1 < rows < len(input_ids):
+                _check_groups(input_ids, rows)
+            generation = _Generation(prompt_ids=input_ids, length=input_ids.shape[1])
+            self._thread.generation = self._generation = generation
+        generation.length = input_ids.shape[1]
+        return generation
+
+
+def _continues(generation: _Generation, input_ids: Tensor) -> bool:
+    prompt = generation.prompt_ids
+    if len(prompt) != len(input_ids) or input_ids.shape[1] <= prompt.shape[1]:
+        return False
+    if prompt.device != input_ids.device:
+        return False
+    if input_ids.device.type == "cpu":
+        # Beams move within a prompt's rows only, so the prompts stay where they are.
+        return torch.equal(input_ids[:, : prompt.shape[1]], prompt)
+    # On an accelerator a comparison would make the host wait at every step; lengths are known here.
+    return input_ids.shape[1] == generation.length + 1
+
+
+def _check_groups(prompt_ids: Tensor, rows: int) -> None:
+    grouped = prompt_ids.unflatten(0, (rows, -1))
+    same = (grouped == grouped[:, :1]).flatten(1).all(dim=1)
+    if not bool(same.all()):
+        first = int((~same).nonzero()[0])
+        size = grouped.shape[1]
+        raise WeightsError(
+            f"weights has {rows} rows for {len(prompt_ids)} prompts: row {first} would serve batch rows "
+            f"{first * size} to {(first + 1) * size - 1}, but their prompts differ.",
+            "give one row of weights per prompt.",
+        )
+
+
+def _check_settings(beta: object, target_kl: float | None, top_k: int | None, temperature: float) -> None:
+    if beta is not None and target_kl is not None:
+        raise DecodingError(
+            f"beta is {beta} and target_kl is {target_kl}; both set the strength.", "give one of them."
+        )
+    if beta is not None:
+        strength_rows(beta)  # type: ignore[arg-type]
+    if target_kl is not None and not (isinstance(target_kl, int | float) and 0 < target_kl < math.inf):
+        raise DecodingError(f"target_kl is {target_kl!r}, expected nats > 0.", "2.0 is a moderate budget.")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise DecodingError(
+            f"top_k is {top_k!r}, expected a whole number ≥ 1 or None.", "None means every token."
+        )
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 < temperature < math.inf
+    ):
+        raise DecodingError(
+            f"temperature is {temperature!r}, expected a number > 0.", "1.0 leaves the policy as it is."
+        )

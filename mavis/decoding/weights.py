@@ -1,0 +1,168 @@
+"""From what users write, weights by name and a strength or a budget, to λ = β·w as a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mavis.errors import DecodingError, WeightsError, closest
+
+if TYPE_CHECKING:
+    from mavis.critics import Critic
+
+Weights = (
+    Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
+)
+
+
+def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
+    """Turn preference weights into rows of numbers in the critic's order.
+
+    Args:
+        weights: a mapping from objective to weight (missing ones weigh 0), M numbers, or one of either per prompt: a
+            list of mappings, a list of lists, or a tensor (M,) or (R, M). Finite; need not sum to one.
+        objectives: the critic's M names.
+
+    Returns:
+        (R, M) float64 on the CPU; R = 1 when one set of weights serves every prompt.
+
+    Raises:
+        WeightsError: for an unknown name, an empty mapping, a wrong length or a value that is not finite.
+    """
+    if isinstance(weights, Tensor):
+        rows = weights.detach().to("cpu", torch.float64)
+        rows = rows[None] if rows.dim() == 1 else rows
+    elif isinstance(weights, Mapping):
+        rows = _named_row(weights, objectives)[None]
+    elif isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) > 0:
+        if all(isinstance(row, Mapping) for row in weights):
+            rows = torch.stack([_named_row(row, objectives) for row in weights])  # type: ignore[arg-type]
+        else:
+            rows = _number_rows(weights, objectives)
+    else:
+        raise WeightsError(
+            f"weights is {weights!r}, expected weights for: {', '.join(objectives)}.",
+            f"write e.g. weights={{{objectives[0]!r}: 1.0}}.",
+        )
+    if rows.dim() != 2 or rows.shape[1] != len(objectives) or not len(rows):
+        raise WeightsError(
+            f"weights has shape {tuple(rows.shape)}, but the critic has {len(objectives)} objectives: "
+            f"{', '.join(objectives)}.",
+            f"give {len(objectives)} numbers, or one row of {len(objectives)} per prompt.",
+        )
+    for row, column in (~rows.isfinite()).nonzero().tolist():
+        raise WeightsError(
+            f"weights for objective {objectives[column]!r} is {rows[row, column].item()}, expected a finite number.",
+            "a weight of 0 ignores an objective.",
+        )
+    return rows
+
+
+def _named_row(weights: Mapping[str, float], objectives: Sequence[str]) -> Tensor:
+    if not weights:
+        raise WeightsError(
+            f"weights is empty, but the critic has: {', '.join(objectives)}.",
+            "name at least one objective; to decode plainly use beta=0.",
+        )
+    for name in weights:
+        if name not in objectives:
+            raise WeightsError(
+                f"weights names objective {name!r}, but the critic has: {', '.join(objectives)}.",
+                closest(str(name), objectives),
+            )
+    try:
+        return torch.tensor([float(weights.get(name, 0.0)) for name in objectives], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"weights is {dict(weights)}, expected numbers.", "write e.g. 0.5.") from error
+
+
+def _number_rows(weights: Sequence[Any], objectives: Sequence[str]) -> Tensor:
+    try:
+        rows = torch.tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"weights is {weights!r}, expected {len(objectives)} numbers ({', '.join(objectives)}) or rows of as many.",
+            "a mapping from name to number is the safest form; do not mix forms.",
+        ) from error
+    return rows[None] if rows.dim() == 1 else rows
+
+
+def strength_rows(beta: float | Sequence[float] | Tensor) -> Tensor:
+    """Turn β into one number per row.
+
+    Args:
+        beta: a number, or one per prompt; finite and ≥ 0, in 1 / reward.
+
+    Returns:
+        (R,) float64 on the CPU.
+
+    Raises:
+        DecodingError: if a value is negative or not finite.
+    """
+    try:
+        rows = torch.as_tensor(beta, dtype=torch.float64).detach().cpu().reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DecodingError(
+            f"beta is {beta!r}, expected a number ≥ 0 or one per prompt.", "write e.g. 4.0."
+        ) from error
+    bad = ~(rows.isfinite() & (rows >= 0))
+    if bad.any() or not len(rows):
+        value = rows[bad][0].item() if len(rows) else beta
+        raise DecodingError(
+            f"beta is {value}, expected a finite number ≥ 0.",
+            "beta is the strength of the tilt (the inverse of the β of DPO and RLHF); 0 is the plain policy.",
+        )
+    return rows
+
+
+def lambda_rows(
+    weights: Weights, critic: Critic, beta: float | Sequence[float] | Tensor | None, target_kl: float | None
+) -> Tensor:
+    """Compute λ = β·w for every row of weights.
+
+    Args:
+        weights: as for `weight_rows`.
+        critic: gives the objectives, and β where none is given.
+        beta: strength, one for all or one per prompt; None takes the critic's calibrated default.
+        target_kl: budget in nats per sequence instead of a strength; needs a calibrated critic.
+
+    Returns:
+        (R, M) float64 on the CPU.
+
+    Raises:
+        WeightsError: see `weight_rows`; also if weights and beta have different numbers of rows.
+        DecodingError: if beta is bad, or the critic carries no calibration to take it from.
+        CriticError: if the budget lies outside the calibration.
+    """
+    rows = weight_rows(weights, critic.objectives)
+    if beta is not None:
+        strength = strength_rows(beta)
+    elif critic.calibration is None:
+        asked = "beta and target_kl are not given" if target_kl is None else f"target_kl is {target_kl}"
+        raise DecodingError(
+            f"{asked}, and the critic carries no calibration to choose beta by.",
+            "give beta=..., or calibrate the critic (mavis train does at its end).",
+        )
+    elif target_kl is None:
+        strength = torch.tensor([critic.calibration.default_beta()], dtype=torch.float64)
+    else:
+        calibration = critic.calibration
+        strength = torch.tensor(
+            [calibration.beta(row, target_kl) if bool(row.any()) else 0.0 for row in rows],
+            dtype=torch.float64,
+        )
+    if len(rows) > 1 and len(strength) > 1 and len(rows) != len(strength):
+        raise WeightsError(
+            f"weights has {len(rows)} rows but beta has {len(strength)}.",
+            "give one of each per prompt, or one for all.",
+        )
+    lam = strength[:, None] * rows
+    if not bool(lam.isfinite().all()):  # two finite numbers whose product is not
+        raise WeightsError(
+            f"beta · weights overflows: beta {math.inf}.", "use smaller weights or a smaller beta."
+        )
+    return lam
