@@ -1,0 +1,17 @@
+"""Objectives: what a response is scored for, by a reward model, by its words, or by any callable."""
+
+from mavis.rewards.lexical import Brevity, Dialogue, Positive, Readability, exclamations
+from mavis.rewards.protocol import Objective, Signed, score
+from mavis.rewards.reward_model import RewardModel
+
+__all__ = [
+    "Brevity",
+    "Dialogue",
+    "Objective",
+    "Positive",
+    "Readability",
+    "RewardModel",
+    "Signed",
+    "exclamations",
+    "score",
+]

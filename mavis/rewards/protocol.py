@@ -1,0 +1,154 @@
+"""What an objective is, and the one door through which its rewards enter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mavis.errors import ObjectiveError
+
+_SHOWN = 60  # characters of a response that an error quotes
+
+
+class Objective(Protocol):
+    """Anything that scores responses: one raw reward per response, more is better.
+
+    Called as `objective(prompts, responses)` with two sequences of B strings; the response is what the policy
+    wrote after the prompt, without it. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,).
+    The same texts must give the same rewards, whatever else is scored in the same call.
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], /
+    ) -> Sequence[float] | np.ndarray | torch.Tensor: ...
+
+
+class Signed:
+    """Turn a cost into an objective, or an objective into its opposite.
+
+        R'(prompt, response) = sign · R(prompt, response)
+
+    Args:
+        objective: the callable to wrap.
+        sign: 1 or −1.
+
+    Raises:
+        ObjectiveError: if `sign` is neither 1 nor −1.
+    """
+
+    def __init__(self, objective: Objective, sign: int = -1) -> None:
+        self.objective = objective
+        self.sign = checked_sign(sign)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        # `score` checks what comes out, and knows the objective's name.
+        return [self.sign * reward for reward in self.objective(prompts, responses)]
+
+
+def score(
+    objectives: Mapping[str, Objective], prompts: Sequence[str], responses: Sequence[str]
+) -> np.ndarray:
+    """Score every response by every objective, and check what the objectives return.
+
+        rewards[b, m] = R_m(prompts[b], responses[b])
+
+    Args:
+        objectives: M named objectives; their order is the order of the columns.
+        prompts: B prompts.
+        responses: B responses, each to the prompt at the same index.
+
+    Returns:
+        Raw rewards (B, M), float64, all finite. With B = 0 no objective is called.
+
+    Raises:
+        ObjectiveError: if there is no objective, one is not callable, prompts and responses differ in number,
+            or an objective returns anything but one finite number per response. Any other exception from
+            within an objective comes through unchanged, with a note that names the objective.
+    """
+    if not objectives:
+        raise ObjectiveError(
+            "score got no objectives.", "name at least one, for example {'positive': Positive()}."
+        )
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise ObjectiveError(
+            "score got one string where it reads a sequence of strings.", "pass [prompt] and [response]."
+        )
+    if len(prompts) != len(responses):
+        raise ObjectiveError(
+            f"score got {len(prompts)} prompts but {len(responses)} responses.",
+            "repeat each prompt once per response.",
+        )
+    rewards = np.empty((len(responses), len(objectives)), dtype=np.float64)
+    for column, (name, objective) in enumerate(objectives.items()):
+        if not callable(objective):
+            raise ObjectiveError(
+                f"objective {name!r} is a {type(objective).__name__}, which cannot be called.",
+                "an objective is a callable (prompts, responses); build one from a config with "
+                "hydra.utils.instantiate.",
+            )
+        if not len(responses):
+            continue
+        try:
+            returned = objective(prompts, responses)
+        except Exception as error:
+            error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
+            raise
+        rewards[:, column] = _floats(returned, responses, f"objective {name!r}")
+    return rewards
+
+
+def checked_sign(sign: int) -> int:
+    """Return `sign` if it is 1 or −1, else raise ObjectiveError."""
+    if sign not in (1, -1):
+        raise ObjectiveError(
+            f"sign is {sign!r}, but it must be 1 or -1.", "use 1 for a reward and -1 for a cost."
+        )
+    return int(sign)
+
+
+def _floats(returned: Any, responses: Sequence[str], subject: str) -> list[float]:
+    """Read one finite float per response out of whatever an objective returned."""
+    hint = "return one finite number per response, in the order of the responses."
+    if isinstance(returned, torch.Tensor):
+        returned = returned.detach().to("cpu", torch.float64).numpy()
+    if isinstance(returned, np.ndarray) and returned.ndim != 1:
+        shape = f"{tuple(returned.shape)}"
+        raise ObjectiveError(f"{subject} returned shape {shape}, but must return ({len(responses)},).", hint)
+    # A mapping or a string can be iterated over too, but what comes out are not rewards.
+    if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping, set)):
+        raise ObjectiveError(
+            f"{subject} returned a {type(returned).__name__} for {len(responses)} responses.", hint
+        )
+    values = list(returned)
+    if len(values) != len(responses):
+        raise ObjectiveError(
+            f"{subject} returned {len(values)} rewards for {len(responses)} responses.", hint
+        )
+    rewards = []
+    for index, (value, response) in enumerate(zip(values, responses, strict=True)):
+        reward = _float(value)
+        if reward is None or not math.isfinite(reward):
+            shown = response[:_SHOWN] + ("..." if len(response) > _SHOWN else "")
+            raise ObjectiveError(
+                f"{subject} scored response {index} ({shown!r}) as {value!r}, "
+                "but a reward is a finite number.",
+                "mend the objective for this response, or leave the response out.",
+            )
+        rewards.append(reward)
+    return rewards
+
+
+def _float(value: Any) -> float | None:
+    """One number as a float; None if it is something else, such as a string that spells a number."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+    if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

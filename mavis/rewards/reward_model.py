@@ -1,0 +1,275 @@
+"""Objectives that a trained sequence classifier scores."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mavis.errors import ObjectiveError
+from mavis.rewards.protocol import checked_sign
+
+
+class RewardModel:
+    """Score by a reward model or classifier, from the hub or a folder.
+
+        R = sign · logits[i]                     (output = i)
+        R = sign · (logits[i] − logits[j])       (output = [i, j])
+
+    The model is loaded at the first call and kept. A reward does not depend on what else is scored beside it,
+    up to rounding: in float32 to about 1e-5, in half precision to that precision.
+
+    Args:
+        model: hub id, or a local folder as `save_pretrained` writes it (model and tokenizer).
+        output: index of the logit, or two indices [i, j] for logit i − logit j, such as positive − negative.
+        template: "chat", the tokenizer's chat template over a user message (the prompt) and an assistant
+            message (the response); or "concat", prompt + response as one text. Take the one that the model
+            was trained with.
+        truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start.
+        max_length: most tokens read, ≥ 1, no more than the model has positions.
+        batch_size: texts per forward pass, ≥ 1.
+        device: where the model runs, for example "cpu" or "cuda:0".
+        dtype: "float32", "bfloat16", ... or a torch dtype; None keeps what the checkpoint was stored in.
+        sign: 1 for a reward, −1 for a cost.
+        trust_remote_code: run the Python code that the checkpoint brings along.
+        revision: branch, tag or commit on the hub; None is its default branch.
+
+    Raises:
+        ObjectiveError: if an argument is outside what is said above; at the first call, if the checkpoint is
+            missing, has no safetensors weights or no trained head, or does not fit `output`, `template` or
+            `max_length`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        output: int | Sequence[int] = 0,
+        template: str = "chat",
+        truncation_side: str = "left",
+        max_length: int = 512,
+        batch_size: int = 16,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        sign: int = 1,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        self.model = os.path.expanduser(os.fspath(model))
+        self.output = _indices(output)
+        self.template = _one_of("template", template, ("chat", "concat"))
+        self.truncation_side = _one_of("truncation_side", truncation_side, ("left", "right"))
+        self.max_length = _positive("max_length", max_length)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.device = _device(device)
+        self.dtype = _dtype(dtype)
+        self.sign = checked_sign(sign)
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self._loaded: tuple[Any, Any, int | None] | None = None
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Score B responses.
+
+        Args:
+            prompts: B prompts, without any template.
+            responses: B responses.
+
+        Returns:
+            B raw rewards in the order of the responses.
+        """
+        if not len(responses):
+            return []
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, tokenizer, padding_id = self._loaded
+        texts = self._token_ids(tokenizer, prompts, responses)
+        rewards = [0.0] * len(texts)
+        # Like lengths share a batch, so little is padding; the longest go first, so that memory runs out at
+        # once or never.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            logits = self._logits(model, padding_id, [texts[row] for row in rows])
+            scored = logits[:, self.output[0]]
+            if len(self.output) == 2:
+                scored = scored - logits[:, self.output[1]]
+            for row, reward in zip(rows, scored.tolist(), strict=True):
+                rewards[row] = self.sign * reward
+        return rewards
+
+    def _token_ids(self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, at most `max_length` and at least one each."""
+        if self.template == "chat":
+            texts = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+                    tokenize=False,
+                )
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+        else:
+            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        encoded = tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.max_length,
+            add_special_tokens=self.template == "concat",  # a chat template writes its own
+        )["input_ids"]
+        # Nothing at all cannot go through a model; the token that begins or ends a text says the same.
+        empty = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        return [list(ids) or [empty] for ids in encoded]
+
+    def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
+        """Logits (b, labels), float64 on the CPU, of b token id lists, padded on the right."""
+        if padding_id is None:
+            # A causal classifier reads the last token that is not padding, so with the end-of-text token as a
+            # stand-in it would miss a real one at the end. Any id that ends no text of the batch will do:
+            # what stands to the right of a causal model's token, or under the mask, is never read.
+            last_ids = {ids[-1] for ids in texts}
+            padding_id = next(i for i in itertools.count() if i not in last_ids)
+        model.config.get_text_config().pad_token_id = padding_id
+        longest = max(len(ids) for ids in texts)
+        input_ids = torch.full((len(texts), longest), padding_id, dtype=torch.long)
+        is_token = torch.zeros((len(texts), longest), dtype=torch.long)
+        for row, ids in enumerate(texts):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            is_token[row, : len(ids)] = 1
+        with torch.inference_mode():
+            logits = model(
+                input_ids=input_ids.to(self.device), attention_mask=is_token.to(self.device)
+            ).logits
+        return logits.to("cpu", torch.float64)
+
+    def _load(self) -> tuple[Any, Any, int | None]:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._check_folder()
+        source: dict[str, Any] = {
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+        }
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.model, truncation_side=self.truncation_side, **source
+            )
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                self.model,
+                dtype=self.dtype or "auto",
+                use_safetensors=True,  # pickled weights could run code
+                output_loading_info=True,
+                **source,
+            )
+        except (OSError, ValueError) as error:
+            raise ObjectiveError(
+                f"reward model {self.model!r} cannot be loaded: {str(error).strip()}",
+                "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files.",
+            ) from error
+        self._check_fit(model, tokenizer, sorted(loading["missing_keys"]))
+        padding_id = tokenizer.pad_token_id
+        if padding_id is None:
+            padding_id = model.config.get_text_config().pad_token_id
+        if padding_id is not None and padding_id < 0:  # how some old checkpoints spell "none"
+            padding_id = None
+        return model.to(self.device).eval(), tokenizer, padding_id
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that is missing or holds pickled weights only, before anything asks the network."""
+        folder = Path(self.model)
+        looks_like_hub_id = self.model.count("/") <= 1 and not self.model.startswith((".", "/"))
+        if not folder.is_dir():
+            if looks_like_hub_id:
+                return
+            raise ObjectiveError(
+                f"reward model {self.model!r} names a folder that does not exist.",
+                "mend the path, or give a hub id such as 'owner/name'.",
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ObjectiveError(
+                f"reward model {self.model!r} holds no *.safetensors, and pickled weights are not read.",
+                "load it once where you trust it, and write it again with model.save_pretrained(folder).",
+            )
+
+    def _check_fit(self, model: Any, tokenizer: Any, missing: list[str]) -> None:
+        if missing:
+            raise ObjectiveError(
+                f"reward model {self.model!r} lacks the weights {', '.join(missing[:4])}.",
+                "give a checkpoint trained for sequence classification: here these weights would be random.",
+            )
+        labels = model.config.num_labels
+        if max(self.output) >= labels:
+            raise ObjectiveError(
+                f"output is {_shown(self.output)}, but reward model {self.model!r} has {labels} logits: "
+                f"{_labels(model)}.",
+                f"use indices from 0 to {labels - 1}.",
+            )
+        if self.template == "chat" and tokenizer.chat_template is None:
+            raise ObjectiveError(
+                f"template is 'chat', but the tokenizer of reward model {self.model!r} has no chat template.",
+                "use template='concat' to score prompt + response as one text.",
+            )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and self.max_length > positions:
+            raise ObjectiveError(
+                f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
+                f"use max_length={positions} or less.",
+            )
+
+
+def _indices(output: int | Sequence[int]) -> tuple[int, ...]:
+    # A list from a Hydra config is no Python list, so ask what it holds, not what it is.
+    indices: tuple[Any, ...] = tuple(output) if isinstance(output, Iterable) else (output,)
+    if len(indices) not in (1, 2) or not all(type(index) is int and index >= 0 for index in indices):
+        raise ObjectiveError(
+            f"output is {output!r}, but it must be an index or two indices, each 0 or more.",
+            "output=0 reads one logit, output=[1, 0] the difference logit 1 − logit 0.",
+        )
+    return indices
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, str]) -> str:
+    if value not in allowed:
+        raise ObjectiveError(
+            f"{name} is {value!r}, but it must be {allowed[0]!r} or {allowed[1]!r}.",
+            f"set {name}={allowed[0]!r}.",
+        )
+    return value
+
+
+def _positive(name: str, value: int) -> int:
+    if type(value) is not int or value < 1:
+        raise ObjectiveError(
+            f"{name} is {value!r}, but it must be an integer from 1 up.", f"set {name}=16 or so."
+        )
+    return value
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ObjectiveError(
+            f"device is {device!r}, which torch does not know.", "use 'cpu', 'cuda' or 'cuda:0'."
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ObjectiveError(
+            f"dtype is {dtype!r}, which is no floating-point type of torch.",
+            "use 'float32', 'bfloat16' or 'float16', or None for the checkpoint's own.",
+        )
+    return found
+
+
+def _shown(indices: tuple[int, ...]) -> str:
+    return str(indices[0]) if len(indices) == 1 else str(list(indices))
+
+
+def _labels(model: Any) -> str:
+    return ", ".join(f"{index} ({name})" for index, name in sorted(model.config.id2label.items())[:8])

@@ -1,0 +1,157 @@
+"""`score` and `Signed`: order, what they accept, and how they refuse."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mavis.rewards
+from mavis.errors import ObjectiveError
+from mavis.rewards import Brevity, Dialogue, Signed, exclamations, score
+
+PROMPTS = ["p", "q", "r"]
+RESPONSES = ["Hi!", "", "no no!!"]
+
+
+def returning(value: Any) -> Any:
+    return lambda prompts, responses: value
+
+
+def test_columns_follow_the_order_of_the_mapping() -> None:
+    forward = score({"shout": exclamations, "brief": Brevity(scale=1)}, PROMPTS, RESPONSES)
+    backward = score({"brief": Brevity(scale=1), "shout": exclamations}, PROMPTS, RESPONSES)
+    assert forward.dtype == np.float64
+    assert forward.tolist() == [[1, -1], [0, 0], [2, -2]]
+    assert backward.tolist() == [[-1, 1], [0, 0], [-2, 2]]
+
+
+def test_an_objective_sees_prompts_and_responses() -> None:
+    def same(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [float(p == r) for p, r in zip(prompts, responses, strict=True)]
+
+    assert score({"same": same}, ["a", "b"], ["a", "c"]).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([1, 2, 3]),
+        np.array([1, 2, 3], dtype=np.float32),
+        torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
+        torch.tensor([1, 2, 3], dtype=torch.bfloat16),
+        [torch.tensor(1.0, requires_grad=True), np.float32(2), np.array(3)],
+        iter([1, 2, 3]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_lists_arrays_and_tensors_are_accepted(returned: Any) -> None:
+    assert score({"x": returning(returned)}, PROMPTS, RESPONSES).tolist() == [[1], [2], [3]]
+
+
+def test_no_responses_give_no_rows_and_no_calls() -> None:
+    assert score({"x": returning(None), "y": returning(None)}, [], []).shape == (0, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1.0", 1j, [1.0], np.array([1.0])])
+def test_anything_but_a_finite_number_names_objective_value_and_response(value: Any) -> None:
+    long = "once upon a time there was a dog who liked to run and play all day long"
+    with pytest.raises(ObjectiveError) as caught:
+        score({"fine": exclamations, "helpful": returning([0.0, value])}, ["p", "q"], ["ok", long])
+    assert str(caught.value) == (
+        f"objective 'helpful' scored response 1 ({long[:60] + '...'!r}) as {value!r}, but a reward is a "
+        "finite number. Hint: mend the objective for this response, or leave the response out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0, 2.0], "objective 'x' returned 2 rewards for 3 responses."),
+        (0.5, "objective 'x' returned a float for 3 responses."),
+        (None, "objective 'x' returned a NoneType for 3 responses."),
+        ("abc", "objective 'x' returned a str for 3 responses."),
+        ({"a": 1, "b": 2, "c": 3}, "objective 'x' returned a dict for 3 responses."),
+        (np.zeros((3, 1)), "objective 'x' returned shape (3, 1), but must return (3,)."),
+        (torch.zeros(3, 1), "objective 'x' returned shape (3, 1), but must return (3,)."),
+        (torch.tensor(1.0), "objective 'x' returned shape (), but must return (3,)."),
+    ],
+)
+def test_wrong_returns_are_refused(returned: Any, message: str) -> None:
+    with pytest.raises(ObjectiveError) as caught:
+        score({"x": returning(returned)}, PROMPTS, RESPONSES)
+    assert caught.value.message == message
+    assert caught.value.hint == "return one finite number per response, in the order of the responses."
+
+
+def test_prompts_and_responses_must_pair_up() -> None:
+    with pytest.raises(ObjectiveError, match="score got 3 prompts but 2 responses"):
+        score({"x": exclamations}, PROMPTS, RESPONSES[:2])
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [("abc", ["a", "b", "c"]), (["a", "b", "c"], "abc")])
+def test_a_bare_string_is_no_sequence_of_strings(prompts: Any, responses: Any) -> None:
+    with pytest.raises(
+        ObjectiveError, match=r"score got one string .* Hint: pass \[prompt\] and \[response\]"
+    ):
+        score({"x": exclamations}, prompts, responses)
+
+
+def test_no_objective_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match="score got no objectives"):
+        score({}, PROMPTS, RESPONSES)
+
+
+def test_what_cannot_be_called_is_refused() -> None:
+    objectives: Any = {"x": {"_target_": "mavis.rewards.Positive"}}
+    with pytest.raises(ObjectiveError, match=r"objective 'x' is a dict, .*hydra\.utils\.instantiate"):
+        score(objectives, PROMPTS, RESPONSES)
+
+
+def test_an_exception_from_within_keeps_its_type_and_names_the_objective() -> None:
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raise KeyError("lexicon")
+
+    with pytest.raises(KeyError) as caught:
+        score({"helpful": broken}, PROMPTS, RESPONSES)
+    assert caught.value.__notes__ == ["raised while objective 'helpful' scored 3 responses"]
+
+
+def test_signed_turns_an_objective_round() -> None:
+    texts = ['"Hi," she said.', "no talk"]
+    plain = score({"d": Dialogue()}, texts, texts)
+    assert (score({"d": Signed(Dialogue())}, texts, texts) == -plain).all()
+    assert (score({"d": Signed(Dialogue(), sign=1)}, texts, texts) == plain).all()
+    assert (score({"d": Signed(Signed(Dialogue()))}, texts, texts) == plain).all()
+
+
+def test_signed_passes_what_is_wrong_on_to_the_check() -> None:
+    with pytest.raises(ObjectiveError, match=r"objective 'cost' scored response 1 .* as nan"):
+        score({"cost": Signed(returning([1.0, float("nan"), 2.0]))}, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("sign", [0, 2, -0.5, "-1", None])
+def test_a_sign_is_one_or_minus_one(sign: Any) -> None:
+    with pytest.raises(ObjectiveError, match="but it must be 1 or -1"):
+        Signed(exclamations, sign=sign)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(mavis.rewards.__file__).parent.glob("*.py")), ids=lambda p: p.stem
+)
+def test_scorers_are_imported_where_they_are_used(path: Path) -> None:
+    imported = set()
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            imported.add(str(statement.module).split(".")[0])
+    assert imported - sys.stdlib_module_names <= {"mavis", "numpy", "torch"}

@@ -1,0 +1,196 @@
+"""RewardModel on tiny random classifiers: what is read, in which order, and how it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
+
+from mavis.errors import ObjectiveError
+from mavis.rewards import RewardModel, score
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+PROMPTS = ["a b c ", "b ", "", "j i h g f e d ", "c c "]
+RESPONSES = ["d", "e f g h i j", "a", "b c", "<eos>"]
+
+
+def logits_alone(folder: Path, text: str) -> torch.Tensor:
+    """The logits of one text, straight through transformers: no batch, no padding, no truncation."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Read the very last token: without padding there is none to skip.
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].double()
+
+
+# Not <eos> for Llama: a causal model that declares it as its padding reads none at the end, by choice.
+@pytest.mark.parametrize(
+    ("kind", "pad_token"),
+    [("llama", "<pad>"), ("llama", None), ("bert", "<pad>"), ("bert", "<eos>"), ("bert", None)],
+)
+def test_rewards_are_those_of_each_text_alone_in_order(make_folder: Any, kind: str, pad_token: Any) -> None:
+    folder = make_folder(kind, pad_token=pad_token)
+    expected = [logits_alone(folder, p + r)[0].item() for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert max(expected) - min(expected) > 0.1
+    for batch_size in (1, 2, 16):
+        rewards = RewardModel(folder, template="concat", batch_size=batch_size)(PROMPTS, RESPONSES)
+        assert rewards == pytest.approx(expected, abs=1e-5), batch_size
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_logit_index_difference_and_sign(make_folder: Any, kind: str) -> None:
+    folder = make_folder(kind, labels=3)
+    logits = torch.stack([logits_alone(folder, p + r) for p, r in zip(PROMPTS, RESPONSES, strict=True)])
+
+    def rewards(**options: Any) -> Any:
+        return RewardModel(folder, template="concat", **options)(PROMPTS, RESPONSES)
+
+    assert rewards() == pytest.approx(logits[:, 0].tolist(), abs=1e-5)
+    assert rewards(output=2) == pytest.approx(logits[:, 2].tolist(), abs=1e-5)
+    assert rewards(output=[2, 0]) == pytest.approx((logits[:, 2] - logits[:, 0]).tolist(), abs=1e-5)
+    assert rewards(output=[2, 0], sign=-1) == pytest.approx(rewards(output=[0, 2]))
+    assert rewards(output=1, sign=-1) == [-reward for reward in rewards(output=1)]
+
+
+def test_truncation_keeps_the_side_that_is_asked_for(make_folder: Any) -> None:
+    folder = make_folder()
+
+    def reward(prompt: str, response: str, **options: Any) -> float:
+        return RewardModel(folder, template="concat", **options)([prompt], [response])[0]
+
+    cut_left = reward("a b c ", "d e f", max_length=4)
+    cut_right = reward("a b c ", "d e f", max_length=4, truncation_side="right")
+    assert cut_left == pytest.approx(reward("c ", "d e f"), abs=1e-5)
+    assert cut_right == pytest.approx(reward("a b c ", "d"), abs=1e-5)
+    assert abs(cut_left - cut_right) > 1e-3
+
+
+def test_the_chat_template_wraps_prompt_and_response(make_folder: Any) -> None:
+    folder = make_folder(chat_template=CHAT_TEMPLATE)
+    chat = RewardModel(folder)(["a b"], ["c d"])
+    assert chat == pytest.approx([logits_alone(folder, "user : a b assistant : c d")[0].item()], abs=1e-5)
+    assert chat != pytest.approx(RewardModel(folder, template="concat")(["a b "], ["c d"]), abs=1e-3)
+
+
+def test_special_tokens_come_from_the_tokenizer_or_the_chat_template_never_both(make_folder: Any) -> None:
+    plain = make_folder(name="plain")
+    folder = make_folder(begins_with_eos=True, chat_template=CHAT_TEMPLATE)
+    concat = RewardModel(folder, template="concat")(["a b "], ["c d"])
+    chat = RewardModel(folder, template="chat")(["a b"], ["c d"])
+    assert concat == pytest.approx([logits_alone(plain, "<eos> a b c d")[0].item()], abs=1e-5)
+    assert chat == pytest.approx([logits_alone(plain, "user : a b assistant : c d")[0].item()], abs=1e-5)
+
+
+def test_the_model_loads_at_the_first_call_and_once(
+    make_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder()
+    loads = []
+    load = RewardModel._load
+    monkeypatch.setattr(RewardModel, "_load", lambda self: loads.append(1) or load(self))
+    objective = RewardModel(folder, template="concat")
+    assert objective([], []) == []
+    assert loads == []
+    objective(PROMPTS, RESPONSES)
+    objective(PROMPTS, RESPONSES)
+    assert loads == [1]
+
+
+def test_a_text_without_any_token_is_scored(make_folder: Any) -> None:
+    for kind in ("llama", "bert"):
+        folder = make_folder(kind, name=kind)
+        assert score({"r": RewardModel(folder, template="concat")}, ["", "a"], ["", ""]).shape == (2, 1)
+
+
+def test_dtype_is_that_of_the_checkpoint_unless_told(make_folder: Any) -> None:
+    folder = make_folder()
+    exact = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+    rough = RewardModel(folder, template="concat", dtype="bfloat16")(PROMPTS, RESPONSES)
+    assert rough != exact
+    assert rough == pytest.approx(exact, abs=0.2)
+
+
+def refused(folder: Any, **options: Any) -> str:
+    with pytest.raises(ObjectiveError) as caught:
+        RewardModel(folder, **options)(["a"], ["b"])
+    return str(caught.value)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path / "nowhere")
+    assert message.startswith(f"reward model '{tmp_path}/nowhere' names a folder that does not exist. Hint: ")
+
+
+def test_a_folder_without_a_model_is_refused(make_folder: Any) -> None:
+    folder = make_folder()
+    (folder / "config.json").unlink()
+    assert refused(folder, template="concat").startswith(f"reward model '{folder}' cannot be loaded: ")
+
+
+def test_pickled_weights_are_refused(make_folder: Any) -> None:
+    folder = make_folder()
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    message = refused(folder, template="concat")
+    assert "holds no *.safetensors, and pickled weights are not read. Hint: " in message
+    (folder / "something_else.safetensors").touch()
+    assert "cannot be loaded: " in refused(folder, template="concat")
+
+
+def test_a_language_model_without_a_reward_head_is_refused(make_folder: Any) -> None:
+    folder = make_folder()
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    LlamaForCausalLM(config).save_pretrained(folder)
+    assert "lacks the weights score.weight. Hint: " in refused(folder, template="concat")
+
+
+@pytest.mark.parametrize(("output", "shown"), [(2, "2"), ([0, 5], "[0, 5]")])
+def test_an_output_beyond_the_logits_is_refused(make_folder: Any, output: Any, shown: str) -> None:
+    message = refused(make_folder(labels=2), template="concat", output=output)
+    assert message.startswith(f"output is {shown}, but reward model ")
+    assert message.endswith("has 2 logits: 0 (LABEL_0), 1 (LABEL_1). Hint: use indices from 0 to 1.")
+
+
+def test_a_tokenizer_without_chat_template_is_refused(make_folder: Any) -> None:
+    assert "has no chat template. Hint: use template='concat'" in refused(make_folder())
+
+
+def test_more_tokens_than_positions_are_refused(make_folder: Any) -> None:
+    message = refused(make_folder(), template="concat", max_length=513)
+    assert message.startswith("max_length is 513, but reward model ")
+    assert message.endswith(" reads 512 tokens. Hint: use max_length=512 or less.")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("output", -1, "output is -1, but it must be an index or two indices"),
+        ("output", [0, 1, 2], "output is [0, 1, 2], but it must be an index or two indices"),
+        ("output", "0", "output is '0', but"),
+        ("output", True, "output is True, but"),
+        ("template", "chatml", "template is 'chatml', but it must be 'chat' or 'concat'."),
+        ("truncation_side", "middle", "truncation_side is 'middle', but it must be 'left' or 'right'."),
+        ("max_length", 0, "max_length is 0, but it must be an integer from 1 up."),
+        ("batch_size", 1.5, "batch_size is 1.5, but it must be an integer from 1 up."),
+        ("device", "gpu", "device is 'gpu', which torch does not know."),
+        ("dtype", "float31", "dtype is 'float31', which is no floating-point type of torch."),
+        ("dtype", torch.int64, "dtype is torch.int64, which is no floating-point type of torch."),
+        ("sign", 0, "sign is 0, but it must be 1 or -1."),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_loads(option: str, value: Any, message: str) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(ObjectiveError) as caught:
+        RewardModel("owner/name", **options)
+    assert str(caught.value).startswith(message)
+    assert " Hint: " in str(caught.value)
