@@ -1,0 +1,265 @@
+"""Sampling rollouts shard by shard, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mavis.critics import Critic
+from mavis.decoding import MavisTilt
+from mavis.decoding.facade import agreeing_config
+from mavis.errors import DataError
+from mavis.files import atomic_folder, read_json, write_json
+from mavis.rewards import Objective, score
+from mavis.rollouts.replay import Sequences, replay
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: longest response in tokens, ≥ 1.
+        top_k: number of candidates, of plain and tilted rows alike; None means every token.
+        temperature: T > 0.
+        shard_size: rows sampled together and written together, ≥ 1.
+        seed: of all sampling.
+    """
+
+    max_new_tokens: int = 64
+    top_k: int | None = 40
+    temperature: float = 1.0
+    shard_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to sample: one row per response.
+
+    Args:
+        prompts: N texts.
+        weights: (N, M) float64.
+        betas: (N,) float64, in 1 / reward.
+    """
+
+    prompts: Sequence[str]
+    weights: Tensor
+    betas: Tensor
+
+    @classmethod
+    def reference(cls, prompts: Sequence[str], objectives: int) -> Plan:
+        """Plan plain responses of the reference policy."""
+        rows = len(prompts)
+        return cls(
+            prompts,
+            torch.zeros(rows, objectives, dtype=torch.float64),
+            torch.zeros(rows, dtype=torch.float64),
+        )
+
+    def shards(self, size: int) -> list[Plan]:
+        """Cut the plan into pieces of at most `size` rows."""
+        return [
+            Plan(self.prompts[at : at + size], self.weights[at : at + size], self.betas[at : at + size])
+            for at in range(0, len(self.prompts), size)
+        ]
+
+    def digest(self) -> str:
+        """Hash what is planned."""
+        content = json.dumps([list(self.prompts), self.weights.tolist(), self.betas.tolist()])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def collect(
+    policy: Any,
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    plan: Plan,
+    folder: str | os.PathLike[str],
+    settings: RolloutSettings,
+    *,
+    critic: Critic | None = None,
+    truncate_reference: bool = False,
+) -> Iterator[Any]:
+    """Sample, score and store a plan, yielding each shard as it is on disk.
+
+    Shards that are on disk already are read back and not sampled again; each shard has its own seed, so a run that was
+    killed and started again ends with the same rollouts as an unbroken one.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        objectives: M objectives by name, in the critic's order.
+        plan: the rows.
+        folder: where the shards go, one Arrow dataset each.
+        settings: how to sample.
+        critic: tilts rows whose λ is not 0; None samples every row from the reference policy.
+        truncate_reference: without a critic, sample from the top-k of the reference policy instead of from all of it,
+            so that iteration 0 samples from the same candidates as later ones; the truncation is counted as KL.
+
+    Yields:
+        `datasets.Dataset` with columns prompt, response, prompt_ids, response_ids, weights, beta, kl and rewards (raw);
+        one row per response; kl has one entry per response token.
+
+    Raises:
+        DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
+        ObjectiveError: if an objective returns something other than one finite number per response.
+    """
+    target = Path(folder)
+    _claim(target, plan, settings, critic, objectives)
+    for index, shard in enumerate(plan.shards(settings.shard_size)):
+        path = target / f"shard-{index:05d}"
+        if not path.is_dir():
+            rows = _sample(policy, tokenizer, shard, settings, critic, truncate_reference, index)
+            raw = score(objectives, rows["prompt"], rows["response"])
+            _write_shard(path, rows | {"rewards": raw.tolist()})
+        yield _read_shard(path)
+
+
+def _claim(
+    folder: Path,
+    plan: Plan,
+    settings: RolloutSettings,
+    critic: Critic | None,
+    objectives: Mapping[str, Objective],
+) -> None:
+    """Mark the folder with what is being sampled, and refuse to mix two different things in it."""
+    claim = {
+        "plan": plan.digest(),
+        "settings": asdict(settings),
+        "objectives": list(objectives),
+        "critic": _critic_digest(critic),
+    }
+    marker = folder / "plan.json"
+    if marker.is_file():
+        found = read_json(marker)
+        if found != claim:
+            other = ", ".join(key for key in claim if found.get(key) != claim[key])
+            raise DataError(
+                f"folder {str(folder)!r} holds rollouts of another run: different {other}.",
+                "name a new output folder, or repeat the command exactly to resume.",
+            )
+        return
+    write_json(marker, claim)
+
+
+def _critic_digest(critic: Critic | None) -> str | None:
+    if critic is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(critic.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(
+    policy: Any,
+    tokenizer: Any,
+    shard: Plan,
+    settings: RolloutSettings,
+    critic: Critic | None,
+    truncate_reference: bool,
+    index: int,
+) -> dict[str, list[Any]]:
+    inputs = tokenizer(list(shard.prompts), return_tensors="pt", padding=True, padding_side="left")
+    device = policy.get_output_embeddings().weight.device
+    ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+    config, _ = agreeing_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})
+    tilt: MavisTilt | None = None
+    attached: Any = nullcontext()
+    if critic is not None:
+        lam = shard.betas[:, None] * shard.weights
+        tilt = MavisTilt(
+            lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True
+        )
+        attached = nullcontext() if critic.attached_policy is policy else critic.attach(policy)
+    elif truncate_reference and settings.top_k is not None:
+        config.top_k = settings.top_k
+    with attached, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed(settings.seed, shard.digest(), index))
+        output = policy.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=tilt if tilt is not None else [],
+        )
+    kept = inputs["attention_mask"].bool()
+    prompt_ids = [row[is_token].tolist() for row, is_token in zip(inputs["input_ids"], kept, strict=True)]
+    response_ids = [_until_end(row, _end_ids(policy)) for row in output[:, ids.shape[1] :].tolist()]
+    if tilt is not None:
+        steps = tilt.kl
+    elif truncate_reference and settings.top_k is not None:
+        table = torch.zeros(policy.get_output_embeddings().weight.shape[0], 1)
+        sequences = Sequences.pack(prompt_ids, response_ids)
+        steps = replay(policy, sequences, table, top_k=settings.top_k, temperature=settings.temperature).kl
+    else:
+        steps = torch.zeros(len(ids), output.shape[1] - ids.shape[1])
+    kl = [row[: len(response)] for row, response in zip(steps.tolist(), response_ids, strict=True)]
+    return {
+        "prompt": list(shard.prompts),
+        "response": tokenizer.batch_decode(response_ids, skip_special_tokens=True),
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "weights": shard.weights.tolist(),
+        "beta": shard.betas.tolist(),
+        "kl": kl,
+    }
+
+
+def _seed(seed: int, digest: str, index: int) -> int:
+    return int(hashlib.sha256(f"{seed}/{digest}/{index}".encode()).hexdigest()[:15], 16)
+
+
+def _end_ids(policy: Any) -> set[int]:
+    end = policy.generation_config.eos_token_id
+    return set() if end is None else set(end) if isinstance(end, list) else {int(end)}
+
+
+def _until_end(ids: list[int], end: set[int]) -> list[int]:
+    """Keep a response up to its first end token, that token included: choosing to stop is a step like any other."""
+    for position, token in enumerate(ids):
+        if token in end:
+            return ids[: position + 1]
+    return ids
+
+
+def _write_shard(path: Path, columns: dict[str, list[Any]]) -> None:
+    import datasets
+
+    with atomic_folder(path) as temporary, _quiet(datasets):
+        datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
+
+
+def _read_shard(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path), keep_in_memory=True)
+    except Exception as error:  # whatever Arrow says about a damaged file, the remedy is the same
+        raise DataError(
+            f"shard {str(path)!r} cannot be read: {error}", "delete that folder; it is sampled again."
+        ) from error
+
+
+class _quiet:
+    """Silence the datasets library's own progress bars, which would flash up for every shard."""
+
+    def __init__(self, datasets: Any) -> None:
+        self._datasets = datasets
+
+    def __enter__(self) -> None:
+        self._enabled = not self._datasets.are_progress_bars_disabled()
+        self._datasets.disable_progress_bars()
+
+    def __exit__(self, *error: object) -> None:
+        if self._enabled:
+            self._datasets.enable_progress_bars()

@@ -1,0 +1,113 @@
+"""Prompts from a list, a file, a saved dataset or a hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mavis.errors import DataError, closest
+
+_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(
+    source: str | Sequence[str],
+    *,
+    column: str | None = None,
+    split: str = "train",
+    first_words: int | None = None,
+    limit: int | None = None,
+) -> list[str]:
+    """Read prompts from any source that the `datasets` library knows.
+
+    Args:
+        source: prompts themselves as a list; `-` for standard input, one prompt a line; a `.txt` file, one prompt a
+            line; a `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder written by `save_to_disk`; else the name of
+            a dataset on a hub.
+        column: the column that holds the prompts; None takes the only column of text.
+        split: of the dataset.
+        first_words: keep so many words of each row, ≥ 1, for corpora whose rows are whole texts.
+        limit: keep so many prompts, ≥ 1.
+
+    Returns:
+        Prompts that are neither empty nor repeated, in their order.
+
+    Raises:
+        DataError: if the source is missing or unreadable, a column is unknown, or no prompt is left.
+    """
+    rows = _rows(source, column, split)
+    if first_words is not None:
+        rows = [" ".join(row.split()[:first_words]) for row in rows]
+    prompts = list(dict.fromkeys(row for row in rows if row.strip()))
+    if not prompts:
+        shown = "an empty list" if not isinstance(source, str) else repr(source)
+        raise DataError(
+            f"prompts come from {shown}, which holds no prompt.", "give at least one line of text."
+        )
+    return prompts[:limit]
+
+
+def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[str]:
+    if not isinstance(source, str):
+        bad = [row for row in source if not isinstance(row, str)]
+        if bad:
+            raise DataError(f"prompts holds {bad[0]!r}, expected text.", "quote every prompt.")
+        return list(source)
+    if source == "-":
+        return [line.rstrip("\n") for line in sys.stdin]
+    path = Path(source).expanduser()
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise DataError(
+                f"prompts come from {source!r}, which does not exist.", "give a file, one prompt a line."
+            )
+        return path.read_text(encoding="utf-8").splitlines()
+    dataset = _dataset(source, path, split)
+    return [str(value) for value in dataset[_column(dataset, column, source)]]
+
+
+def _dataset(source: str, path: Path, split: str) -> Any:
+    import datasets
+
+    try:
+        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            loaded = datasets.load_from_disk(str(path))
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.suffix in _BUILDERS and not path.is_file():
+            raise DataError(f"prompts come from {source!r}, which does not exist.", "check the path.")
+        if path.is_file():
+            builder = _BUILDERS.get(path.suffix)
+            if builder is None:
+                raise DataError(
+                    f"prompts come from {source!r}, a kind of file that is not read.",
+                    f"known: {', '.join(_BUILDERS)}.",
+                )
+            return datasets.load_dataset(builder, data_files=str(path), split="train")
+        return datasets.load_dataset(source, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises many kinds; what it says is what helps
+        raise DataError(
+            f"prompts come from {source!r}, which the datasets library cannot read: {error}",
+            "give a file (.txt, .jsonl, .csv, .parquet), a folder from save_to_disk, or a hub name.",
+        ) from error
+
+
+def _column(dataset: Any, column: str | None, source: str) -> str:
+    names = list(dataset.column_names)
+    if column is not None:
+        if column not in names:
+            raise DataError(f"column is {column!r}, which {source!r} does not have.", closest(column, names))
+        return column
+    texts = [
+        name
+        for name in names
+        if str(getattr(dataset.features[name], "dtype", "")) in {"string", "large_string"}
+    ]
+    if len(texts) != 1:
+        raise DataError(
+            f"{source!r} has {len(texts)} columns of text: {', '.join(texts)}.", "name one by column=..."
+        )
+    return texts[0]

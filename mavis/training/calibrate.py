@@ -1,0 +1,60 @@
+"""Measuring how far each strength moves the policy, so that users can ask for a distance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mavis.critics import Calibration, Critic
+from mavis.critics.calibration import calibration_directions
+from mavis.rewards import Objective
+from mavis.rollouts.collect import Plan, RolloutSettings, collect
+
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def calibrate(
+    policy: Any,
+    tokenizer: Any,
+    critic: Critic,
+    objectives: Mapping[str, Objective],
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: RolloutSettings,
+    *,
+    samples: int,
+    betas: Sequence[float] = BETAS,
+) -> Calibration:
+    """Sample under a grid of weights and β, and record the mean KL of each.
+
+        kl[d][g] = mean over rollouts of Σ_t KL(π ‖ π_ref),   λ = betas[g] · direction[d]
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        critic: to be calibrated; it is not changed.
+        objectives: by name, in the critic's order.
+        prompts: to sample from, in turn.
+        folder: where the rollouts go; resumed if there are some.
+        settings: how to sample; the same as will be decoded with.
+        samples: rollouts for each pair of direction and β, ≥ 1.
+        betas: ascending, > 0.
+
+    Returns:
+        The calibration, to be stored in the critic.
+    """
+    directions = calibration_directions(len(critic.objectives))
+    grid = [(d, b) for d in range(len(directions)) for b in betas for _ in range(samples)]
+    plan = Plan(
+        prompts=[prompts[i % len(prompts)] for i in range(len(grid))],
+        weights=directions[[d for d, _ in grid]],
+        betas=torch.tensor([b for _, b in grid], dtype=torch.float64),
+    )
+    spent: list[float] = []
+    for shard in collect(policy, tokenizer, objectives, plan, folder, settings, critic=critic):
+        spent.extend(sum(row) for row in shard["kl"])
+    kl = torch.tensor(spent, dtype=torch.float64).view(len(directions), len(betas), samples).mean(-1)
+    return Calibration(list(betas), kl.tolist(), settings.max_new_tokens, settings.top_k)

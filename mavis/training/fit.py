@@ -1,0 +1,209 @@
+"""Fitting the value heads to the returns of rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mavis.critics import HiddenStateCritic
+from mavis.errors import ConfigError
+from mavis.math.returns import later_sum, soft_returns
+from mavis.training.features import Features
+
+Target = Literal["decomposition", "monte_carlo"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How heads are fitted.
+
+    Args:
+        epochs: passes over the rollouts, ≥ 1; the one with the smallest held-out error is kept.
+        batch_size: rollouts per step, ≥ 1.
+        learning_rate: the peak, reached after a tenth of the steps and falling to 0 along a cosine.
+        weight_decay: of AdamW.
+        held_out: share of the rollouts that only choose the epoch, 0 < share < 1.
+        target: `decomposition` subtracts the later advantages from every return, which leaves its mean and takes away
+            most of its noise; `monte_carlo` is the paper's plain return.
+    """
+
+    epochs: int = 8
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    held_out: float = 0.1
+    target: Target = "decomposition"
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit came to.
+
+    Args:
+        explained: per objective, 1 − held-out squared error / variance of the returns, for the epoch that is kept.
+        epoch: which epoch that is, counted from 1; 0 if none was better than the heads at the start.
+        losses: the held-out error before the first and after each epoch.
+    """
+
+    explained: dict[str, float]
+    epoch: int
+    losses: list[float]
+
+
+def fit(
+    critic: HiddenStateCritic,
+    features: Features,
+    embeddings: Tensor,
+    zeta: float,
+    settings: FitSettings,
+    *,
+    seed: int,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> FitReport:
+    """Fit the heads of a critic to soft returns, in place.
+
+        G_{t,m} = R_m − ζ Σ_{t'>t} KL_{t'}
+        min Σ_{t,m} (Q_m(s_t, a_t) + Σ_{t'>t} A_m(s_{t'}, a_{t'}) − G_{t,m})²,  A_m = Q_m(s, a) − E_{a'∼π} Q_m(s, a')
+
+    The token process is deterministic, so a return is its value plus the advantages still to come, exactly; their mean
+    is 0 by construction, so counting them changes no target's expectation. With `monte_carlo` they are left out. Since
+    Q is linear in u_a, the expectation needs only E_{a∼π}[e_a], which the features hold.
+
+    Args:
+        critic: its heads are the start and the result; its normalisation and candidates stay.
+        features: the rollouts.
+        embeddings: (V, E) float32, the e_a.
+        zeta: ζ ≥ 0 in reward per nat.
+        settings: how.
+        seed: of the split and the order.
+        on_epoch: called with each epoch's number and held-out error.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+
+    Source: soft policy evaluation of MAVIS (arXiv 2508.13415); the decomposition of a return into advantages is the
+    one of Direct Advantage Estimation (Pan et al., NeurIPS 2022).
+    """
+    _check(settings, len(features))
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=critic.token_table.device.type == "cpu")
+    network = _Predictor(critic, embeddings, settings.target)
+    optimiser = torch.optim.AdamW(
+        network.trained_parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    network, optimiser = accelerator.prepare(network, optimiser)
+    order = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(features), generator=order)
+    held = max(1, round(settings.held_out * len(features)))
+    held_out, training = features.rows(shuffled[:held]), shuffled[held:]
+    batches = math.ceil(len(training) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
+
+    losses = [_error(network, held_out, zeta, settings, accelerator.device)[0].mean().item()]
+    best, best_state = 0, _state(critic)
+    for epoch in range(1, settings.epochs + 1):
+        for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
+            batch = _to(features.rows(index), accelerator.device)
+            squared, weight = network(batch, zeta)
+            accelerator.backward(squared.sum() / weight.sum().clamp_min(1))
+            accelerator.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+        losses.append(_error(network, held_out, zeta, settings, accelerator.device)[0].mean().item())
+        if losses[-1] < losses[best]:
+            best, best_state = epoch, _state(critic)
+        if on_epoch is not None:
+            on_epoch(epoch, losses[-1])
+    critic.load_state_dict(best_state)
+    critic.refresh_token_table(embeddings)
+    error, variance = _error(network, held_out, zeta, settings, accelerator.device)
+    explained = (1 - error / variance.clamp_min(1e-12)).tolist()
+    return FitReport(dict(zip(critic.objectives, explained, strict=True)), best, losses)
+
+
+class _Predictor(nn.Module):
+    """The squared error of every step's prediction of its return."""
+
+    def __init__(self, critic: HiddenStateCritic, embeddings: Tensor, target: Target) -> None:
+        super().__init__()
+        self.heads, self.projection, self.target = critic.heads, critic.projection, target
+        self.register_buffer("embeddings", embeddings, persistent=False)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [*self.heads.parameters(), *self.projection.parameters()]
+
+    def forward(self, batch: Features, zeta: float) -> tuple[Tensor, Tensor]:
+        """Return squared errors and weights, (B, T, M) each; errors are already weighted."""
+        heads = self.heads(batch.states)
+        slope, value = heads[..., :-1], heads[..., -1]
+        embeddings = self.embeddings
+        assert isinstance(embeddings, Tensor)
+        actions = self.projection(embeddings[batch.action_ids])
+        prediction = value + torch.einsum("btmr,btr->btm", slope, actions)
+        weight = (batch.is_response[:, :, None] & batch.counts_for[:, None, :]).float()
+        if self.target == "decomposition":
+            surprise = actions - self.projection(batch.expected)
+            advantage = torch.einsum("btmr,btr->btm", slope, surprise) * batch.is_response[:, :, None]
+            prediction = prediction + later_sum(advantage)
+        error = prediction - soft_returns(batch.rewards, batch.kl, zeta)
+        return error.square() * weight, weight
+
+
+@torch.no_grad()
+def _error(
+    network: nn.Module, features: Features, zeta: float, settings: FitSettings, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error and the variance of the returns, per objective, (M,) each."""
+    squared = weights = first = second = torch.zeros(features.rewards.shape[1], device=device)
+    for index in torch.arange(len(features)).split(settings.batch_size):
+        batch = _to(features.rows(index), device)
+        error, weight = network(batch, zeta)
+        returns = soft_returns(batch.rewards, batch.kl, zeta)
+        squared = squared + error.sum((0, 1))
+        weights = weights + weight.sum((0, 1))
+        first = first + (returns * weight).sum((0, 1))
+        second = second + (returns.square() * weight).sum((0, 1))
+    weights = weights.clamp_min(1)
+    return squared / weights, second / weights - (first / weights).square()
+
+
+def _to(features: Features, device: torch.device) -> Features:
+    return Features(**{name: tensor.to(device) for name, tensor in vars(features).items()})
+
+
+def _state(critic: HiddenStateCritic) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+
+
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    warm = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return factor
+
+
+def _check(settings: FitSettings, rollouts: int) -> None:
+    if settings.target not in ("decomposition", "monte_carlo"):
+        raise ConfigError(f"target is {settings.target!r}.", "known: decomposition, monte_carlo.")
+    if not 0 < settings.held_out < 1 or settings.epochs < 1 or settings.batch_size < 1:
+        raise ConfigError(
+            f"held_out is {settings.held_out}, epochs {settings.epochs}, batch_size {settings.batch_size}; expected "
+            "0 < held_out < 1 and the others ≥ 1.",
+            "the defaults are 0.1, 8 and 64.",
+        )
+    if rollouts < 4:
+        raise ConfigError(f"there are {rollouts} rollouts to fit to.", "sample at least a few hundred.")
