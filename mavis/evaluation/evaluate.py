@@ -1,0 +1,360 @@
+"""A sweep over weights and β on prompts that were not trained on, and what it shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mavis.critics import HiddenStateCritic
+from mavis.decoding import MavisTilt
+from mavis.errors import ConfigError, DataError, EvaluationError
+from mavis.evaluation.front import hypervolume, non_dominated
+from mavis.evaluation.speed import compare_speed
+from mavis.evaluation.statistics import distinct_2, mean_and_stderr
+from mavis.evaluation.values import value_calibration
+from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
+from mavis.math.preference import simplex_grid
+from mavis.rewards import Objective, score
+from mavis.rollouts.collect import Plan, RolloutSettings, collect
+from mavis.rollouts.replay import Sequences, replay
+
+LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
+"""Where the optimal frontier is drawn; 0 is put before it."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is swept and how well.
+
+    Args:
+        divisions: d ≥ 1 of the simplex grid of weights; 4 gives five points for two objectives.
+        betas: tilt strengths, > 0, in 1 / reward.
+        samples: responses per prompt, weights and β, ≥ 1.
+        reference_samples: N ≥ 2 reference rollouts per prompt, which the optimal frontier is computed from.
+        target_kls: where the frontier efficiency is read, nats per sequence, > 0.
+        speed_batch: rows of the speed measurement, ≥ 1.
+        speed_repeats: rounds of the speed measurement; 0 leaves it out.
+        sampling: of the responses.
+    """
+
+    divisions: int = 4
+    betas: Sequence[float] = (1.0, 2.0, 3.0, 4.0)
+    samples: int = 32
+    reference_samples: int = 1024
+    target_kls: Sequence[float] = (1.0, 2.0)
+    speed_batch: int = 8
+    speed_repeats: int = 5
+    sampling: RolloutSettings = field(default_factory=RolloutSettings)
+
+
+def evaluate(
+    policy: Any,
+    tokenizer: Any,
+    critic: HiddenStateCritic,
+    objectives: Mapping[str, Objective],
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: EvaluationSettings,
+    *,
+    held_out: Mapping[str, Objective] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure what a critic's tilt earns, what it costs, and how far it is from the best that is possible.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        critic: to be evaluated; attached for the time of the call if it is not yet.
+        objectives: by name, in the critic's order.
+        prompts: P prompts that the critic was not trained on.
+        folder: where the rollouts go; a repeated call goes on where it stopped.
+        settings: how.
+        held_out: objectives that nobody optimised, to see whether the tilt over-optimises.
+        progress: told how far each stage is.
+
+    Returns:
+        Plain data: `rows`, one per weights and β (β = 0 first, the reference policy), with rewards on the normalised
+        scale and their standard errors, KL, the frontier efficiency at the row's own KL, length in tokens,
+        distinct-2, perplexity under the reference policy, held-out objectives and tokens per second; `efficiency` at
+        the target KLs by weights; `limits`, the optimal frontier by weights; `front`; `values`, the calibration of
+        the heads; `speed`.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+        DataError: if there is no prompt.
+    """
+    _check(settings, prompts)
+    say = progress or (lambda stage, done, total: None)
+    place = Path(folder)
+    grid = simplex_grid(len(objectives), settings.divisions)
+
+    repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
+    reference = _gather(
+        "reference rollouts",
+        say,
+        len(repeated),
+        collect(
+            policy,
+            tokenizer,
+            objectives,
+            Plan.reference(repeated, len(objectives)),
+            place / "reference",
+            settings.sampling,
+        ),
+    )
+    plan = _sweep_plan(prompts, grid, settings)
+    sampling = replace(settings.sampling, seed=settings.sampling.seed + 1)
+    sweep = _gather(
+        "sweep",
+        say,
+        len(plan.prompts),
+        collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
+    )
+    speed = _speed(policy, tokenizer, critic, prompts, settings)
+    scored = _Scorer(policy, critic, dict(held_out or {}), settings.sampling.temperature)
+    normalised = critic.normalise(torch.tensor(reference["rewards"]))
+    per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
+
+    say("scoring", 0, 1)
+    rows = [scored.row(reference, slice(None), None, 0.0, speed)]
+    size = len(prompts) * settings.samples
+    points = [(w, b) for w in grid for b in settings.betas]
+    for index, (weights, beta) in enumerate(points):
+        rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
+        rows[-1]["efficiency"] = _efficiency(
+            per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
+        )
+        say("scoring", index + 1, len(points))
+    return {
+        "objectives": list(critic.objectives),
+        "prompts": list(prompts),
+        "settings": asdict(settings)
+        | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
+        "normalisation": {
+            name: {"mean": float(mean), "std": float(std)}
+            for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)
+        },
+        "rows": rows,
+        "efficiency": _efficiencies(rows, per_prompt, grid, critic, settings),
+        "limits": _limits(per_prompt, grid, critic),
+        "front": _front(rows, critic),
+        "values": value_calibration(policy, critic, reference, sweep, settings.sampling),
+        "speed": speed,
+    }
+
+
+def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
+    rows = [
+        (prompt, weights, beta)
+        for weights in grid
+        for beta in settings.betas
+        for prompt in prompts
+        for _ in range(settings.samples)
+    ]
+    return Plan(
+        prompts=[prompt for prompt, _, _ in rows],
+        weights=torch.stack([weights for _, weights, _ in rows]),
+        betas=torch.tensor([beta for _, _, beta in rows], dtype=torch.float64),
+    )
+
+
+def _gather(
+    stage: str, say: Callable[[str, int, int], None], total: int, shards: Any
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    say(stage, 0, total)
+    for shard in shards:
+        for name, values in shard[:].items():
+            columns.setdefault(name, []).extend(values)
+        say(stage, len(columns["prompt"]), total)
+    return columns
+
+
+class _Scorer:
+    """Turns a group of responses into a row of the report."""
+
+    def __init__(
+        self, policy: Any, critic: HiddenStateCritic, held_out: dict[str, Objective], temperature: float
+    ) -> None:
+        self.policy, self.critic, self.held_out, self.temperature = policy, critic, held_out, temperature
+
+    def row(
+        self,
+        columns: dict[str, list[Any]],
+        where: slice,
+        weights: Tensor | None,
+        beta: float,
+        speed: dict[str, Any],
+    ) -> dict[str, Any]:
+        group = {name: values[where] for name, values in columns.items()}
+        names = self.critic.objectives
+        rewards = self.critic.normalise(torch.tensor(group["rewards"])).numpy()
+        summary = [mean_and_stderr(column) for column in rewards.T]
+        kl, kl_stderr = mean_and_stderr([sum(row) for row in group["kl"]])
+        lengths = [len(row) for row in group["response_ids"]]
+        row: dict[str, Any] = {
+            "weights": dict(
+                zip(names, weights.tolist() if weights is not None else [0.0] * len(names), strict=True)
+            ),
+            "beta": float(beta),
+            "rewards": dict(zip(names, (mean for mean, _ in summary), strict=True)),
+            "rewards_stderr": dict(zip(names, (stderr for _, stderr in summary), strict=True)),
+            "kl": kl,
+            "kl_stderr": kl_stderr,
+            "efficiency": None,
+            "responses": len(lengths),
+            "length": float(np.mean(lengths)),
+            "distinct_2": distinct_2(group["response"]),
+            "perplexity": self._perplexity(group),
+            "tokens_per_second": speed.get("tilted" if beta else "plain", {}).get("tokens_per_second"),
+        }
+        if self.held_out:
+            raw = score(self.held_out, group["prompt"], group["response"])
+            row["held_out"] = dict(zip(self.held_out, (mean_and_stderr(c)[0] for c in raw.T), strict=True))
+            row["held_out_stderr"] = dict(
+                zip(self.held_out, (mean_and_stderr(c)[1] for c in raw.T), strict=True)
+            )
+        return row
+
+    def _perplexity(self, group: dict[str, list[Any]], most: int = 512) -> float | None:
+        """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""
+        step = max(1, len(group["prompt_ids"]) // most)
+        pairs = [
+            (p, r)
+            for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True)
+            if r
+        ]
+        total, count = 0.0, 0
+        table = torch.zeros(self.critic.fingerprint.vocab_size, 1)
+        for at in range(0, len(pairs), 64):
+            prompts, responses = zip(*pairs[at : at + 64], strict=True)
+            steps = replay(
+                self.policy,
+                Sequences.pack(prompts, responses),
+                table,
+                top_k=None,
+                temperature=self.temperature,
+            )
+            total += float(steps.reference_logprobs.double().sum())
+            count += int(steps.is_response.sum())
+        return float(np.exp(-total / count)) if count else None
+
+
+def _weighted(row: dict[str, Any], weights: Tensor, critic: HiddenStateCritic) -> float:
+    return float(
+        sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True))
+    )
+
+
+def _efficiency(rewards: Tensor, ours: float, kl: float) -> float | None:
+    """The efficiency at one KL, or None where the limit cannot be trusted."""
+    try:
+        return frontier_efficiency(ours, float(rewards.mean()), optimal_reward_at(rewards, kl))
+    except EvaluationError:
+        return None
+
+
+def _efficiencies(
+    rows: list[dict[str, Any]],
+    per_prompt: Tensor,
+    grid: Tensor,
+    critic: HiddenStateCritic,
+    settings: EvaluationSettings,
+) -> list[dict[str, Any]]:
+    """Read each weight's sweep over β at the target KLs; the reference policy is the sweep's point at KL 0."""
+    found = []
+    per_weight = len(settings.betas)
+    for index, weights in enumerate(grid):
+        sweep = rows[1 + index * per_weight : 1 + (index + 1) * per_weight]
+        rewards = per_prompt @ weights
+        start = float(rewards.mean())
+        kl = torch.tensor([0.0] + [row["kl"] for row in sweep], dtype=torch.float64)
+        ours = torch.tensor([start] + [_weighted(row, weights, critic) for row in sweep], dtype=torch.float64)
+        for target in settings.target_kls:
+            reached = reward_at(kl, ours, target)
+            found.append(
+                {
+                    "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
+                    "kl": float(target),
+                    "reward": reached,
+                    "efficiency": None if reached is None else _efficiency(rewards, reached, target),
+                }
+            )
+    return found
+
+
+def _limits(per_prompt: Tensor, grid: Tensor, critic: HiddenStateCritic) -> list[dict[str, Any]]:
+    limits = []
+    for weights in grid:
+        frontier = optimal_frontier(
+            per_prompt @ weights, torch.cat([torch.zeros(1, dtype=torch.float64), LIMIT_BETAS])
+        )
+        limits.append(
+            {
+                "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
+                "kl": frontier.kl.tolist(),
+                "reward": frontier.reward.tolist(),
+                "effective_sample_size": frontier.effective_sample_size.tolist(),
+            }
+        )
+    return limits
+
+
+def _front(rows: list[dict[str, Any]], critic: HiddenStateCritic) -> dict[str, Any]:
+    """The non-dominated rows and their volume above one standard deviation below the reference policy's mean."""
+    rewards = np.array([[row["rewards"][name] for name in critic.objectives] for row in rows])
+    reference_point = [-1.0] * len(critic.objectives)
+    return {
+        "reference_point": dict(zip(critic.objectives, reference_point, strict=True)),
+        "hypervolume": hypervolume(rewards, reference_point),
+        "non_dominated": [bool(flag) for flag in non_dominated(rewards)],
+    }
+
+
+def _speed(
+    policy: Any,
+    tokenizer: Any,
+    critic: HiddenStateCritic,
+    prompts: Sequence[str],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    if settings.speed_repeats < 1:
+        return {}
+    texts = [prompts[i % len(prompts)] for i in range(settings.speed_batch)]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    device = policy.get_output_embeddings().weight.device
+    inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    equal = [1 / len(critic.objectives)] * len(critic.objectives)
+    attachment = critic.attach(policy) if critic.attached_policy is None else None
+    try:
+        return compare_speed(
+            policy,
+            inputs,
+            {"tilted": lambda: MavisTilt(equal, critic, beta=1.0, top_k=settings.sampling.top_k)},
+            new_tokens=settings.sampling.max_new_tokens,
+            repeats=settings.speed_repeats,
+        ) | {"batch": settings.speed_batch}
+    finally:
+        if attachment is not None:
+            attachment.detach()
+
+
+def _check(settings: EvaluationSettings, prompts: Sequence[str]) -> None:
+    if not prompts:
+        raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
+    if not settings.betas or min(settings.betas) <= 0:
+        raise ConfigError(
+            f"betas is {list(settings.betas)}, expected numbers > 0.", "β = 0 is always measured."
+        )
+    if settings.samples < 1 or settings.reference_samples < 2:
+        raise ConfigError(
+            f"samples is {settings.samples} and reference_samples {settings.reference_samples}; expected ≥ 1 and ≥ 2.",
+            "32 and 1024 are good numbers.",
+        )

@@ -1,0 +1,83 @@
+"""Which points of a sweep over weights no other point beats, and how much they cover together."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mavis.errors import EvaluationError
+
+
+def non_dominated(rewards: ArrayLike) -> NDArray[np.bool_]:
+    """Mark the points that no other point beats: as good in every objective and better in one.
+
+    Args:
+        rewards: (G, M) reward of G points in M objectives; finite, more is better.
+
+    Returns:
+        (G,) True where the point belongs to the front; of equal points all or none do.
+
+    Raises:
+        EvaluationError: `rewards` is not (G, M) or not finite.
+
+    Source: Pareto dominance, computed by `moocore.is_nondominated`.
+    """
+    import moocore
+
+    points = _checked(rewards)
+    if len(points) == 0:
+        return np.zeros(0, dtype=bool)
+    mask: NDArray[np.bool_] = np.asarray(
+        moocore.is_nondominated(points, maximise=True, keep_weakly=True), bool
+    )
+    return mask
+
+
+def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
+    """Compute the volume of what the points dominate above a reference point.
+
+        HV = volume( ∪_g { z : reference_point ≤ z ≤ rewards_g } )
+
+    Volumes compare only between fronts that share the reference point, so there is no default for it.
+
+    Args:
+        rewards: (G, M) reward of G points in M objectives; finite, more is better. Points that are not above
+            the reference point in every objective add nothing.
+        reference_point: (M,) the corner from which volume is measured, finite, in the units of `rewards`.
+
+    Returns:
+        The volume, ≥ 0, in the product of the objectives' units; 0 for no points.
+
+    Raises:
+        EvaluationError: `rewards` is not (G, M), `reference_point` is not (M,), or either is not finite.
+
+    Source: Zitzler and Thiele (1998), computed by `moocore.hypervolume`.
+    """
+    import moocore
+
+    points = _checked(rewards)
+    corner = np.asarray(reference_point, dtype=np.float64)
+    if corner.shape != points.shape[1:] or not np.isfinite(corner).all():
+        raise EvaluationError(
+            f"reference_point must be {points.shape[1]} finite numbers, one per objective, "
+            f"got {corner.tolist()}.",
+            "Name the same point for all fronts that are compared, below all of them.",
+        )
+    if len(points) == 0:
+        return 0.0
+    return float(moocore.hypervolume(points, ref=corner, maximise=True))
+
+
+def _checked(rewards: ArrayLike) -> NDArray[np.float64]:
+    points = np.asarray(rewards, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] == 0:
+        raise EvaluationError(
+            f"rewards must be (points, objectives), got shape {points.shape}.", "Pass one row per point."
+        )
+    if not np.isfinite(points).all():
+        row = int(np.argwhere(~np.isfinite(points))[0, 0])
+        raise EvaluationError(
+            f"rewards must be finite, but row {row} is {points[row].tolist()}.",
+            "Drop the points that could not be measured.",
+        )
+    return points

@@ -1,0 +1,468 @@
+"""Pictures of a sweep: reward against reward over the weights, and reward against KL under the limit.
+
+Both read *rows*, plain dicts as they lie in a results file, one per pair of weights and β:
+
+    {"weights": {"positive": 0.5, "dialogue": 0.5},       preference weights by objective
+     "beta": 2.0,                                         tilt strength; 0 is the reference policy
+     "rewards": {"positive": 0.31, "dialogue": 0.52},     mean normalised reward by objective
+     "rewards_stderr": {"positive": 0.02, ...},           optional: its standard error, None where unknown
+     "reward": 0.41, "reward_stderr": 0.02,               optional: mean of w·R and its standard error
+     "kl": 1.2}                                           KL to the reference, nats per response
+
+A row whose β or weights are all zero is the reference policy, whichever weights it was run for. Other keys
+are ignored. Pictures are 1200 pixels wide and drawn without pyplot, so neither the user's figures nor the
+backend change.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mavis.errors import EvaluationError
+from mavis.evaluation.front import non_dominated
+from mavis.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+Key = tuple[tuple[str, float], ...]
+Array = NDArray[np.float64]
+
+_WIDTH, _DPI = 8.0, 150  # inches and dots per inch: 1200 pixels
+_INK, _FAINT, _SHADE = "#333333", "#8a8a8a", "#f1f1f1"
+# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_OURS, _LIMIT, _TARGET = _PALETTE[0], _PALETTE[1], _PALETTE[2]
+
+
+def plot_front(path: str | os.PathLike[str], rows: Sequence[Row], objectives: Sequence[str]) -> Figure:
+    """Draw which rewards a sweep over weights reaches, one objective against the other.
+
+    Two objectives: a point per row with its error bars, a line per choice of weights from the reference
+    policy out along growing β, and the non-dominated points ringed on the edge of all that they dominate.
+    More: parallel coordinates, a line per choice of weights at its largest β, bold where not dominated.
+
+    Args:
+        path: where to; the ending names the format (`.png`, `.svg`, `.pdf`), PNG without one.
+        rows: see above, without need of `kl`; at least one that is not the reference policy.
+        objectives: the M ≥ 2 objectives to draw, in this order.
+
+    Returns:
+        The figure that was written.
+
+    Raises:
+        EvaluationError: fewer than two objectives, no row to draw, or a row without a needed number.
+    """
+    if len(objectives) < 2:
+        raise EvaluationError(
+            f"a front needs at least 2 objectives, got {list(objectives)}.", "Draw the frontier instead."
+        )
+    figure = _figure(5.6)
+    (_draw_plane if len(objectives) == 2 else _draw_parallel)(figure, rows, list(objectives))
+    _write(figure, path)
+    return figure
+
+
+def plot_frontier(
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    limits: Sequence[Row],
+    min_effective_sample_size: float = 50.0,
+) -> Figure:
+    """Draw the reward w·R against the KL to the reference policy, under the optimal frontier.
+
+    Args:
+        path: where to; the ending names the format (`.png`, `.svg`, `.pdf`), PNG without one.
+        rows: see above. The error bar of a row without `reward` is Σ_m |w_m| · stderr_m, the most it can be.
+        limits: at most one dict per choice of weights, `{"weights": {...}, "kl": [...], "reward": [...],
+            "effective_sample_size": [...], "target_kl": 1.5, "efficiency": 0.6}`: the optimal frontier over a
+            sweep of β (lists of equal length) and, both optional, the KL at which the frontier efficiency was
+            read and its value, None where it could not be.
+        min_effective_sample_size: below it the limit is drawn dashed, for it hangs on few rollouts.
+
+    Returns:
+        The figure that was written: a panel per choice of weights, whose title names the efficiency.
+
+    Raises:
+        EvaluationError: no row to draw, or a row without a needed number.
+    """
+    sweeps, reference = _sweeps(rows), _reference(rows)
+    limit_of = {_key(limit): limit for limit in limits}
+    columns = min(3, len(sweeps))
+    lines = -(-len(sweeps) // columns)
+    figure = _figure(0.9 + {1: 4.2, 2: 3.4, 3: 2.7}[columns] * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel in panels[len(sweeps) :]:
+        panel.remove()
+    betas, characters = _betas(sweeps), {1: 110, 2: 54, 3: 34}[columns]
+    for panel, (key, sweep) in zip(panels, sweeps.items(), strict=False):
+        title = ", ".join(f"{name} {weight:.3g}" for name, weight in sweep[0]["weights"].items() if weight)
+        panel.set_title(textwrap.fill(title, characters), fontsize=9, color=_INK, loc="left")
+        _draw_panel(panel, sweep, betas, limit_of.get(key), reference, min_effective_sample_size)
+    figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9, color=_INK)
+    figure.supylabel("reward w·R (normalised)", fontsize=9, color=_INK)
+    named: dict[str, Any] = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        list(named.values()), list(named), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5
+    )
+    _write(figure, path)
+    return figure
+
+
+def _draw_panel(
+    axes: Axes,
+    sweep: Sequence[Row],
+    betas: str,
+    limit: Row | None,
+    reference: Row | None,
+    min_effective_sample_size: float,
+) -> None:
+    """Draw one sweep over β, its limit and the reference policy."""
+    _dress(axes)
+    weights: Mapping[str, float] = sweep[0]["weights"]
+    kl = np.array([_number(row, "kl") for row in sweep])
+    reward, error = np.array([_weighted(row, weights) for row in sweep]).T
+    line = np.column_stack([kl, reward])
+    shown = [reward - error, reward + error]
+    if reference is not None:
+        base = _weighted(reference, weights)[0]
+        line = np.vstack([[0.0, base], line])
+        shown.append(np.array([base]))
+        axes.axhline(base, color=_FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    axes.plot(*line.T, color=_OURS, linewidth=1.4, zorder=3)
+    axes.errorbar(
+        kl, reward, yerr=error, fmt="o", color=_OURS, markersize=4.5, capsize=2.5, elinewidth=1.2, zorder=4,
+        label=f"tilted policy, β = {betas}",
+    )  # fmt: skip
+    if reference is not None:
+        axes.plot(*line[0], "D", color=_INK, markersize=5, zorder=5, label="reference policy")
+    limit = limit or {}
+    target = limit.get("target_kl")
+    right = 1.1 * max(*kl, 0.0 if target is None else float(target)) or 1.0
+    if target is not None:
+        efficiency = limit.get("efficiency")
+        found = "not measured" if efficiency is None else f"{efficiency:.2f}"
+        title = f"{axes.get_title(loc='left')}\nefficiency {found} at KL {float(target):g}"
+        axes.set_title(title, fontsize=9, color=_INK, loc="left")
+        axes.axvline(target, color=_TARGET, linewidth=1.3, linestyle=(0, (4, 2)), zorder=1, label="target KL")
+    if limit:
+        shown.append(_draw_limit(axes, limit, right, min_effective_sample_size))
+    low, high = min(map(np.min, shown)), max(map(np.max, shown))
+    margin = 0.08 * (high - low) or 0.5
+    axes.set(xlim=(-0.04 * right, right), ylim=(low - margin, high + margin))
+
+
+def _draw_limit(axes: Axes, limit: Row, right: float, min_effective_sample_size: float) -> Array:
+    """Draw the optimal frontier up to KL `right`, dashed beyond trust; return its reward at both ends."""
+    order = np.argsort(limit["kl"], kind="stable")
+    order = order[: np.searchsorted(np.asarray(limit["kl"], float)[order], right) + 1]
+    kl, reward, effective = (
+        np.asarray(limit[name], float)[order] for name in ("kl", "reward", "effective_sample_size")
+    )
+    trusted = effective >= min_effective_sample_size
+    # The last trusted point also begins the dashed line, so that no gap is left between the two.
+    dashed = ~trusted | np.append(~trusted[1:], False)
+    name, style = "optimal frontier", dict[str, Any](color=_LIMIT, linewidth=1.8, zorder=2)
+    axes.plot(kl, np.where(trusted, reward, np.nan), label=name, **style)
+    if not trusted.all():
+        name += f", effective sample size < {min_effective_sample_size:g}"
+        axes.plot(kl, np.where(dashed, reward, np.nan), label=name, linestyle=(0, (2, 1)), **style)
+    return np.interp([0.0, right], kl, reward)
+
+
+def _draw_plane(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> None:
+    """Draw two objectives against each other."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    sweeps, reference = _sweeps(rows), _reference(rows)
+    axes, colours = figure.subplots(), _colours()
+    _dress(axes)
+    origin = None if reference is None else _rewards(reference, objectives)[0]
+    lines, bars = [], []
+    for sweep in sweeps.values():
+        rewards, errors = np.array([_rewards(row, objectives) for row in sweep]).swapaxes(0, 1)
+        line = rewards if origin is None else np.vstack([origin, rewards])
+        colour = colours(_share(sweep[0], objectives))
+        axes.plot(*line.T, color=colour, linewidth=1.1, zorder=3)
+        axes.errorbar(
+            rewards[:, 0], rewards[:, 1], xerr=errors[:, 0], yerr=errors[:, 1], fmt="o", color=colour,
+            markersize=4.5, elinewidth=0.9, zorder=4,
+        )  # fmt: skip
+        lines.append(line)
+        for axis in np.eye(2):
+            bars += list(np.stack([rewards - errors * axis, rewards + errors * axis], axis=1))
+    if origin is not None:
+        axes.plot(*origin, "D", color=_INK, markersize=6.5, zorder=6, label="reference policy")
+    points = np.unique(np.concatenate(lines), axis=0)  # the reference policy may be on the front, too
+    axes.margins(0.12)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    staircase = _draw_staircase(axes, points[non_dominated(points)])
+    title = f"Reward at preference weights {' / '.join(objectives)}\n"
+    title += f"each line: one choice of weights, outwards with β = {_betas(sweeps)}"
+    axes.set_title(title, fontsize=9.5, color=_INK, loc="left")
+    axes.set_xlabel(f"{objectives[0]} (normalised reward)")
+    axes.set_ylabel(f"{objectives[1]} (normalised reward)")
+    axes.legend(loc="lower left", frameon=False, fontsize=8.5)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, aspect=40, pad=0.02)
+    bar.set_label(f"share of {objectives[1]} in the weights", fontsize=9, color=_INK)
+    bar.ax.tick_params(labelsize=8.5, color=_FAINT, labelcolor=_INK)
+    bar.outline.set_visible(False)
+    names = [_named(sweep[0], objectives) for sweep in sweeps.values()]
+    centre = points.mean(axis=0) if origin is None else origin
+    _label(figure, axes, lines, names, centre, [*bars, staircase])
+
+
+def _draw_staircase(axes: Axes, front: Array) -> Array:
+    """Ring the non-dominated points, shade all that they dominate within the axes, and return its edge."""
+    front = np.unique(front, axis=0)  # sorted by the first objective, so falling in the second
+    x = np.concatenate([axes.get_xlim()[:1], np.repeat(front[:, 0], 2)])
+    y = np.concatenate([np.repeat(front[:, 1], 2), axes.get_ylim()[:1]])
+    axes.fill_between(x, y, y[-1], color=_SHADE, linewidth=0, zorder=0)
+    axes.plot(x, y, color=_FAINT, linewidth=1.2, zorder=1)
+    axes.plot(
+        *front.T, "o", markersize=10, markerfacecolor="none", markeredgecolor=_INK, zorder=5,
+        label="not dominated",
+    )  # fmt: skip
+    return np.column_stack([x, y])
+
+
+def _label(
+    figure: Figure,
+    axes: Axes,
+    lines: Sequence[Array],
+    texts: Sequence[str],
+    centre: ArrayLike,
+    others: Sequence[Array],
+) -> None:
+    """Write each text beside the last point of its line, outwards from `centre`, clear of all lines.
+
+    A text that finds no free place is left out; colour still tells its weights.
+    """
+    figure.draw_without_rendering()  # settles the layout, so that pixels can be counted
+    in_pixels = [axes.transData.transform(line) for line in [*lines, *others]]
+    steps = np.linspace(0.0, 1.0, 100)[:, None, None]
+    drawn = [(line[:-1] + steps * np.diff(line, axis=0)).reshape(-1, 2) for line in in_pixels]
+    turns = np.linspace(-np.pi, np.pi, 33)
+    circle = 11 * np.column_stack([np.cos(turns), np.sin(turns)])  # around the rings of the front
+    rings = [(line[:, None] + circle).reshape(-1, 2) for line in in_pixels[: len(lines)]]
+    covered = np.concatenate(drawn + rings)
+    legend, inside = axes.get_legend(), np.array(axes.bbox.extents)
+    boxes = [] if legend is None else [np.array(legend.get_window_extent().extents)]
+    middle = axes.transData.transform(np.asarray(centre))
+    # Near and outwards first; a turn of a half circle is as bad as 40 pixels more distance.
+    places = sorted(
+        ((distance, turn) for distance in (13, 20, 30, 42, 56, 72) for turn in turns),
+        key=lambda place: place[0] + 40 * abs(place[1]) / np.pi,
+    )
+    for line, text in zip(in_pixels, texts, strict=False):
+        end = line[-1]
+        written = axes.text(0.5, 0.5, text, transform=axes.transAxes, fontsize=8.5, color=_INK, zorder=7)
+        written.set(ha="center", va="center")
+        size = np.array(written.get_window_extent().size)
+        outwards = np.arctan2(*(end - middle)[::-1])
+        for distance, turn in places:
+            direction = np.array([np.cos(outwards + turn), np.sin(outwards + turn)])
+            place = end + direction * (distance + size / 2)
+            box = np.concatenate([place - size / 2 - 4, place + size / 2 + 4])
+            if (
+                (box[:2] >= inside[:2]).all()
+                and (box[2:] <= inside[2:]).all()
+                and not ((covered > box[:2]) & (covered < box[2:])).all(axis=1).any()
+                and not any((box[:2] < other[2:]).all() and (other[:2] < box[2:]).all() for other in boxes)
+            ):
+                x, y = axes.transAxes.inverted().transform(place)
+                written.set_position((x, y))
+                boxes.append(box)
+                break
+        else:
+            written.remove()
+
+
+def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> None:
+    """Draw three or more objectives side by side, a line per weights."""
+    sweeps, reference = _sweeps(rows), _reference(rows)
+    axes, across = figure.subplots(), np.arange(len(objectives))
+    _dress(axes)
+    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    farthest = [sweep[-1] for sweep in sweeps.values()]
+    rewards, errors = np.array([_rewards(row, objectives) for row in farthest]).swapaxes(0, 1)
+    origin = None if reference is None else _rewards(reference, objectives)[0]
+    on_front = non_dominated(rewards if origin is None else np.vstack([rewards, origin]))
+    chief = [_chief(row, objectives) for row in farthest]
+    for index, line in enumerate(rewards):
+        axes.errorbar(
+            across, line, yerr=errors[index], fmt="o-", color=chief[index][1], markersize=4, capsize=2,
+            linewidth=1.7 if on_front[index] else 0.8, alpha=1.0 if on_front[index] else 0.45, zorder=3,
+        )  # fmt: skip
+    for name, colour in dict(chief).items():
+        axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.7, label=name)
+    if origin is not None:
+        style = dict[str, Any](color=_INK, markersize=5, linewidth=1.2, zorder=5)
+        axes.plot(across, origin, "D--", label="reference policy", **style)
+    axes.set_xticks(across, objectives)
+    axes.set_xlim(-0.15, across[-1] + 0.05)
+    axes.set_ylabel("reward (normalised)")
+    axes.set_title(
+        f"Reward at preference weights {' / '.join(objectives)}\n"
+        "each line: one choice of weights at its largest β; bold: not dominated",
+        fontsize=9.5, color=_INK, loc="left",
+    )  # fmt: skip
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
+    _label_right(axes, across[-1], rewards[:, -1], [_named(row, objectives) for row in farthest], chief)
+
+
+def _label_right(
+    axes: Axes, x: float, heights: Array, texts: Sequence[str], chief: Sequence[tuple[str, str]]
+) -> None:
+    """List the texts right of the axes by the height of their lines' ends, moved apart and joined to them."""
+    if len(texts) > 36:
+        return  # more would not fit above each other
+    order = np.argsort(heights, kind="stable")
+    low, high = axes.get_ylim()
+    step = (high - low) / max(24, len(texts))
+    # The nearest heights that are a step apart: each is the mean of the run that it is pushed together with.
+    runs: list[list[float]] = []
+    for rank, height in enumerate(heights[order]):
+        runs.append([float(height) - rank * step])
+        while len(runs) > 1 and np.mean(runs[-2]) > np.mean(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    apart = np.array([np.mean(run) for run in runs for _ in run])
+    apart = np.clip(apart, low, high - (len(texts) - 1) * step) + np.arange(len(texts)) * step
+    for index, height in zip(order, apart, strict=True):
+        axes.annotate(
+            texts[index], (x, heights[index]), xytext=(1.06, (height - low) / (high - low)),
+            textcoords="axes fraction", fontsize=8, color=_INK, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": chief[index][1], "linewidth": 0.7, "alpha": 0.7},
+        )  # fmt: skip
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
+
+
+def _dress(axes: Axes) -> None:
+    """Take away what draws the eye from the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(labelsize=8.5, color=_FAINT, labelcolor=_INK)
+    axes.xaxis.label.set(color=_INK, fontsize=9)
+    axes.yaxis.label.set(color=_INK, fontsize=9)
+
+
+def _colours() -> Colormap:
+    """Viridis without its last part, which is too light on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.86, 256)))
+
+
+def _sweeps(rows: Sequence[Row]) -> dict[Key, list[Row]]:
+    """Group all rows but the reference policy's by weights, each group sorted by β."""
+    sweeps: dict[Key, list[Row]] = {}
+    for row in rows:
+        if not _is_reference(row):
+            sweeps.setdefault(_key(row), []).append(row)
+    if not sweeps:
+        raise EvaluationError(
+            f"there is nothing to draw: none of {len(rows)} rows has a β and weights above 0.",
+            "Evaluate at least one choice of weights at one β above 0.",
+        )
+    return {key: sorted(sweep, key=lambda row: _number(row, "beta")) for key, sweep in sweeps.items()}
+
+
+def _betas(sweeps: Mapping[Key, Sequence[Row]]) -> str:
+    """Every β of the sweeps, for a legend."""
+    betas = {float(row["beta"]) for sweep in sweeps.values() for row in sweep}
+    return ", ".join(f"{beta:g}" for beta in sorted(betas))
+
+
+def _reference(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if _is_reference(row)), None)
+
+
+def _is_reference(row: Row) -> bool:
+    return _number(row, "beta") == 0 or not _key(row)
+
+
+def _key(row: Row) -> Key:
+    """The weights of a row as a name for its group: without zeros, in any order, free of rounding."""
+    return tuple(sorted((name, round(float(weight), 9)) for name, weight in row["weights"].items() if weight))
+
+
+def _named(row: Row, objectives: Sequence[str]) -> str:
+    return " / ".join(f"{row['weights'].get(name, 0.0):.3g}" for name in objectives)
+
+
+def _share(row: Row, objectives: Sequence[str]) -> float:
+    """The second of two objectives' share of the weights, from 0 to 1."""
+    first, second = (abs(row["weights"].get(name, 0.0)) for name in objectives)
+    return float(second / (first + second)) if first + second else 0.5
+
+
+def _chief(row: Row, objectives: Sequence[str]) -> tuple[str, str]:
+    """The objective with the largest weight and its colour."""
+    weights = [row["weights"].get(name, 0.0) for name in objectives]
+    if weights.count(max(weights)) > 1:
+        return "largest weight shared", _FAINT
+    index = weights.index(max(weights))
+    return f"most weight on {objectives[index]}", _PALETTE[index % len(_PALETTE)]
+
+
+def _number(row: Row, name: str) -> float:
+    value = row.get(name)
+    if value is None or not np.isfinite(value):
+        raise EvaluationError(
+            f"the row of weights {row.get('weights')} and β {row.get('beta')} has {name} {value!r}; a finite "
+            "number is needed.",
+            "Leave rows that could not be measured out of the picture.",
+        )
+    return float(value)
+
+
+def _rewards(row: Row, objectives: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Rewards and their standard errors by objective; an unknown error is 0 and so not seen."""
+    missing = [name for name in objectives if name not in row["rewards"]]
+    if missing:
+        raise EvaluationError(
+            f"the row of weights {row['weights']} and β {row['beta']} has no reward of {missing[0]!r}, only "
+            f"of: {', '.join(row['rewards'])}.",
+            "Draw objectives that every row was scored on.",
+        )
+    known = row.get("rewards_stderr") or {}
+    errors = [float(known.get(name) or 0.0) for name in objectives]
+    return [_number(row["rewards"], name) for name in objectives], errors
+
+
+def _weighted(row: Row, weights: Mapping[str, float]) -> tuple[float, float]:
+    """The reward w·R of a row and its standard error, or the most that the error can be."""
+    if _key(row) == _key({"weights": weights}) and row.get("reward") is not None:
+        return _number(row, "reward"), float(row.get("reward_stderr") or 0.0)
+    names = [name for name, weight in weights.items() if weight]
+    rewards, errors = _rewards(row, names)
+    reward = sum(weights[name] * value for name, value in zip(names, rewards, strict=True))
+    return reward, sum(abs(weights[name]) * error for name, error in zip(names, errors, strict=True))

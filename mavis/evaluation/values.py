@@ -1,0 +1,102 @@
+"""Whether the heads' predictions come true."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mavis.critics import HiddenStateCritic
+from mavis.evaluation.statistics import calibration_table
+from mavis.math.returns import soft_returns
+from mavis.rollouts.collect import RolloutSettings
+from mavis.rollouts.replay import Sequences, replay
+
+_MOST_RESPONSES = 512
+
+
+def value_calibration(
+    policy: Any,
+    critic: HiddenStateCritic,
+    reference: dict[str, list[Any]],
+    sweep: dict[str, list[Any]],
+    sampling: RolloutSettings,
+) -> list[dict[str, Any]]:
+    """Compare Q_m(s_t, a_t) with the return that followed, where objective m alone was weighed.
+
+        observed = R_m − (1/β) Σ_{t'>t} KL_{t'}
+
+    One step per response is compared, at a quarter, a half and three quarters of its length in turn. A head is right at
+    the β it was trained for, where slope 1 is expected; elsewhere the table shows how it drifts.
+
+    Args:
+        policy: the reference policy.
+        critic: whose heads are looked at.
+        reference: columns of reference rollouts; they count as β = 0 for every objective.
+        sweep: columns of tilted rollouts.
+        sampling: that both were sampled with.
+
+    Returns:
+        One entry per objective and β: `objective`, `beta`, `slope`, `r_squared`, `bins`.
+    """
+    found = []
+    for m, name in enumerate(critic.objectives):
+        alone = [
+            i
+            for i, w in enumerate(sweep["weights"])
+            if w[m] == 1 and not any(x for k, x in enumerate(w) if k != m)
+        ]
+        for beta in [0.0, *sorted({sweep["beta"][i] for i in alone})]:
+            columns = sweep if beta else reference
+            rows = (
+                [i for i in alone if sweep["beta"][i] == beta]
+                if beta
+                else list(range(len(reference["beta"])))
+            )
+            rows = [i for i in rows if columns["response_ids"][i]]
+            rows = rows[:: max(1, len(rows) // _MOST_RESPONSES)]
+            predicted, observed = _pairs(
+                policy, critic, columns, rows, m, 1 / beta if beta else 0.0, sampling
+            )
+            table = asdict(calibration_table(predicted, observed))
+            found.append({"objective": name, "beta": beta} | table)
+    return found
+
+
+def _pairs(
+    policy: Any,
+    critic: HiddenStateCritic,
+    columns: dict[str, list[Any]],
+    rows: list[int],
+    objective: int,
+    zeta: float,
+    sampling: RolloutSettings,
+) -> tuple[list[float], list[float]]:
+    predicted: list[float] = []
+    observed: list[float] = []
+    dummy = torch.zeros(critic.fingerprint.vocab_size, 1)
+    for at in range(0, len(rows), 64):
+        index = rows[at : at + 64]
+        lists = [
+            [columns[name][i] for i in index] for name in ("prompt_ids", "response_ids", "kl", "rewards")
+        ]
+        prompts, responses, kl_rows, rewards = lists
+        steps = replay(
+            policy, Sequences.pack(prompts, responses), dummy, top_k=None, temperature=sampling.temperature
+        )
+        kl = torch.zeros(steps.kl.shape)
+        for row, values in enumerate(kl_rows):
+            kl[row, : len(values)] = torch.tensor(values)
+        returns = soft_returns(critic.normalise(torch.tensor(rewards)).float(), kl, zeta)[..., objective]
+        lengths = steps.is_response.sum(1)
+        quarter = torch.tensor([(i % 3) + 1 for i in range(at, at + len(index))], device=lengths.device)
+        step = ((lengths - 1) * quarter // 4).clamp_min(0)
+        which = torch.arange(len(index), device=step.device)
+        with torch.no_grad():
+            values = critic.values_of_states(
+                steps.states[which, step], steps.action_ids[which, step][:, None]
+            )
+        predicted.extend(values[:, 0, objective].tolist())
+        observed.extend(returns[which.cpu(), step.cpu()].tolist())
+    return predicted, observed
