@@ -1,1 +1,57 @@
-"""`mavis <command> [hydra overrides]`: which command runs which Hydra app."""
+"""`mavis <command> [name=value ...]`: which command runs which Hydra app."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mavis.errors import closest
+
+COMMANDS = {
+    "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
+    "train": "train a critic for a policy",
+    "evaluate": "sweep weights and β, and compare with the best that is possible at each KL",
+    "generate": "continue prompts under preference weights",
+    "pretrain": "train a small story LM, the recipe of the embedded policy",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command and its overrides; None takes the process's own.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the arguments.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: mavis <command> [name=value ...]\n")
+        print("\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()))
+        print("\nmavis <command> --help lists its settings; --cfg job prints them as they would be used.")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from mavis.version import __version__
+
+        print(__version__)
+        return 0
+    command, overrides = given[0], given[1:]
+    if command not in COMMANDS:
+        print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    # Hydra reads the process's arguments and names the app after the script.
+    sys.argv = [f"mavis-{command}", *(_quoted(override) for override in overrides)]
+    importlib.import_module(f"mavis.cli.{command}").main()
+    return 0
+
+
+def _quoted(override: str) -> str:
+    """Quote what follows `prompt=`, so that commas, quotes and equals signs in a prompt are text and not grammar."""
+    name, equals, value = override.partition("=")
+    if not equals or name.lstrip("+") not in ("prompt", "story") or value in ("", "null"):
+        return override
+    escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
+    return f"{name}='" + escaped.replace("'", "\\'") + "'"

@@ -128,7 +128,7 @@ class Capture:
         if ids is None:
             return
         cache = kwargs.get("past_key_values")
-        start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        start = int(cache.get_seq_length()) if cache is not None else 0
         self._thread.forward = Forward(ids=ids, start=start)
         _latest.capture = self
 

@@ -33,9 +33,7 @@ def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
         CriticError: if `folder` holds something that is not a critic.
     """
     target = Path(folder)
-    if target.exists() and (
-        not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())
-    ):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
         raise CriticError(
             f"folder is {str(target)!r}, which exists and is not a critic.",
             "name a new folder or an old critic.",
@@ -85,9 +83,7 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise CriticError(
-            f"folder is {str(path)!r}, which does not exist.", "train a critic first: mavis train."
-        )
+        raise CriticError(f"folder is {str(path)!r}, which does not exist.", "train a critic first: mavis train.")
     if not (path / CONFIG).is_file():
         raise CriticError(
             f"folder {str(path)!r} has no {CONFIG}, so it is not a critic.",
@@ -112,9 +108,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_weights(critic: Critic, path: Path) -> None:
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(
-            p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-        )
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
         found = f"; it holds {', '.join(pickles)}, which is never read because loading a pickle can run code"
         raise CriticError(
             f"folder {str(path)!r} has no {WEIGHTS}{found if pickles else ''}.",
@@ -129,6 +123,4 @@ def _load_weights(critic: Critic, path: Path) -> None:
 
 def _corrupt(path: Path, error: Exception) -> CriticError:
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return CriticError(
-        f"{str(path)!r} is corrupt or truncated: {first_line}", "copy or train the critic again."
-    )
+    return CriticError(f"{str(path)!r} is corrupt or truncated: {first_line}", "copy or train the critic again.")

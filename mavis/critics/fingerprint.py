@@ -92,8 +92,9 @@ def output_embedding(policy: Any) -> torch.nn.Module:
 
 def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
     """Read (hidden size, vocabulary size) off an output embedding, not off a config, which some families break."""
-    if hasattr(embedding, "in_features") and hasattr(embedding, "out_features"):
-        return int(embedding.in_features), int(embedding.out_features)
+    sizes = getattr(embedding, "in_features", None), getattr(embedding, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     return int(weight.shape[1]), int(weight.shape[0])

@@ -51,9 +51,7 @@ class HiddenStateCritic(Critic):
         super().__init__(objectives, fingerprint)
         for name, size in (("embedding_size", embedding_size), ("hidden", hidden), ("rank", rank)):
             if not isinstance(size, int) or size < 1:
-                raise CriticError(
-                    f"{name} is {size!r}, expected a whole number ≥ 1.", "128 and 64 are good sizes."
-                )
+                raise CriticError(f"{name} is {size!r}, expected a whole number ≥ 1.", "128 and 64 are good sizes.")
         self.heads = ValueHeads(fingerprint.hidden_size, len(self.objectives), hidden, rank)
         self.projection = nn.Linear(embedding_size, rank, bias=False)
         # A trailing 1 in every row lets one product add V to ⟨A, u⟩.

@@ -104,9 +104,7 @@ def agreeing_config(policy: Any, temperature: float, arguments: dict[str, Any]) 
     inherited = policy.generation_config
     given = arguments.pop("generation_config", None)
     config = copy.deepcopy(given if given is not None else inherited)
-    sampling = arguments.setdefault(
-        "do_sample", True if given is None or given.do_sample is None else given.do_sample
-    )
+    sampling = arguments.setdefault("do_sample", True if given is None or given.do_sample is None else given.do_sample)
     neutral = _NEUTRAL_PENALTIES | (_NEUTRAL_SAMPLING if sampling else {})
     for name, value in neutral.items():
         if getattr(config, name, None) is not None or getattr(inherited, name, None) is not None:

@@ -157,12 +157,7 @@ class MavisTilt(LogitsProcessor):
 
     def _spread(self, critic: Critic, input_ids: Tensor, scores: Tensor) -> _Lambda:
         kept = self._lambda
-        if (
-            kept is not None
-            and kept.critic is critic
-            and kept.rows == len(scores)
-            and kept.device == scores.device
-        ):
+        if kept is not None and kept.critic is critic and kept.rows == len(scores) and kept.device == scores.device:
             return kept
         if self._rows is None or self._rows[0] is not critic:
             self._rows = (critic, lambda_rows(self.weights, critic, self.beta, self.target_kl))
@@ -225,22 +220,14 @@ def _check_groups(prompt_ids: Tensor, rows: int) -> None:
 
 def _check_settings(beta: object, target_kl: float | None, top_k: int | None, temperature: float) -> None:
     if beta is not None and target_kl is not None:
-        raise DecodingError(
-            f"beta is {beta} and target_kl is {target_kl}; both set the strength.", "give one of them."
-        )
+        raise DecodingError(f"beta is {beta} and target_kl is {target_kl}; both set the strength.", "give one of them.")
     if beta is not None:
         strength_rows(beta)  # type: ignore[arg-type]
     if target_kl is not None and not (isinstance(target_kl, int | float) and 0 < target_kl < math.inf):
         raise DecodingError(f"target_kl is {target_kl!r}, expected nats > 0.", "2.0 is a moderate budget.")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise DecodingError(
-            f"top_k is {top_k!r}, expected a whole number ≥ 1 or None.", "None means every token."
-        )
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, int | float)
-        or not 0 < temperature < math.inf
-    ):
+        raise DecodingError(f"top_k is {top_k!r}, expected a whole number ≥ 1 or None.", "None means every token.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise DecodingError(
             f"temperature is {temperature!r}, expected a number > 0.", "1.0 leaves the policy as it is."
         )

@@ -14,9 +14,7 @@ from mavis.errors import DecodingError, WeightsError, closest
 if TYPE_CHECKING:
     from mavis.critics import Critic
 
-Weights = (
-    Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
-)
+Weights = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
 
 
 def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
@@ -106,9 +104,7 @@ def strength_rows(beta: float | Sequence[float] | Tensor) -> Tensor:
     try:
         rows = torch.as_tensor(beta, dtype=torch.float64).detach().cpu().reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DecodingError(
-            f"beta is {beta!r}, expected a number ≥ 0 or one per prompt.", "write e.g. 4.0."
-        ) from error
+        raise DecodingError(f"beta is {beta!r}, expected a number ≥ 0 or one per prompt.", "write e.g. 4.0.") from error
     bad = ~(rows.isfinite() & (rows >= 0))
     if bad.any() or not len(rows):
         value = rows[bad][0].item() if len(rows) else beta
@@ -162,7 +158,5 @@ def lambda_rows(
         )
     lam = strength[:, None] * rows
     if not bool(lam.isfinite().all()):  # two finite numbers whose product is not
-        raise WeightsError(
-            f"beta · weights overflows: beta {math.inf}.", "use smaller weights or a smaller beta."
-        )
+        raise WeightsError(f"beta · weights overflows: beta {math.inf}.", "use smaller weights or a smaller beta.")
     return lam

@@ -128,15 +128,12 @@ def evaluate(
     points = [(w, b) for w in grid for b in settings.betas]
     for index, (weights, beta) in enumerate(points):
         rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
-        rows[-1]["efficiency"] = _efficiency(
-            per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
-        )
+        rows[-1]["efficiency"] = _efficiency(per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"])
         say("scoring", index + 1, len(points))
     return {
         "objectives": list(critic.objectives),
         "prompts": list(prompts),
-        "settings": asdict(settings)
-        | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
+        "settings": asdict(settings) | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
         "normalisation": {
             name: {"mean": float(mean), "std": float(std)}
             for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)
@@ -165,9 +162,7 @@ def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettin
     )
 
 
-def _gather(
-    stage: str, say: Callable[[str, int, int], None], total: int, shards: Any
-) -> dict[str, list[Any]]:
+def _gather(stage: str, say: Callable[[str, int, int], None], total: int, shards: Any) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     say(stage, 0, total)
     for shard in shards:
@@ -200,9 +195,7 @@ class _Scorer:
         kl, kl_stderr = mean_and_stderr([sum(row) for row in group["kl"]])
         lengths = [len(row) for row in group["response_ids"]]
         row: dict[str, Any] = {
-            "weights": dict(
-                zip(names, weights.tolist() if weights is not None else [0.0] * len(names), strict=True)
-            ),
+            "weights": dict(zip(names, weights.tolist() if weights is not None else [0.0] * len(names), strict=True)),
             "beta": float(beta),
             "rewards": dict(zip(names, (mean for mean, _ in summary), strict=True)),
             "rewards_stderr": dict(zip(names, (stderr for _, stderr in summary), strict=True)),
@@ -218,19 +211,13 @@ class _Scorer:
         if self.held_out:
             raw = score(self.held_out, group["prompt"], group["response"])
             row["held_out"] = dict(zip(self.held_out, (mean_and_stderr(c)[0] for c in raw.T), strict=True))
-            row["held_out_stderr"] = dict(
-                zip(self.held_out, (mean_and_stderr(c)[1] for c in raw.T), strict=True)
-            )
+            row["held_out_stderr"] = dict(zip(self.held_out, (mean_and_stderr(c)[1] for c in raw.T), strict=True))
         return row
 
     def _perplexity(self, group: dict[str, list[Any]], most: int = 512) -> float | None:
         """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""
         step = max(1, len(group["prompt_ids"]) // most)
-        pairs = [
-            (p, r)
-            for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True)
-            if r
-        ]
+        pairs = [(p, r) for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True) if r]
         total, count = 0.0, 0
         table = torch.zeros(self.critic.fingerprint.vocab_size, 1)
         for at in range(0, len(pairs), 64):
@@ -248,9 +235,7 @@ class _Scorer:
 
 
 def _weighted(row: dict[str, Any], weights: Tensor, critic: HiddenStateCritic) -> float:
-    return float(
-        sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True))
-    )
+    return float(sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True)))
 
 
 def _efficiency(rewards: Tensor, ours: float, kl: float) -> float | None:
@@ -293,9 +278,7 @@ def _efficiencies(
 def _limits(per_prompt: Tensor, grid: Tensor, critic: HiddenStateCritic) -> list[dict[str, Any]]:
     limits = []
     for weights in grid:
-        frontier = optimal_frontier(
-            per_prompt @ weights, torch.cat([torch.zeros(1, dtype=torch.float64), LIMIT_BETAS])
-        )
+        frontier = optimal_frontier(per_prompt @ weights, torch.cat([torch.zeros(1, dtype=torch.float64), LIMIT_BETAS]))
         limits.append(
             {
                 "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
@@ -350,9 +333,7 @@ def _check(settings: EvaluationSettings, prompts: Sequence[str]) -> None:
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
     if not settings.betas or min(settings.betas) <= 0:
-        raise ConfigError(
-            f"betas is {list(settings.betas)}, expected numbers > 0.", "β = 0 is always measured."
-        )
+        raise ConfigError(f"betas is {list(settings.betas)}, expected numbers > 0.", "β = 0 is always measured.")
     if settings.samples < 1 or settings.reference_samples < 2:
         raise ConfigError(
             f"samples is {settings.samples} and reference_samples {settings.reference_samples}; expected ≥ 1 and ≥ 2.",

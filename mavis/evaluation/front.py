@@ -27,9 +27,7 @@ def non_dominated(rewards: ArrayLike) -> NDArray[np.bool_]:
     points = _checked(rewards)
     if len(points) == 0:
         return np.zeros(0, dtype=bool)
-    mask: NDArray[np.bool_] = np.asarray(
-        moocore.is_nondominated(points, maximise=True, keep_weakly=True), bool
-    )
+    mask: NDArray[np.bool_] = np.asarray(moocore.is_nondominated(points, maximise=True, keep_weakly=True), bool)
     return mask
 
 
@@ -59,8 +57,7 @@ def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
     corner = np.asarray(reference_point, dtype=np.float64)
     if corner.shape != points.shape[1:] or not np.isfinite(corner).all():
         raise EvaluationError(
-            f"reference_point must be {points.shape[1]} finite numbers, one per objective, "
-            f"got {corner.tolist()}.",
+            f"reference_point must be {points.shape[1]} finite numbers, one per objective, got {corner.tolist()}.",
             "Name the same point for all fronts that are compared, below all of them.",
         )
     if len(points) == 0:

@@ -115,9 +115,7 @@ def plot_frontier(
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    figure.legend(
-        list(named.values()), list(named), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5
-    )
+    figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
     _write(figure, path)
     return figure
 
@@ -325,9 +323,7 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     _label_right(axes, across[-1], rewards[:, -1], [_named(row, objectives) for row in farthest], chief)
 
 
-def _label_right(
-    axes: Axes, x: float, heights: Array, texts: Sequence[str], chief: Sequence[tuple[str, str]]
-) -> None:
+def _label_right(axes: Axes, x: float, heights: Array, texts: Sequence[str], chief: Sequence[tuple[str, str]]) -> None:
     """List the texts right of the axes by the height of their lines' ends, moved apart and joined to them."""
     if len(texts) > 36:
         return  # more would not fit above each other

@@ -43,22 +43,14 @@ def value_calibration(
     found = []
     for m, name in enumerate(critic.objectives):
         alone = [
-            i
-            for i, w in enumerate(sweep["weights"])
-            if w[m] == 1 and not any(x for k, x in enumerate(w) if k != m)
+            i for i, w in enumerate(sweep["weights"]) if w[m] == 1 and not any(x for k, x in enumerate(w) if k != m)
         ]
         for beta in [0.0, *sorted({sweep["beta"][i] for i in alone})]:
             columns = sweep if beta else reference
-            rows = (
-                [i for i in alone if sweep["beta"][i] == beta]
-                if beta
-                else list(range(len(reference["beta"])))
-            )
+            rows = [i for i in alone if sweep["beta"][i] == beta] if beta else list(range(len(reference["beta"])))
             rows = [i for i in rows if columns["response_ids"][i]]
             rows = rows[:: max(1, len(rows) // _MOST_RESPONSES)]
-            predicted, observed = _pairs(
-                policy, critic, columns, rows, m, 1 / beta if beta else 0.0, sampling
-            )
+            predicted, observed = _pairs(policy, critic, columns, rows, m, 1 / beta if beta else 0.0, sampling)
             table = asdict(calibration_table(predicted, observed))
             found.append({"objective": name, "beta": beta} | table)
     return found
@@ -78,13 +70,9 @@ def _pairs(
     dummy = torch.zeros(critic.fingerprint.vocab_size, 1)
     for at in range(0, len(rows), 64):
         index = rows[at : at + 64]
-        lists = [
-            [columns[name][i] for i in index] for name in ("prompt_ids", "response_ids", "kl", "rewards")
-        ]
+        lists = [[columns[name][i] for i in index] for name in ("prompt_ids", "response_ids", "kl", "rewards")]
         prompts, responses, kl_rows, rewards = lists
-        steps = replay(
-            policy, Sequences.pack(prompts, responses), dummy, top_k=None, temperature=sampling.temperature
-        )
+        steps = replay(policy, Sequences.pack(prompts, responses), dummy, top_k=None, temperature=sampling.temperature)
         kl = torch.zeros(steps.kl.shape)
         for row, values in enumerate(kl_rows):
             kl[row, : len(values)] = torch.tensor(values)
@@ -94,9 +82,7 @@ def _pairs(
         step = ((lengths - 1) * quarter // 4).clamp_min(0)
         which = torch.arange(len(index), device=step.device)
         with torch.no_grad():
-            values = critic.values_of_states(
-                steps.states[which, step], steps.action_ids[which, step][:, None]
-            )
+            values = critic.values_of_states(steps.states[which, step], steps.action_ids[which, step][:, None])
         predicted.extend(values[:, 0, objective].tolist())
         observed.extend(returns[which.cpu(), step.cpu()].tolist())
     return predicted, observed

@@ -62,8 +62,7 @@ def optimal_frontier(rewards: Tensor, betas: Tensor) -> OptimalFrontier:
     rewards = _checked_rewards(rewards)
     if betas.ndim != 1 or not bool(torch.isfinite(betas).all()) or bool((betas < 0).any()):
         raise EvaluationError(
-            f"betas must be a (G,) tensor of finite numbers ≥ 0, got shape {tuple(betas.shape)}: "
-            f"{betas.tolist()}.",
+            f"betas must be a (G,) tensor of finite numbers ≥ 0, got shape {tuple(betas.shape)}: {betas.tolist()}.",
             "Pass for example torch.tensor([0.0, 0.5, 1.0, 2.0]).",
         )
     betas = betas.to(rewards)
@@ -137,9 +136,7 @@ def reward_at(kl: Tensor, rewards: Tensor, target: float) -> float | None:
             "Pass one KL and one reward for each point of the sweep.",
         )
     if not (bool(torch.isfinite(kl).all()) and bool(torch.isfinite(rewards).all()) and math.isfinite(target)):
-        raise EvaluationError(
-            "kl, rewards and target must be finite.", "Drop the points that could not be measured."
-        )
+        raise EvaluationError("kl, rewards and target must be finite.", "Drop the points that could not be measured.")
     points, group = kl.double().unique(return_inverse=True)  # sorted
     if len(points) == 0 or not float(points[0]) <= target <= float(points[-1]):
         return None
@@ -171,8 +168,7 @@ def frontier_efficiency(ours: float, reference: float, optimal: float) -> float:
     """
     if not all(math.isfinite(number) for number in (ours, reference, optimal)):
         raise EvaluationError(
-            f"frontier efficiency needs finite rewards, got ours {ours}, reference {reference} and optimal "
-            f"{optimal}.",
+            f"frontier efficiency needs finite rewards, got ours {ours}, reference {reference} and optimal {optimal}.",
             "Check the rewards, and that our sweep over beta spans this KL.",
         )
     if optimal <= reference:
@@ -187,8 +183,7 @@ def frontier_efficiency(ours: float, reference: float, optimal: float) -> float:
 def _checked_rewards(rewards: Tensor) -> Tensor:
     if rewards.ndim != 2 or rewards.numel() == 0 or not bool(torch.isfinite(rewards).all()):
         raise EvaluationError(
-            "rewards must be a finite, non-empty (prompts, rollouts) tensor, "
-            f"got shape {tuple(rewards.shape)}.",
+            f"rewards must be a finite, non-empty (prompts, rollouts) tensor, got shape {tuple(rewards.shape)}.",
             "Weigh the objectives first, and draw the same number of reference rollouts for every prompt.",
         )
     return rewards.double()

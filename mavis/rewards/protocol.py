@@ -49,9 +49,7 @@ class Signed:
         return [self.sign * reward for reward in self.objective(prompts, responses)]
 
 
-def score(
-    objectives: Mapping[str, Objective], prompts: Sequence[str], responses: Sequence[str]
-) -> np.ndarray:
+def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """Score every response by every objective, and check what the objectives return.
 
         rewards[b, m] = R_m(prompts[b], responses[b])
@@ -70,9 +68,7 @@ def score(
             within an objective comes through unchanged, with a note that names the objective.
     """
     if not objectives:
-        raise ObjectiveError(
-            "score got no objectives.", "name at least one, for example {'positive': Positive()}."
-        )
+        raise ObjectiveError("score got no objectives.", "name at least one, for example {'positive': Positive()}.")
     if isinstance(prompts, str) or isinstance(responses, str):
         raise ObjectiveError(
             "score got one string where it reads a sequence of strings.", "pass [prompt] and [response]."
@@ -104,9 +100,7 @@ def score(
 def checked_sign(sign: int) -> int:
     """Return `sign` if it is 1 or −1, else raise ObjectiveError."""
     if sign not in (1, -1):
-        raise ObjectiveError(
-            f"sign is {sign!r}, but it must be 1 or -1.", "use 1 for a reward and -1 for a cost."
-        )
+        raise ObjectiveError(f"sign is {sign!r}, but it must be 1 or -1.", "use 1 for a reward and -1 for a cost.")
     return int(sign)
 
 
@@ -120,22 +114,17 @@ def _floats(returned: Any, responses: Sequence[str], subject: str) -> list[float
         raise ObjectiveError(f"{subject} returned shape {shape}, but must return ({len(responses)},).", hint)
     # A mapping or a string can be iterated over too, but what comes out are not rewards.
     if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping, set)):
-        raise ObjectiveError(
-            f"{subject} returned a {type(returned).__name__} for {len(responses)} responses.", hint
-        )
+        raise ObjectiveError(f"{subject} returned a {type(returned).__name__} for {len(responses)} responses.", hint)
     values = list(returned)
     if len(values) != len(responses):
-        raise ObjectiveError(
-            f"{subject} returned {len(values)} rewards for {len(responses)} responses.", hint
-        )
+        raise ObjectiveError(f"{subject} returned {len(values)} rewards for {len(responses)} responses.", hint)
     rewards = []
     for index, (value, response) in enumerate(zip(values, responses, strict=True)):
         reward = _float(value)
         if reward is None or not math.isfinite(reward):
             shown = response[:_SHOWN] + ("..." if len(response) > _SHOWN else "")
             raise ObjectiveError(
-                f"{subject} scored response {index} ({shown!r}) as {value!r}, "
-                "but a reward is a finite number.",
+                f"{subject} scored response {index} ({shown!r}) as {value!r}, but a reward is a finite number.",
                 "mend the objective for this response, or leave the response out.",
             )
         rewards.append(reward)

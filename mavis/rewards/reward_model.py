@@ -140,9 +140,7 @@ class RewardModel:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             is_token[row, : len(ids)] = 1
         with torch.inference_mode():
-            logits = model(
-                input_ids=input_ids.to(self.device), attention_mask=is_token.to(self.device)
-            ).logits
+            logits = model(input_ids=input_ids.to(self.device), attention_mask=is_token.to(self.device)).logits
         return logits.to("cpu", torch.float64)
 
     def _load(self) -> tuple[Any, Any, int | None]:
@@ -154,9 +152,7 @@ class RewardModel:
             "trust_remote_code": self.trust_remote_code,
         }
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.model, truncation_side=self.truncation_side, **source
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.model, truncation_side=self.truncation_side, **source)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 self.model,
                 dtype=self.dtype or "auto",
@@ -242,9 +238,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, str]) -> str:
 
 def _positive(name: str, value: int) -> int:
     if type(value) is not int or value < 1:
-        raise ObjectiveError(
-            f"{name} is {value!r}, but it must be an integer from 1 up.", f"set {name}=16 or so."
-        )
+        raise ObjectiveError(f"{name} is {value!r}, but it must be an integer from 1 up.", f"set {name}=16 or so.")
     return value
 
 

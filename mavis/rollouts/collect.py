@@ -178,9 +178,7 @@ def _sample(
     attached: Any = nullcontext()
     if critic is not None:
         lam = shard.betas[:, None] * shard.weights
-        tilt = MavisTilt(
-            lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True
-        )
+        tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
         attached = nullcontext() if critic.attached_policy is policy else critic.attach(policy)
     elif truncate_reference and settings.top_k is not None:
         config.top_k = settings.top_k

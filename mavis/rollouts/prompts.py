@@ -43,9 +43,7 @@ def load_prompts(
     prompts = list(dict.fromkeys(row for row in rows if row.strip()))
     if not prompts:
         shown = "an empty list" if not isinstance(source, str) else repr(source)
-        raise DataError(
-            f"prompts come from {shown}, which holds no prompt.", "give at least one line of text."
-        )
+        raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")
     return prompts[:limit]
 
 
@@ -60,9 +58,7 @@ def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[s
     path = Path(source).expanduser()
     if path.suffix == ".txt":
         if not path.is_file():
-            raise DataError(
-                f"prompts come from {source!r}, which does not exist.", "give a file, one prompt a line."
-            )
+            raise DataError(f"prompts come from {source!r}, which does not exist.", "give a file, one prompt a line.")
         return path.read_text(encoding="utf-8").splitlines()
     dataset = _dataset(source, path, split)
     return [str(value) for value in dataset[_column(dataset, column, source)]]
@@ -101,13 +97,7 @@ def _column(dataset: Any, column: str | None, source: str) -> str:
         if column not in names:
             raise DataError(f"column is {column!r}, which {source!r} does not have.", closest(column, names))
         return column
-    texts = [
-        name
-        for name in names
-        if str(getattr(dataset.features[name], "dtype", "")) in {"string", "large_string"}
-    ]
+    texts = [name for name in names if str(getattr(dataset.features[name], "dtype", "")) in {"string", "large_string"}]
     if len(texts) != 1:
-        raise DataError(
-            f"{source!r} has {len(texts)} columns of text: {', '.join(texts)}.", "name one by column=..."
-        )
+        raise DataError(f"{source!r} has {len(texts)} columns of text: {', '.join(texts)}.", "name one by column=...")
     return texts[0]

@@ -99,9 +99,7 @@ def test_prompts_and_responses_must_pair_up() -> None:
 
 @pytest.mark.parametrize(("prompts", "responses"), [("abc", ["a", "b", "c"]), (["a", "b", "c"], "abc")])
 def test_a_bare_string_is_no_sequence_of_strings(prompts: Any, responses: Any) -> None:
-    with pytest.raises(
-        ObjectiveError, match=r"score got one string .* Hint: pass \[prompt\] and \[response\]"
-    ):
+    with pytest.raises(ObjectiveError, match=r"score got one string .* Hint: pass \[prompt\] and \[response\]"):
         score({"x": exclamations}, prompts, responses)
 
 
@@ -144,9 +142,7 @@ def test_a_sign_is_one_or_minus_one(sign: Any) -> None:
         Signed(exclamations, sign=sign)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(mavis.rewards.__file__).parent.glob("*.py")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(Path(mavis.rewards.__file__).parent.glob("*.py")), ids=lambda p: p.stem)
 def test_scorers_are_imported_where_they_are_used(path: Path) -> None:
     imported = set()
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -90,9 +90,7 @@ def test_special_tokens_come_from_the_tokenizer_or_the_chat_template_never_both(
     assert chat == pytest.approx([logits_alone(plain, "user : a b assistant : c d")[0].item()], abs=1e-5)
 
 
-def test_the_model_loads_at_the_first_call_and_once(
-    make_folder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_loads_at_the_first_call_and_once(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder()
     loads = []
     load = RewardModel._load

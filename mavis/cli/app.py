@@ -1,0 +1,191 @@
+"""What every Hydra app of the command line shares: its start, its errors, its progress and its parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mavis.cli.conf_path import conf_dir
+from mavis.errors import ConfigError, MavisError, PolicyError, closest
+
+
+def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Make a function of a config into a command whose mistakes end in one line and exit status 2.
+
+    Args:
+        config_name: the file in the conf tree, without its ending.
+    """
+
+    def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
+        import hydra
+
+        def guarded(config: Any) -> None:
+            try:
+                _prepare(config)
+                run(config)
+            except MavisError as error:
+                print(f"mavis: {error}", file=sys.stderr)
+                sys.exit(2)
+
+        return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+
+    return wrap
+
+
+def _prepare(config: Any) -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if config.get("threads"):
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+
+
+def load_policy(config: Any) -> tuple[Any, Any]:
+    """Load the policy and the tokenizer that a `policy` group describes.
+
+    Args:
+        config: with `path`, None for the embedded policy; else also dtype, device, revision and trust_remote_code.
+
+    Returns:
+        The policy in evaluation mode, without gradients, and its tokenizer, padding on the left.
+
+    Raises:
+        PolicyError: if there is no such model, or its weights are no safetensors.
+    """
+    if config.path is None:
+        from mavis import embedded
+
+        return embedded.load()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(Path(config.path).expanduser()) if Path(config.path).expanduser().exists() else config.path
+    shared = {"revision": config.get("revision") or "main", "trust_remote_code": config.get("trust_remote_code", False)}
+    device = config.get("device", "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        policy = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=config.get("dtype", "auto"),
+            use_safetensors=True,
+            **({"device_map": "auto"} if device == "auto" else {}),
+            **shared,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PolicyError(
+            f"policy.path is {config.path!r}, which cannot be loaded: {first_line}",
+            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise PolicyError(
+                f"the tokenizer of {config.path!r} has neither padding nor an end token.", "give it a pad token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    policy = policy if device == "auto" else policy.to(device)
+    return policy.eval().requires_grad_(False), tokenizer
+
+
+def make_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Build the objectives of a config.
+
+    Args:
+        config: with `objectives`, a mapping from name to `_target_` and options.
+        names: which, in this order; None takes all.
+
+    Raises:
+        ConfigError: if there is none, one is unknown, or one cannot be built.
+    """
+    from hydra.utils import instantiate
+
+    found = config.get("objectives") or {}
+    wanted = list(found) if names is None else list(names)
+    if not wanted:
+        raise ConfigError("objective is empty.", "choose at least one, e.g. objective=[positive,dialogue].")
+    built = {}
+    for name in wanted:
+        if name not in found:
+            raise ConfigError(
+                f"the critic's objective {name!r} is not among the configured ones.",
+                f"{closest(name, found)} Choose the critic's by objective=[{','.join(wanted)}].",
+            )
+        try:
+            built[name] = instantiate(found[name], _convert_="all")
+        except MavisError:
+            raise
+        except Exception as error:  # Hydra wraps whatever the constructor raised
+            cause = error.__cause__ or error
+            raise ConfigError(f"objective {name!r} cannot be built: {cause}", "check its options.") from error
+    return built
+
+
+def read_prompts(config: Any) -> list[str]:
+    """Read the prompts that one entry of a `data` group describes."""
+    from omegaconf import OmegaConf
+
+    from mavis import embedded
+    from mavis.rollouts import load_prompts
+
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    if options["source"] == "embedded":
+        options["source"] = str(embedded.path() / "openings.txt")
+    return load_prompts(**options)
+
+
+def sampling_settings(config: Any, shard_size: int) -> Any:
+    """Build the settings of sampling from the `decoding` group and the seed."""
+    from mavis.rollouts import RolloutSettings
+
+    return RolloutSettings(
+        max_new_tokens=config.decoding.max_new_tokens,
+        top_k=config.decoding.top_k,
+        temperature=config.decoding.temperature,
+        shard_size=shard_size,
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar per stage; yields what to call with a stage, how much is done and how much there is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns) as bars:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield update
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table; numbers get three digits and a missing one a dash."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # In a pipe there is no width to fit into; rich would cut cells at 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=True, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number:.3g}" for name, number in value.items() if number)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

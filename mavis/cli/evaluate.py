@@ -1,0 +1,116 @@
+"""`mavis evaluate`: measure a critic and write its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mavis.cli.app import (
+    hydra_app,
+    load_policy,
+    make_objectives,
+    progress_bars,
+    read_prompts,
+    sampling_settings,
+    show_table,
+)
+
+
+def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path) -> dict[str, Any]:
+    """Sweep as a config says, show the result and return the report.
+
+    Args:
+        config: of `conf/evaluate.yaml`.
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        critic: to be measured.
+        folder: where the rollouts go.
+    """
+    from hydra.utils import instantiate
+
+    from mavis.evaluation.evaluate import EvaluationSettings
+    from mavis.evaluation.evaluate import evaluate as run_evaluation
+
+    options = config.evaluation
+    settings = EvaluationSettings(
+        divisions=options.divisions,
+        betas=tuple(options.betas),
+        samples=options.samples,
+        reference_samples=options.reference_samples,
+        target_kls=tuple(options.target_kls),
+        speed_batch=options.speed_batch,
+        speed_repeats=options.speed_repeats,
+        sampling=sampling_settings(config, options.shard_size),
+    )
+    with progress_bars() as progress:
+        report = run_evaluation(
+            policy,
+            tokenizer,
+            critic,
+            make_objectives(config, critic.objectives),
+            read_prompts(config.data.evaluation_prompts),
+            folder,
+            settings,
+            held_out={name: instantiate(spec, _convert_="all") for name, spec in (options.held_out or {}).items()},
+            progress=progress,
+        )
+    _show(report)
+    return report
+
+
+def _show(report: dict[str, Any]) -> None:
+    show_table(
+        "sweep on prompts that were not trained on; rewards in standard deviations of the reference policy",
+        [
+            {
+                "weights": row["weights"] if row["beta"] else "(reference)",
+                "beta": row["beta"],
+                **{f"{name}": value for name, value in row["rewards"].items()},
+                "KL": row["kl"],
+                "efficiency": row["efficiency"],
+                "tokens": row["length"],
+                "distinct-2": row["distinct_2"],
+                "perplexity": row["perplexity"],
+                **row.get("held_out", {}),
+            }
+            for row in report["rows"]
+        ],
+    )
+    show_table(
+        "frontier efficiency: share of the reward gain that is possible at a KL",
+        [
+            {
+                "weights": entry["weights"],
+                "KL": entry["kl"],
+                "reward": entry["reward"],
+                "efficiency": entry["efficiency"],
+            }
+            for entry in report["efficiency"]
+        ],
+    )
+    if report["speed"]:
+        tilted = report["speed"]["tilted"]
+        print(f"tilted decoding: {tilted['tokens_per_second']:.0f} tokens/s, {tilted['ratio']:.2f} of plain decoding")
+
+
+def _run(config: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from mavis.critics import load_critic
+    from mavis.evaluation.report import write_report
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    critic = load_critic(config.checkpoint)
+    policy, tokenizer = load_policy(config.policy)
+    report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
+    for path in write_report(folder, report):
+        print(path)
+
+
+def main() -> None:
+    """Run the command with the process's arguments."""
+    hydra_app("evaluate")(_run)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""`mavis generate`: continue prompts under preference weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mavis.cli.app import hydra_app, load_policy
+from mavis.errors import ConfigError
+
+
+def continuations(
+    policy: Any,
+    tokenizer: Any,
+    critic: Any,
+    prompts: list[str],
+    decoding: Any,
+    *,
+    weights: Any,
+    beta: float | None,
+    target_kl: float | None,
+    samples: int = 1,
+    greedy: bool = False,
+) -> list[str]:
+    """Continue each prompt `samples` times.
+
+    Returns:
+        Prompt and response together, those of one prompt side by side.
+    """
+    from mavis.decoding import generate
+
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    device = policy.get_output_embeddings().weight.device
+    output = generate(
+        policy,
+        {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")},
+        critic=critic,
+        weights=weights,
+        beta=beta,
+        target_kl=target_kl,
+        top_k=decoding.top_k,
+        temperature=decoding.temperature,
+        max_new_tokens=decoding.max_new_tokens,
+        num_return_sequences=samples,
+        do_sample=not greedy,
+    )
+    texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts
+
+
+def _run(config: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from mavis.critics import load_critic
+    from mavis.rollouts import load_prompts
+
+    if (config.prompt is None) == (config.prompt_file is None):
+        raise ConfigError(
+            f"prompt is {config.prompt!r} and prompt_file is {config.prompt_file!r}; exactly one of them is needed.",
+            "use prompt_file=- to read standard input.",
+        )
+    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file)
+    if not prompts[0].strip():
+        raise ConfigError("prompt is empty.", "give at least one word to go on from.")
+    critic = load_critic(config.checkpoint)
+    weights = [1 / len(critic.objectives)] * len(critic.objectives)
+    if config.weights is not None:
+        weights = OmegaConf.to_container(config.weights)  # type: ignore[assignment]
+    policy, tokenizer = load_policy(config.policy)
+    texts = continuations(
+        policy,
+        tokenizer,
+        critic,
+        prompts,
+        config.decoding,
+        weights=weights,
+        beta=config.beta,
+        target_kl=config.target_kl,
+        samples=config.samples,
+        greedy=config.greedy,
+    )
+    print("\n".join(texts))
+
+
+def main() -> None:
+    """Run the command with the process's arguments."""
+    hydra_app("generate")(_run)()
+
+
+if __name__ == "__main__":
+    main()

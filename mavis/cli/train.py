@@ -1,0 +1,80 @@
+"""`mavis train`: train a critic for a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mavis.cli.app import (
+    hydra_app,
+    load_policy,
+    make_objectives,
+    progress_bars,
+    read_prompts,
+    sampling_settings,
+    show_table,
+)
+
+
+def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
+    """Train a critic as a config says, show each iteration, and return the critic.
+
+    Args:
+        config: of `conf/train.yaml`.
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        folder: of this run; the critic ends in `folder/critic`.
+    """
+    from mavis.critics import HiddenStateCritic
+    from mavis.training.fit import FitSettings
+    from mavis.training.improve import ImprovementSettings, improve
+
+    objectives = make_objectives(config)
+    prompts = read_prompts(config.data.prompts)
+    options = config.improvement
+    settings = ImprovementSettings(
+        iterations=options.iterations,
+        rollouts=options.rollouts,
+        beta=config.beta,
+        zeta=options.zeta,
+        calibration_samples=options.calibration_samples,
+        sampling=sampling_settings(config, options.shard_size),
+        fit=FitSettings(**options.fit),
+    )
+    critic = HiddenStateCritic.for_policy(policy, list(objectives), **config.critic, seed=config.seed)
+    with progress_bars() as progress:
+        reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
+    show_table(
+        f"iterations at beta {config.beta:g}; rewards in standard deviations of the reference policy",
+        [
+            {
+                "iteration": report.iteration,
+                "objective": name,
+                "reward": report.rewards[name],
+                "KL (nats)": report.kl[name],
+                "J = reward − KL/β": report.goal[name],
+                "explained by the fit": report.explained[name],
+            }
+            for report in reports
+            for name in critic.objectives
+        ],
+    )
+    return critic
+
+
+def _run(config: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    policy, tokenizer = load_policy(config.policy)
+    train(config, policy, tokenizer, folder)
+    print(f"critic: {folder / 'critic'}")
+
+
+def main() -> None:
+    """Run the command with the process's arguments."""
+    hydra_app("train")(_run)()
+
+
+if __name__ == "__main__":
+    main()
