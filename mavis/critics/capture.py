@@ -15,7 +15,7 @@ from mavis.errors import CriticError, DecodingError
 
 _NOT_MATCHED_HINT = (
     "the tilt needs each step's scores to come from the attached policy's latest forward pass in this thread; "
-    "classifier-free guidance, early exit and inputs_embeds are not supported."
+    "classifier-free guidance, assisted and prompt-lookup decoding, early exit and inputs_embeds are not supported."
 )
 
 

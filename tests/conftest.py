@@ -1,0 +1,99 @@
+"""A tiny random policy and its tokenizer, made from nothing, for every test that needs a causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# So small a policy is slower with two threads, and one thread always adds in the same order.
+torch.set_num_threads(1)
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WORDS = """good great happy love bad sad awful hate the a one little big old girl boy dog cat man bird
+she he they was is had said saw ran went to and in on with for day time once upon house tree ball food
+home park water not very but so then . , ! ? " """.split()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """Words of a small vocabulary, split at spaces; pads on the left and adds no token of its own."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def build_tiny_policy(seed: int = 0) -> Any:
+    """Build a random Llama of 2 layers × 32 whose next-token entropy is around half of log V.
+
+    Every embedding shares its first coordinate, so the first column of the output embedding acts as a bias: special
+    tokens other than the end are practically never sampled, and a response ends after some twenty tokens.
+    """
+    vocabulary = len(SPECIAL) + len(WORDS)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = LlamaForCausalLM(config)
+        with torch.no_grad():
+            policy.model.embed_tokens.weight.normal_()[:, 0] = 6.0
+            policy.lm_head.weight.normal_(std=0.4)[:, 0] = 0.0
+            policy.lm_head.weight[[0, 1, 3], 0] = -10.0
+            policy.lm_head.weight[2] *= 0.5
+            policy.lm_head.weight[2, 0] = 0.9
+    policy.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return policy.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy() -> Iterator[Any]:
+    """A random Llama; at the end of the session it must be what it was, without a hook left on it."""
+    policy = build_tiny_policy()
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    generation = policy.generation_config.to_dict()
+    yield policy
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert policy.generation_config.to_dict() == generation
+    assert not hooks_on(policy)
+
+
+def hooks_on(policy: Any) -> list[Any]:
+    """List the forward hooks that are on any module of a policy."""
+    return [
+        hook
+        for module in policy.modules()
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_policy: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny policy and its tokenizer, in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("tiny") / "policy"
+    tiny_policy.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

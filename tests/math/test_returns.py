@@ -1,0 +1,52 @@
+"""Returns against sums done by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from mavis.math.returns import later_sum, soft_returns
+
+STEPS = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 0.0]])
+
+
+def test_the_later_sum_leaves_the_present_step_out() -> None:
+    assert later_sum(STEPS).tolist() == [[6.0, 4.0, 0.0], [5.0, 0.0, 0.0]]
+
+
+def test_the_later_sum_runs_over_time_and_not_over_objectives() -> None:
+    both = torch.stack([STEPS, 10 * STEPS], dim=-1)
+    assert later_sum(both).shape == (2, 3, 2)
+    assert torch.equal(later_sum(both)[..., 0], later_sum(STEPS))
+    assert torch.equal(later_sum(both)[..., 1], 10 * later_sum(STEPS))
+
+
+def test_a_return_is_the_reward_less_the_price_of_the_kl_to_come() -> None:
+    returns = soft_returns(torch.tensor([[10.0, -1.0], [0.0, 2.0]]), STEPS, 0.5)
+    assert returns.shape == (2, 3, 2)
+    assert returns[0].tolist() == [[7.0, -4.0], [8.0, -3.0], [10.0, -1.0]]
+    assert returns[1].tolist() == [[-2.5, -0.5], [0.0, 2.0], [0.0, 2.0]]
+
+
+def test_each_response_may_have_a_price_of_its_own() -> None:
+    rewards, zeta = torch.tensor([[10.0], [10.0]]), torch.tensor([0.25, 2.0])
+    together = soft_returns(rewards, STEPS, zeta)
+    for row, price in enumerate(zeta.tolist()):
+        alone = soft_returns(rewards[row : row + 1], STEPS[row : row + 1], price)
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_kl_that_costs_nothing_leaves_the_reward_at_every_step() -> None:
+    assert torch.equal(soft_returns(torch.tensor([[3.0]]), STEPS[:1], 0.0), torch.full((1, 3, 1), 3.0))
+
+
+def test_a_return_is_the_next_one_less_the_next_steps_kl() -> None:
+    kl, zeta = torch.rand(4, 7, generator=torch.Generator().manual_seed(0)), 0.3
+    returns = soft_returns(torch.ones(4, 2), kl, zeta)
+    torch.testing.assert_close(returns[:, :-1], returns[:, 1:] - zeta * kl[:, 1:, None])
+
+
+def test_inputs_stay_as_they_are() -> None:
+    rewards, kl = torch.ones(2, 1), STEPS.clone()
+    soft_returns(rewards, kl, 1.0).add_(5)
+    assert torch.equal(kl, STEPS)
+    assert torch.equal(rewards, torch.ones(2, 1))
