@@ -1,12 +1,25 @@
 """Value-guided decoding: steer any causal LM between objectives at decoding time.
 
 A critic holds one small value head per objective; `MavisTilt` weighs them and tilts the policy's distribution over its
-top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree.
+top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree; `improve` trains a critic
+and `evaluate` measures it.
 """
 
 from mavis.critics import Critic, HiddenStateCritic, load_critic
 from mavis.decoding import MavisTilt, generate
 from mavis.errors import MavisError
+from mavis.evaluation import evaluate
+from mavis.training import improve
 from mavis.version import __version__
 
-__all__ = ["Critic", "HiddenStateCritic", "MavisError", "MavisTilt", "__version__", "generate", "load_critic"]
+__all__ = [
+    "Critic",
+    "HiddenStateCritic",
+    "MavisError",
+    "MavisTilt",
+    "__version__",
+    "evaluate",
+    "generate",
+    "improve",
+    "load_critic",
+]

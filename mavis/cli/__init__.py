@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -49,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quoted(override: str) -> str:
-    """Quote what follows `prompt=`, so that commas, quotes and equals signs in a prompt are text and not grammar."""
+    """Quote what follows `prompt=`, so that commas, quotes, braces and equals signs in a prompt are text, not grammar."""
     name, equals, value = override.partition("=")
     if not equals or name.lstrip("+") not in ("prompt", "story") or value in ("", "null"):
         return override
-    escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
-    return f"{name}='" + escaped.replace("'", "\\'") + "'"
+    # OmegaConf reads backslashes before an interpolation, Hydra those before a quote; elsewhere they are themselves.
+    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
+    return f"{name}='{value}'"

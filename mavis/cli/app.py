@@ -24,7 +24,7 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
 
         def guarded(config: Any) -> None:
             try:
-                _prepare(config)
+                prepare(config)
                 run(config)
             except MavisError as error:
                 print(f"mavis: {error}", file=sys.stderr)
@@ -35,7 +35,8 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
     return wrap
 
 
-def _prepare(config: Any) -> None:
+def prepare(config: Any) -> None:
+    """Set the process up as a config says: threads, seed, no progress bars but ours."""
     import torch
     from transformers.utils import logging
 
@@ -138,17 +139,36 @@ def read_prompts(config: Any) -> list[str]:
     return load_prompts(**options)
 
 
-def sampling_settings(config: Any, shard_size: int) -> Any:
-    """Build the settings of sampling from the `decoding` group and the seed."""
+def sampling_settings(config: Any, shard_size: int, critic: Any | None = None) -> Any:
+    """Build the settings of sampling from the `decoding` group and the seed; see `top_k_of`."""
     from mavis.rollouts import RolloutSettings
 
     return RolloutSettings(
         max_new_tokens=config.decoding.max_new_tokens,
-        top_k=config.decoding.top_k,
+        top_k=top_k_of(config.decoding, critic),
         temperature=config.decoding.temperature,
         shard_size=shard_size,
         seed=config.seed,
     )
+
+
+def top_k_of(decoding: Any, critic: Any | None) -> int | None:
+    """Read the number of candidates of a `decoding` group.
+
+    Values and budgets hold for the candidates they were learnt with, so `as_trained` takes those of the critic's
+    calibration.
+
+    Raises:
+        ConfigError: if `as_trained` meets a critic that carries no calibration.
+    """
+    if decoding.top_k != "as_trained":
+        return decoding.top_k
+    if critic is None or critic.calibration is None:
+        raise ConfigError(
+            "decoding.top_k is as_trained, but the critic carries no calibration that would tell.",
+            "give a number, e.g. decoding.top_k=40.",
+        )
+    return critic.calibration.top_k
 
 
 @contextmanager

@@ -16,6 +16,23 @@ from mavis.cli.app import (
 )
 
 
+def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
+    """Build the settings of a sweep from the `evaluation` and `decoding` groups and the seed."""
+    from mavis.evaluation.evaluate import EvaluationSettings
+
+    options = config.evaluation
+    return EvaluationSettings(
+        divisions=options.divisions,
+        betas=tuple(options.betas),
+        samples=options.samples,
+        reference_samples=options.reference_samples,
+        target_kls=tuple(options.target_kls),
+        speed_batch=options.speed_batch,
+        speed_repeats=options.speed_repeats,
+        sampling=sampling_settings(config, options.shard_size, critic),
+    )
+
+
 def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path) -> dict[str, Any]:
     """Sweep as a config says, show the result and return the report.
 
@@ -28,20 +45,9 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
     """
     from hydra.utils import instantiate
 
-    from mavis.evaluation.evaluate import EvaluationSettings
     from mavis.evaluation.evaluate import evaluate as run_evaluation
 
     options = config.evaluation
-    settings = EvaluationSettings(
-        divisions=options.divisions,
-        betas=tuple(options.betas),
-        samples=options.samples,
-        reference_samples=options.reference_samples,
-        target_kls=tuple(options.target_kls),
-        speed_batch=options.speed_batch,
-        speed_repeats=options.speed_repeats,
-        sampling=sampling_settings(config, options.shard_size),
-    )
     with progress_bars() as progress:
         report = run_evaluation(
             policy,
@@ -50,7 +56,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             make_objectives(config, critic.objectives),
             read_prompts(config.data.evaluation_prompts),
             folder,
-            settings,
+            evaluation_settings(config, critic),
             held_out={name: instantiate(spec, _convert_="all") for name, spec in (options.held_out or {}).items()},
             progress=progress,
         )

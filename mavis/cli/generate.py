@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mavis.cli.app import hydra_app, load_policy
+from mavis.cli.app import hydra_app, load_policy, top_k_of
 from mavis.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def continuations(
         weights=weights,
         beta=beta,
         target_kl=target_kl,
-        top_k=decoding.top_k,
+        top_k=top_k_of(decoding, critic),
         temperature=decoding.temperature,
         max_new_tokens=decoding.max_new_tokens,
         num_return_sequences=samples,

@@ -108,8 +108,8 @@ class Critic(nn.Module, ABC):
         for name, deviation in zip(self.objectives, std.tolist(), strict=True):
             if not deviation > 1e-12:
                 raise CriticError(
-                    f"objective {name!r} gives every one of the {len(raw_rewards)} reference responses the same reward, "
-                    f"so there is nothing to learn.",
+                    f"objective {name!r} gives every one of the {len(raw_rewards)} reference responses the same "
+                    "reward, so there is nothing to learn.",
                     "use prompts or an objective whose rewards differ, or more rollouts.",
                 )
         self.reward_mean.copy_(mean)

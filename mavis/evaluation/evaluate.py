@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mavis.critics import HiddenStateCritic
@@ -71,7 +73,7 @@ def evaluate(
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: to be evaluated; attached for the time of the call if it is not yet.
+        critic: to be evaluated; attached as it is needed and detached at the end.
         objectives: by name, in the critic's order.
         prompts: P prompts that the critic was not trained on.
         folder: where the rollouts go; a repeated call goes on where it stopped.
@@ -87,27 +89,19 @@ def evaluate(
         the heads; `speed`.
 
     Raises:
-        ConfigError: if a setting is out of range.
-        DataError: if there is no prompt.
+        ConfigError: if a setting is out of range or the objectives are not the critic's.
+        DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
     """
-    _check(settings, prompts)
+    _check(settings, prompts, critic, objectives)
     say = progress or (lambda stage, done, total: None)
     place = Path(folder)
     grid = simplex_grid(len(objectives), settings.divisions)
 
-    repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
     reference = _gather(
         "reference rollouts",
         say,
-        len(repeated),
-        collect(
-            policy,
-            tokenizer,
-            objectives,
-            Plan.reference(repeated, len(objectives)),
-            place / "reference",
-            settings.sampling,
-        ),
+        len(prompts) * settings.reference_samples,
+        reference_rollouts(policy, tokenizer, objectives, prompts, place, settings),
     )
     plan = _sweep_plan(prompts, grid, settings)
     sampling = replace(settings.sampling, seed=settings.sampling.seed + 1)
@@ -118,14 +112,14 @@ def evaluate(
         collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
     )
     speed = _speed(policy, tokenizer, critic, prompts, settings)
-    scored = _Scorer(policy, critic, dict(held_out or {}), settings.sampling.temperature)
-    normalised = critic.normalise(torch.tensor(reference["rewards"]))
+    scored = _Scorer(policy, critic, dict(held_out or {}), settings.sampling.temperature, len(prompts))
+    normalised = critic.normalise(torch.tensor(reference["rewards"], dtype=torch.float64))
     per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
 
-    say("scoring", 0, 1)
+    points = [(weights, beta) for weights in grid for beta in settings.betas]
+    say("scoring", 0, len(points))
     rows = [scored.row(reference, slice(None), None, 0.0, speed)]
     size = len(prompts) * settings.samples
-    points = [(w, b) for w in grid for b in settings.betas]
     for index, (weights, beta) in enumerate(points):
         rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
         rows[-1]["efficiency"] = _efficiency(per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"])
@@ -145,6 +139,32 @@ def evaluate(
         "values": value_calibration(policy, critic, reference, sweep, settings.sampling),
         "speed": speed,
     }
+
+
+def reference_rollouts(
+    policy: Any,
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: EvaluationSettings,
+) -> Iterator[Any]:
+    """Sample what the optimal frontier is computed from; it needs no critic, so it can be done before there is one.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        objectives: by name, in the critic's order.
+        prompts: the evaluation prompts.
+        folder: the one that `evaluate` will be given; it takes the rollouts from there.
+        settings: the same as for `evaluate`.
+
+    Yields:
+        Shards, see `collect`.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
+    plan = Plan.reference(repeated, len(objectives))
+    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", settings.sampling)
 
 
 def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
@@ -173,12 +193,13 @@ def _gather(stage: str, say: Callable[[str, int, int], None], total: int, shards
 
 
 class _Scorer:
-    """Turns a group of responses into a row of the report."""
+    """Turns a group of responses, equally many for each prompt and those of one prompt together, into a row."""
 
     def __init__(
-        self, policy: Any, critic: HiddenStateCritic, held_out: dict[str, Objective], temperature: float
+        self, policy: Any, critic: HiddenStateCritic, held_out: dict[str, Objective], temperature: float, prompts: int
     ) -> None:
-        self.policy, self.critic, self.held_out, self.temperature = policy, critic, held_out, temperature
+        self.policy, self.critic, self.held_out = policy, critic, held_out
+        self.temperature, self.prompts = temperature, prompts
 
     def row(
         self,
@@ -190,9 +211,9 @@ class _Scorer:
     ) -> dict[str, Any]:
         group = {name: values[where] for name, values in columns.items()}
         names = self.critic.objectives
-        rewards = self.critic.normalise(torch.tensor(group["rewards"])).numpy()
-        summary = [mean_and_stderr(column) for column in rewards.T]
-        kl, kl_stderr = mean_and_stderr([sum(row) for row in group["kl"]])
+        rewards = self.critic.normalise(torch.tensor(group["rewards"], dtype=torch.float64)).numpy()
+        summary = [self._summary(column) for column in rewards.T]
+        kl, kl_stderr = self._summary([sum(row) for row in group["kl"]])
         lengths = [len(row) for row in group["response_ids"]]
         row: dict[str, Any] = {
             "weights": dict(zip(names, weights.tolist() if weights is not None else [0.0] * len(names), strict=True)),
@@ -210,13 +231,18 @@ class _Scorer:
         }
         if self.held_out:
             raw = score(self.held_out, group["prompt"], group["response"])
-            row["held_out"] = dict(zip(self.held_out, (mean_and_stderr(c)[0] for c in raw.T), strict=True))
-            row["held_out_stderr"] = dict(zip(self.held_out, (mean_and_stderr(c)[1] for c in raw.T), strict=True))
+            figures = [self._summary(column) for column in raw.T]
+            row["held_out"] = dict(zip(self.held_out, (mean for mean, _ in figures), strict=True))
+            row["held_out_stderr"] = dict(zip(self.held_out, (stderr for _, stderr in figures), strict=True))
         return row
+
+    def _summary(self, values: ArrayLike) -> tuple[float, float | None]:
+        """Mean and standard error; responses to one prompt are not independent, so their mean counts as one value."""
+        return mean_and_stderr(np.asarray(values, dtype=np.float64).reshape(self.prompts, -1).mean(1))
 
     def _perplexity(self, group: dict[str, list[Any]], most: int = 512) -> float | None:
         """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""
-        step = max(1, len(group["prompt_ids"]) // most)
+        step = math.ceil(len(group["prompt_ids"]) / most)
         pairs = [(p, r) for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True) if r]
         total, count = 0.0, 0
         table = torch.zeros(self.critic.fingerprint.vocab_size, 1)
@@ -315,27 +341,52 @@ def _speed(
     device = policy.get_output_embeddings().weight.device
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
     equal = [1 / len(critic.objectives)] * len(critic.objectives)
-    attachment = critic.attach(policy) if critic.attached_policy is None else None
+    # Its hooks are no part of plain decoding's cost; but a critic that the caller attached stays attached.
+    ours = critic.attached_policy is None
+
+    def plain() -> None:
+        if ours:
+            critic.detach()
+
+    def tilted() -> MavisTilt:
+        if ours:
+            critic.attach(policy)
+        return MavisTilt(equal, critic, beta=1.0, top_k=settings.sampling.top_k)
+
     try:
-        return compare_speed(
+        speeds = compare_speed(
             policy,
             inputs,
-            {"tilted": lambda: MavisTilt(equal, critic, beta=1.0, top_k=settings.sampling.top_k)},
+            {"plain": plain, "tilted": tilted},
             new_tokens=settings.sampling.max_new_tokens,
             repeats=settings.speed_repeats,
-        ) | {"batch": settings.speed_batch}
+        )
     finally:
-        if attachment is not None:
-            attachment.detach()
+        plain()
+    return {**speeds, "batch": settings.speed_batch}
 
 
-def _check(settings: EvaluationSettings, prompts: Sequence[str]) -> None:
+def _check(
+    settings: EvaluationSettings,
+    prompts: Sequence[str],
+    critic: HiddenStateCritic,
+    objectives: Mapping[str, Objective],
+) -> None:
+    if tuple(objectives) != critic.objectives:
+        raise ConfigError(
+            f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
+            "pass the same names in the same order.",
+        )
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
-    if not settings.betas or min(settings.betas) <= 0:
+    if not settings.betas or not all(0 < beta < math.inf for beta in settings.betas):
         raise ConfigError(f"betas is {list(settings.betas)}, expected numbers > 0.", "β = 0 is always measured.")
+    if not all(0 < kl < math.inf for kl in settings.target_kls):
+        raise ConfigError(f"target_kls is {list(settings.target_kls)}, expected numbers > 0.", "1 and 2 are common.")
     if settings.samples < 1 or settings.reference_samples < 2:
         raise ConfigError(
             f"samples is {settings.samples} and reference_samples {settings.reference_samples}; expected ≥ 1 and ≥ 2.",
             "32 and 1024 are good numbers.",
         )
+    if settings.speed_repeats > 0 and settings.speed_batch < 1:
+        raise ConfigError(f"speed_batch is {settings.speed_batch}, expected ≥ 1.", "speed_repeats=0 leaves it out.")

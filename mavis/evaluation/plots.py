@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mavis.errors import EvaluationError
 from mavis.evaluation.front import non_dominated
+from mavis.evaluation.labels import INK, label_ends, label_ends_right
 from mavis.files import atomic_file
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Key = tuple[tuple[str, float], ...]
 Array = NDArray[np.float64]
 
 _WIDTH, _DPI = 8.0, 150  # inches and dots per inch: 1200 pixels
-_INK, _FAINT, _SHADE = "#333333", "#8a8a8a", "#f1f1f1"
+_FAINT, _SHADE = "#8a8a8a", "#f1f1f1"
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _OURS, _LIMIT, _TARGET = _PALETTE[0], _PALETTE[1], _PALETTE[2]
@@ -107,10 +108,10 @@ def plot_frontier(
     betas, characters = _betas(sweeps), {1: 110, 2: 54, 3: 34}[columns]
     for panel, (key, sweep) in zip(panels, sweeps.items(), strict=False):
         title = ", ".join(f"{name} {weight:.3g}" for name, weight in sweep[0]["weights"].items() if weight)
-        panel.set_title(textwrap.fill(title, characters), fontsize=9, color=_INK, loc="left")
+        panel.set_title(textwrap.fill(title, characters), fontsize=9, color=INK, loc="left")
         _draw_panel(panel, sweep, betas, limit_of.get(key), reference, min_effective_sample_size)
-    figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9, color=_INK)
-    figure.supylabel("reward w·R (normalised)", fontsize=9, color=_INK)
+    figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9, color=INK)
+    figure.supylabel("reward w·R (normalised)", fontsize=9, color=INK)
     named: dict[str, Any] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -146,7 +147,7 @@ def _draw_panel(
         label=f"tilted policy, β = {betas}",
     )  # fmt: skip
     if reference is not None:
-        axes.plot(*line[0], "D", color=_INK, markersize=5, zorder=5, label="reference policy")
+        axes.plot(*line[0], "D", color=INK, markersize=5, zorder=5, label="reference policy")
     limit = limit or {}
     target = limit.get("target_kl")
     right = 1.1 * max(*kl, 0.0 if target is None else float(target)) or 1.0
@@ -154,7 +155,7 @@ def _draw_panel(
         efficiency = limit.get("efficiency")
         found = "not measured" if efficiency is None else f"{efficiency:.2f}"
         title = f"{axes.get_title(loc='left')}\nefficiency {found} at KL {float(target):g}"
-        axes.set_title(title, fontsize=9, color=_INK, loc="left")
+        axes.set_title(title, fontsize=9, color=INK, loc="left")
         axes.axvline(target, color=_TARGET, linewidth=1.3, linestyle=(0, (4, 2)), zorder=1, label="target KL")
     if limit:
         shown.append(_draw_limit(axes, limit, right, min_effective_sample_size))
@@ -204,24 +205,24 @@ def _draw_plane(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> N
         for axis in np.eye(2):
             bars += list(np.stack([rewards - errors * axis, rewards + errors * axis], axis=1))
     if origin is not None:
-        axes.plot(*origin, "D", color=_INK, markersize=6.5, zorder=6, label="reference policy")
+        axes.plot(*origin, "D", color=INK, markersize=6.5, zorder=6, label="reference policy")
     points = np.unique(np.concatenate(lines), axis=0)  # the reference policy may be on the front, too
     axes.margins(0.12)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     staircase = _draw_staircase(axes, points[non_dominated(points)])
     title = f"Reward at preference weights {' / '.join(objectives)}\n"
     title += f"each line: one choice of weights, outwards with β = {_betas(sweeps)}"
-    axes.set_title(title, fontsize=9.5, color=_INK, loc="left")
+    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
     axes.set_xlabel(f"{objectives[0]} (normalised reward)")
     axes.set_ylabel(f"{objectives[1]} (normalised reward)")
     axes.legend(loc="lower left", frameon=False, fontsize=8.5)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, aspect=40, pad=0.02)
-    bar.set_label(f"share of {objectives[1]} in the weights", fontsize=9, color=_INK)
-    bar.ax.tick_params(labelsize=8.5, color=_FAINT, labelcolor=_INK)
+    bar.set_label(f"share of {objectives[1]} in the weights", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8.5, color=_FAINT, labelcolor=INK)
     bar.outline.set_visible(False)
     names = [_named(sweep[0], objectives) for sweep in sweeps.values()]
     centre = points.mean(axis=0) if origin is None else origin
-    _label(figure, axes, lines, names, centre, [*bars, staircase])
+    label_ends(figure, axes, lines, names, centre, [*bars, staircase])
 
 
 def _draw_staircase(axes: Axes, front: Array) -> Array:
@@ -232,62 +233,10 @@ def _draw_staircase(axes: Axes, front: Array) -> Array:
     axes.fill_between(x, y, y[-1], color=_SHADE, linewidth=0, zorder=0)
     axes.plot(x, y, color=_FAINT, linewidth=1.2, zorder=1)
     axes.plot(
-        *front.T, "o", markersize=10, markerfacecolor="none", markeredgecolor=_INK, zorder=5,
+        *front.T, "o", markersize=10, markerfacecolor="none", markeredgecolor=INK, zorder=5,
         label="not dominated",
     )  # fmt: skip
     return np.column_stack([x, y])
-
-
-def _label(
-    figure: Figure,
-    axes: Axes,
-    lines: Sequence[Array],
-    texts: Sequence[str],
-    centre: ArrayLike,
-    others: Sequence[Array],
-) -> None:
-    """Write each text beside the last point of its line, outwards from `centre`, clear of all lines.
-
-    A text that finds no free place is left out; colour still tells its weights.
-    """
-    figure.draw_without_rendering()  # settles the layout, so that pixels can be counted
-    in_pixels = [axes.transData.transform(line) for line in [*lines, *others]]
-    steps = np.linspace(0.0, 1.0, 100)[:, None, None]
-    drawn = [(line[:-1] + steps * np.diff(line, axis=0)).reshape(-1, 2) for line in in_pixels]
-    turns = np.linspace(-np.pi, np.pi, 33)
-    circle = 11 * np.column_stack([np.cos(turns), np.sin(turns)])  # around the rings of the front
-    rings = [(line[:, None] + circle).reshape(-1, 2) for line in in_pixels[: len(lines)]]
-    covered = np.concatenate(drawn + rings)
-    legend, inside = axes.get_legend(), np.array(axes.bbox.extents)
-    boxes = [] if legend is None else [np.array(legend.get_window_extent().extents)]
-    middle = axes.transData.transform(np.asarray(centre))
-    # Near and outwards first; a turn of a half circle is as bad as 40 pixels more distance.
-    places = sorted(
-        ((distance, turn) for distance in (13, 20, 30, 42, 56, 72) for turn in turns),
-        key=lambda place: place[0] + 40 * abs(place[1]) / np.pi,
-    )
-    for line, text in zip(in_pixels, texts, strict=False):
-        end = line[-1]
-        written = axes.text(0.5, 0.5, text, transform=axes.transAxes, fontsize=8.5, color=_INK, zorder=7)
-        written.set(ha="center", va="center")
-        size = np.array(written.get_window_extent().size)
-        outwards = np.arctan2(*(end - middle)[::-1])
-        for distance, turn in places:
-            direction = np.array([np.cos(outwards + turn), np.sin(outwards + turn)])
-            place = end + direction * (distance + size / 2)
-            box = np.concatenate([place - size / 2 - 4, place + size / 2 + 4])
-            if (
-                (box[:2] >= inside[:2]).all()
-                and (box[2:] <= inside[2:]).all()
-                and not ((covered > box[:2]) & (covered < box[2:])).all(axis=1).any()
-                and not any((box[:2] < other[2:]).all() and (other[:2] < box[2:]).all() for other in boxes)
-            ):
-                x, y = axes.transAxes.inverted().transform(place)
-                written.set_position((x, y))
-                boxes.append(box)
-                break
-        else:
-            written.remove()
 
 
 def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> None:
@@ -309,7 +258,7 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     for name, colour in dict(chief).items():
         axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.7, label=name)
     if origin is not None:
-        style = dict[str, Any](color=_INK, markersize=5, linewidth=1.2, zorder=5)
+        style = dict[str, Any](color=INK, markersize=5, linewidth=1.2, zorder=5)
         axes.plot(across, origin, "D--", label="reference policy", **style)
     axes.set_xticks(across, objectives)
     axes.set_xlim(-0.15, across[-1] + 0.05)
@@ -317,33 +266,10 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     axes.set_title(
         f"Reward at preference weights {' / '.join(objectives)}\n"
         "each line: one choice of weights at its largest β; bold: not dominated",
-        fontsize=9.5, color=_INK, loc="left",
+        fontsize=9.5, color=INK, loc="left",
     )  # fmt: skip
     figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
-    _label_right(axes, across[-1], rewards[:, -1], [_named(row, objectives) for row in farthest], chief)
-
-
-def _label_right(axes: Axes, x: float, heights: Array, texts: Sequence[str], chief: Sequence[tuple[str, str]]) -> None:
-    """List the texts right of the axes by the height of their lines' ends, moved apart and joined to them."""
-    if len(texts) > 36:
-        return  # more would not fit above each other
-    order = np.argsort(heights, kind="stable")
-    low, high = axes.get_ylim()
-    step = (high - low) / max(24, len(texts))
-    # The nearest heights that are a step apart: each is the mean of the run that it is pushed together with.
-    runs: list[list[float]] = []
-    for rank, height in enumerate(heights[order]):
-        runs.append([float(height) - rank * step])
-        while len(runs) > 1 and np.mean(runs[-2]) > np.mean(runs[-1]):
-            runs[-2:] = [runs[-2] + runs[-1]]
-    apart = np.array([np.mean(run) for run in runs for _ in run])
-    apart = np.clip(apart, low, high - (len(texts) - 1) * step) + np.arange(len(texts)) * step
-    for index, height in zip(order, apart, strict=True):
-        axes.annotate(
-            texts[index], (x, heights[index]), xytext=(1.06, (height - low) / (high - low)),
-            textcoords="axes fraction", fontsize=8, color=_INK, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": chief[index][1], "linewidth": 0.7, "alpha": 0.7},
-        )  # fmt: skip
+    label_ends_right(axes, across[-1], rewards[:, -1], [_named(row, objectives) for row in farthest], chief)
 
 
 def _figure(height: float) -> Figure:
@@ -364,9 +290,9 @@ def _dress(axes: Axes) -> None:
     """Take away what draws the eye from the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(labelsize=8.5, color=_FAINT, labelcolor=_INK)
-    axes.xaxis.label.set(color=_INK, fontsize=9)
-    axes.yaxis.label.set(color=_INK, fontsize=9)
+    axes.tick_params(labelsize=8.5, color=_FAINT, labelcolor=INK)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.label.set(color=INK, fontsize=9)
 
 
 def _colours() -> Colormap:

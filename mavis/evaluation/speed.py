@@ -37,7 +37,8 @@ def compare_speed(
     Args:
         policy: a causal LM.
         inputs: ids and mask, (B, L) each.
-        tilts: for each way, what makes its processor; None decodes plainly. `plain` is added.
+        tilts: for each way, what sets it up, untimed, and returns its processor; None decodes plainly. `plain` is
+            added in front if it is not among them.
         new_tokens: T, the exact length of every response.
         repeats: rounds, ≥ 1, after one round that is not counted.
 

@@ -1,0 +1,7 @@
+"""Training: fit, improvement loop and calibration of critics; the recipe of the embedded policy."""
+
+from mavis.training.calibrate import calibrate
+from mavis.training.fit import FitReport, FitSettings, fit
+from mavis.training.improve import ImprovementSettings, IterationReport, improve
+
+__all__ = ["FitReport", "FitSettings", "ImprovementSettings", "IterationReport", "calibrate", "fit", "improve"]
