@@ -72,7 +72,10 @@ def optimal_frontier(rewards: Tensor, betas: Tensor) -> OptimalFrontier:
 
 
 def optimal_reward_at(rewards: Tensor, kl: float, min_effective_sample_size: float = 50.0) -> float:
-    """Compute the best reachable reward at one KL: the `optimal_frontier` at the β whose mean KL is `kl`.
+    """Compute the best reachable reward within one KL: the `optimal_frontier` at the β whose mean KL is `kl`.
+
+    Where many rollouts share the highest reward, as with rewards that saturate, even β → ∞ may cost less than `kl`; the
+    highest reward is then the limit.
 
     Args:
         rewards: (P, N) rewards w·R of N reference rollouts for each of P prompts; finite, any real dtype.
@@ -83,8 +86,8 @@ def optimal_reward_at(rewards: Tensor, kl: float, min_effective_sample_size: flo
         The reward, mean over prompts, in the units of `rewards`.
 
     Raises:
-        EvaluationError: `kl` is negative or not finite; no β reaches it (it is at most log N, less where
-            several rollouts share the highest reward); or some prompt's effective sample size there is below
+        EvaluationError: `kl` is negative or not finite; or some prompt's effective sample size there, which is the
+            number of rollouts that share its highest reward where no β reaches `kl`, is below
             `min_effective_sample_size`, so that a few lucky rollouts would decide the figure.
 
     Source: as `optimal_frontier`; β by bisection on log β, for d KL / d β = β Var_p(r) ≥ 0.
@@ -96,6 +99,10 @@ def optimal_reward_at(rewards: Tensor, kl: float, min_effective_sample_size: flo
     best = (rewards == rewards.amax(1, keepdim=True)).sum(1).double()
     ceiling = float((math.log(rollouts) - best.log()).mean())
     if kl > _KL_ROUNDING and kl >= ceiling - _KL_ROUNDING:
+        # Every prompt's best reward costs less than the budget. Where enough rollouts share that best, it is one that
+        # the policy can give, and more KL buys nothing; where few do, it is only the luckiest of N.
+        if float(best.min()) >= min_effective_sample_size:
+            return float(rewards.amax(1).mean())
         raise EvaluationError(
             f"kl {kl:.4g} cannot be reached: {rollouts} reference rollouts per prompt with these rewards "
             f"reach less than {ceiling:.4g} nats.",

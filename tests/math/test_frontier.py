@@ -67,8 +67,7 @@ def test_prompts_are_tilted_one_by_one_and_never_pooled() -> None:
     assert torch.allclose(frontier.reward, torch.full((6,), 0.5).double())
     assert torch.allclose(frontier.kl, torch.zeros(6).double(), atol=1e-12)
     assert float(optimal_frontier(rewards.reshape(1, -1), BETAS).reward[-1]) > 0.99
-    with pytest.raises(EvaluationError, match="cannot be reached"):
-        optimal_reward_at(rewards, 0.1)
+    assert optimal_reward_at(rewards, 0.1) == 0.5
 
 
 def test_one_beta_serves_all_prompts_and_figures_are_means_over_prompts() -> None:
@@ -152,10 +151,16 @@ def test_one_prompt_alone_can_make_the_effective_sample_size_too_small() -> None
 
 
 @pytest.mark.parametrize("kl", [1.21, math.log(1000), 50.0])
-def test_a_kl_beyond_the_best_rollouts_cannot_be_reached(kl: float) -> None:
-    # log(1 / 0.3) = 1.204: all the weight lies on the rollouts that score 1.
+def test_a_budget_beyond_what_the_best_reward_costs_buys_nothing_more(kl: float) -> None:
+    # log(1 / 0.3) = 1.204: all the weight lies on the 300 rollouts that score 1.
+    assert optimal_reward_at(two_point(0.3), kl) == 1.0
     with pytest.raises(EvaluationError, match=r"reach less than 1\.204 nats.*Draw more reference rollouts"):
-        optimal_reward_at(two_point(0.3), kl)
+        optimal_reward_at(two_point(0.3), kl, min_effective_sample_size=301)
+
+
+def test_a_best_reward_that_few_rollouts_share_is_no_limit() -> None:
+    with pytest.raises(EvaluationError, match=r"reach less than 3\.219 nats"):
+        optimal_reward_at(two_point(0.04), 4.0)
 
 
 @pytest.mark.parametrize("kl", [-0.1, math.nan, math.inf])
