@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mavis.critics import HiddenStateCritic
+
 # So small a policy is slower with two threads, and one thread always adds in the same order.
 torch.set_num_threads(1)
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS = """good great happy love bad sad awful hate the a one little big old girl boy dog cat man bird
-she he they was is had said saw ran went to and in on with for day time once upon house tree ball food
-home park water not very but so then . , ! ? " """.split()
+WORDS = [
+    "good", "great", "happy", "love", "bad", "sad", "awful", "hate", "the", "a", "one", "little", "big", "old",
+    "girl", "boy", "dog", "cat", "man", "bird", "she", "he", "they", "was", "is", "had", "said", "saw", "ran",
+    "went", "to", "and", "in", "on", "with", "for", "day", "time", "once", "upon", "house", "tree", "ball", "food",
+    "home", "park", "water", "not", "very", "but", "so", "then", ".", ",", "!", "?", '"',
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +44,7 @@ def build_tiny_policy(seed: int = 0) -> Any:
     """Build a random Llama of 2 layers × 32 whose next-token entropy is around half of log V.
 
     Every embedding shares its first coordinate, so the first column of the output embedding acts as a bias: special
-    tokens other than the end are practically never sampled, and a response ends after some twenty tokens.
+    tokens other than the end are practically never sampled, and most responses end within forty tokens.
     """
     vocabulary = len(SPECIAL) + len(WORDS)
     config = LlamaConfig(
@@ -81,6 +86,12 @@ def tiny_policy() -> Iterator[Any]:
     assert not hooks_on(policy)
 
 
+@pytest.fixture(scope="session")
+def make_other_policy() -> Callable[[], Any]:
+    """A function that builds a policy of the tiny policy's shape with other weights, to do with as one likes."""
+    return lambda: build_tiny_policy(seed=1)
+
+
 def hooks_on(policy: Any) -> list[Any]:
     """List the forward hooks that are on any module of a policy."""
     return [
@@ -97,3 +108,32 @@ def tiny_folder(tiny_policy: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.
     tiny_policy.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_objectives() -> dict[str, Any]:
+    """Two objectives on words: how often "good" is said, and how little is said."""
+
+    def good(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [float(response.split().count("good")) for response in responses]
+
+    def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [-float(len(response.split())) for response in responses]
+
+    return {"good": good, "brevity": brevity}
+
+
+@pytest.fixture
+def make_tiny_critic(tiny_policy: Any) -> Callable[..., HiddenStateCritic]:
+    """A function that builds a critic of the tiny policy with random heads, whose values spread by about `scale`."""
+
+    def make(*objectives: str, scale: float = 1.0, seed: int = 0) -> HiddenStateCritic:
+        names = objectives or ("good", "brevity")
+        critic = HiddenStateCritic.for_policy(tiny_policy, list(names), hidden=16, rank=8, seed=seed)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            critic.heads.outer.normal_(std=0.4 * scale)
+            critic.heads.bias.normal_(std=0.1 * scale)
+        return critic.eval()
+
+    return make

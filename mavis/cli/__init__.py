@@ -44,13 +44,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
     # Hydra reads the process's arguments and names the app after the script.
-    sys.argv = [f"mavis-{command}", *(_quoted(override) for override in overrides)]
+    sys.argv = [f"mavis-{command}", *_named_by_what_differs([_quoted(override) for override in overrides])]
     importlib.import_module(f"mavis.cli.{command}").main()
     return 0
 
 
+def _named_by_what_differs(overrides: list[str]) -> list[str]:
+    """Keep what is the same in all runs of a sweep out of the names of the runs' folders, which are long enough."""
+    if not {"-m", "--multirun"} & set(overrides):
+        return overrides
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides([item for item in overrides if not item.startswith("-")])
+    except HydraException:  # the app says what is wrong with it
+        return overrides
+    same = ",".join(f"'{item.key_or_group}'" for item in parsed if not item.is_sweep_override())
+    return [*overrides, f"hydra.job.config.override_dirname.exclude_keys=[output,threads,{same}]"]
+
+
 def _quoted(override: str) -> str:
-    """Quote what follows `prompt=`, so that commas, quotes, braces and equals signs in a prompt are text, not grammar."""
+    """Quote what follows `prompt=`, so that commas, quotes, braces and equals signs in it are text and not grammar."""
     name, equals, value = override.partition("=")
     if not equals or name.lstrip("+") not in ("prompt", "story") or value in ("", "null"):
         return override

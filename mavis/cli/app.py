@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.conf_path import conf_dir
-from mavis.errors import ConfigError, MavisError, PolicyError, closest
+from mavis.errors import ConfigError, DataError, MavisError, PolicyError, closest
 
 
 def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -21,6 +21,7 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
 
     def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
         import hydra
+        from omegaconf import MissingMandatoryValue
 
         def guarded(config: Any) -> None:
             try:
@@ -28,6 +29,9 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
                 run(config)
             except MavisError as error:
                 print(f"mavis: {error}", file=sys.stderr)
+                sys.exit(2)
+            except MissingMandatoryValue as error:
+                print(f"mavis: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
                 sys.exit(2)
 
         return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
@@ -62,6 +66,7 @@ def load_policy(config: Any) -> tuple[Any, Any]:
         from mavis import embedded
 
         return embedded.load()
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(config.path).expanduser()) if Path(config.path).expanduser().exists() else config.path
@@ -76,7 +81,7 @@ def load_policy(config: Any) -> tuple[Any, Any]:
             **({"device_map": "auto"} if device == "auto" else {}),
             **shared,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PolicyError(
             f"policy.path is {config.path!r}, which cannot be loaded: {first_line}",
@@ -104,6 +109,7 @@ def make_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str
         ConfigError: if there is none, one is unknown, or one cannot be built.
     """
     from hydra.utils import instantiate
+    from omegaconf import MissingMandatoryValue
 
     found = config.get("objectives") or {}
     wanted = list(found) if names is None else list(names)
@@ -118,12 +124,36 @@ def make_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str
             )
         try:
             built[name] = instantiate(found[name], _convert_="all")
-        except MavisError:
+        except MissingMandatoryValue:
             raise
         except Exception as error:  # Hydra wraps whatever the constructor raised
             cause = error.__cause__ or error
-            raise ConfigError(f"objective {name!r} cannot be built: {cause}", "check its options.") from error
+            said = cause.message if isinstance(cause, MavisError) else " ".join(str(cause).split())
+            hint = cause.hint if isinstance(cause, MavisError) else "check its options."
+            raise ConfigError(f"objective {name!r} cannot be built: {said}", hint) from error
     return built
+
+
+def claim_objectives(config: Any, names: Sequence[str], folder: Path) -> None:
+    """Mark a run's folder with how its objectives are configured: stored rewards hold for no other options.
+
+    Raises:
+        DataError: if the folder holds a run whose objectives are configured otherwise.
+    """
+    from omegaconf import OmegaConf
+
+    from mavis.files import read_json, write_json
+
+    claim = {name: OmegaConf.to_container(config.objectives[name], resolve=True) for name in names}
+    marker = folder / "objectives.json"
+    if not marker.is_file():
+        write_json(marker, claim)
+    elif (found := read_json(marker)) != claim:
+        other = ", ".join(name for name in {**found, **claim} if found.get(name) != claim.get(name))
+        raise DataError(
+            f"folder {str(folder)!r} holds a run whose objectives are configured otherwise: {other}.",
+            "name a new output folder, or repeat the command exactly to resume.",
+        )
 
 
 def read_prompts(config: Any) -> list[str]:
@@ -133,7 +163,7 @@ def read_prompts(config: Any) -> list[str]:
     from mavis import embedded
     from mavis.rollouts import load_prompts
 
-    options: Any = OmegaConf.to_container(config, resolve=True)
+    options: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if options["source"] == "embedded":
         options["source"] = str(embedded.path() / "openings.txt")
     return load_prompts(**options)

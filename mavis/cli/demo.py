@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from mavis.cli.train import train
 
 
 def _run(config: Any) -> None:
-    import torch
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -35,23 +35,35 @@ def _run(config: Any) -> None:
     helper.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
 
-    first, last = critic.objectives[0], critic.objectives[-1]
-    choices = [{first: 1.0}, {name: 1 / len(critic.objectives) for name in critic.objectives}, {last: 1.0}]
-    print(f"\n{config.story!r}, continued under three weights, each at a KL of about 2 nats:")
-    for weights in choices:
-        torch.manual_seed(config.seed)
-        told = continuations(
-            policy, tokenizer, critic, [config.story], config.decoding, weights=weights, beta=None, target_kl=2.0
-        )
-        print(f"\n{weights}\n  {told[0]}")
-
     paths = write_report(folder, {"seconds": time.perf_counter() - start} | report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
-    shown = ", ".join(f"{name}: {weight:g}" for name, weight in ((last, 1.0), (first, -0.5)))
-    print(
-        f"\ntry next:\n  mavis generate checkpoint={config.output}/critic "
-        f"weights='{{{shown}}}' target_kl=2 samples=3 prompt='{config.story}'"
-    )
+    _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])
+
+
+def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_overrides: list[str]) -> None:
+    """Continue one prompt under different weights, and say how to go on from here."""
+    import torch
+
+    first, last = critic.objectives[0], critic.objectives[-1]
+    choices = [{first: 1.0}, {name: 1 / len(critic.objectives) for name in critic.objectives}, {last: 1.0}]
+    next_weights = f"{{{last}: 1, {first}: -0.5}}"
+    if first == last:
+        choices, next_weights = [{first: 1.0}, {first: -1.0}], f"{{{first}: -1}}"
+    reached = critic.calibration.range()[1] if critic.calibration is not None else 0.0
+    strength: dict[str, Any] = {"beta": None, "target_kl": 2.0}
+    if reached < 2.0:  # a short training may not reach two nats, and none at all reaches nothing
+        kl = float(f"{0.99 * reached:.3g}")
+        strength = {"beta": None, "target_kl": kl} if kl > 0 else {"beta": config.beta, "target_kl": None}
+    shown = next(f"{name}={value:g}" for name, value in strength.items() if value is not None)
+    print(f"\n{config.story!r}, continued under {len(choices)} choices of weights, each at {shown}:")
+    for weights in choices:
+        torch.manual_seed(config.seed)
+        told = continuations(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
+        print(f"\n{weights}\n  {told[0]}")
+    command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
+    if critic.calibration is None:  # which would tell
+        command.append(f"decoding.top_k={'null' if config.decoding.top_k is None else config.decoding.top_k}")
+    print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 
 
 def _draw_reference(plain_config: dict[str, Any], folder: str) -> None:

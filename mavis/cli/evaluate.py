@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
+    claim_objectives,
     hydra_app,
     load_policy,
     make_objectives,
@@ -43,21 +44,21 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
         critic: to be measured.
         folder: where the rollouts go.
     """
-    from hydra.utils import instantiate
-
     from mavis.evaluation.evaluate import evaluate as run_evaluation
 
-    options = config.evaluation
+    held_out = config.evaluation.held_out
+    objectives = make_objectives(config, critic.objectives)
+    claim_objectives(config, critic.objectives, folder)
     with progress_bars() as progress:
         report = run_evaluation(
             policy,
             tokenizer,
             critic,
-            make_objectives(config, critic.objectives),
+            objectives,
             read_prompts(config.data.evaluation_prompts),
             folder,
             evaluation_settings(config, critic),
-            held_out={name: instantiate(spec, _convert_="all") for name, spec in (options.held_out or {}).items()},
+            held_out=make_objectives({"objectives": held_out}) if held_out else None,
             progress=progress,
         )
     _show(report)

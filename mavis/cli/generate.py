@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import hydra_app, load_policy, top_k_of
@@ -58,13 +59,22 @@ def _run(config: Any) -> None:
             f"prompt is {config.prompt!r} and prompt_file is {config.prompt_file!r}; exactly one of them is needed.",
             "use prompt_file=- to read standard input.",
         )
+    if config.prompt_file not in (None, "-") and not Path(config.prompt_file).expanduser().is_file():
+        raise ConfigError(  # it may only be a file here; the hub is not asked
+            f"prompt_file is {config.prompt_file!r}, which does not exist.", "give a file with one prompt a line, or -."
+        )
     prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file)
     if not prompts[0].strip():
         raise ConfigError("prompt is empty.", "give at least one word to go on from.")
+    if config.samples < 1 or (config.greedy and config.samples > 1):
+        raise ConfigError(
+            f"samples is {config.samples} and greedy is {config.greedy}; expected samples ≥ 1, and 1 where greedy.",
+            "the likeliest tokens are the same every time.",
+        )
     critic = load_critic(config.checkpoint)
-    weights = [1 / len(critic.objectives)] * len(critic.objectives)
+    weights: Any = [1 / len(critic.objectives)] * len(critic.objectives)
     if config.weights is not None:
-        weights = OmegaConf.to_container(config.weights)  # type: ignore[assignment]
+        weights = OmegaConf.to_container(config, resolve=True)["weights"]  # type: ignore[index, call-overload]
     policy, tokenizer = load_policy(config.policy)
     texts = continuations(
         policy,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
+    claim_objectives,
     hydra_app,
     load_policy,
     make_objectives,
@@ -42,6 +43,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         fit=FitSettings(**options.fit),
     )
     critic = HiddenStateCritic.for_policy(policy, list(objectives), **config.critic, seed=config.seed)
+    claim_objectives(config, list(objectives), folder)
     with progress_bars() as progress:
         reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
     show_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +39,7 @@ def value_calibration(
         sampling: that both were sampled with.
 
     Returns:
-        One entry per objective and β: `objective`, `beta`, `slope`, `r_squared`, `bins`.
+        One entry per objective and β: `objective`, `beta`, and what `Calibration` holds.
     """
     found = []
     for m, name in enumerate(critic.objectives):
@@ -49,7 +50,7 @@ def value_calibration(
             columns = sweep if beta else reference
             rows = [i for i in alone if sweep["beta"][i] == beta] if beta else list(range(len(reference["beta"])))
             rows = [i for i in rows if columns["response_ids"][i]]
-            rows = rows[:: max(1, len(rows) // _MOST_RESPONSES)]
+            rows = rows[:: math.ceil(len(rows) / _MOST_RESPONSES)]
             predicted, observed = _pairs(policy, critic, columns, rows, m, 1 / beta if beta else 0.0, sampling)
             table = asdict(calibration_table(predicted, observed))
             found.append({"objective": name, "beta": beta} | table)
@@ -76,7 +77,8 @@ def _pairs(
         kl = torch.zeros(steps.kl.shape)
         for row, values in enumerate(kl_rows):
             kl[row, : len(values)] = torch.tensor(values)
-        returns = soft_returns(critic.normalise(torch.tensor(rewards)).float(), kl, zeta)[..., objective]
+        normalised = critic.normalise(torch.tensor(rewards, dtype=torch.float64)).float()
+        returns = soft_returns(normalised, kl, zeta)[..., objective]
         lengths = steps.is_response.sum(1)
         quarter = torch.tensor([(i % 3) + 1 for i in range(at, at + len(index))], device=lengths.device)
         step = ((lengths - 1) * quarter // 4).clamp_min(0)

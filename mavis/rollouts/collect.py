@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.decoding import MavisTilt
 from mavis.decoding.facade import agreeing_config
-from mavis.errors import DataError
+from mavis.errors import ConfigError, DataError
 from mavis.files import atomic_folder, read_json, write_json
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import Sequences, replay
@@ -33,6 +35,9 @@ class RolloutSettings:
         temperature: T > 0.
         shard_size: rows sampled together and written together, ≥ 1.
         seed: of all sampling.
+
+    Raises:
+        ConfigError: if a number is out of range.
     """
 
     max_new_tokens: int = 64
@@ -40,6 +45,29 @@ class RolloutSettings:
     temperature: float = 1.0
     shard_size: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.shard_size < 1 or (self.top_k is not None and self.top_k < 1):
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens}, shard_size is {self.shard_size} and top_k is {self.top_k}; "
+                "expected each ≥ 1.",
+                "top_k=None makes every token a candidate.",
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}, expected a number > 0.", "1.0 changes nothing.")
+
+    def check(self, policy: Any) -> None:
+        """Refuse a policy that has fewer tokens than there are to be candidates.
+
+        Raises:
+            ConfigError: if `top_k` is larger than the vocabulary.
+        """
+        _, vocabulary = embedding_shape(output_embedding(policy))
+        if self.top_k is not None and self.top_k > vocabulary:
+            raise ConfigError(
+                f"top_k is {self.top_k}, but the policy has {vocabulary} tokens.",
+                "top_k=None makes every token a candidate.",
+            )
 
 
 @dataclass(frozen=True)
@@ -111,34 +139,34 @@ def collect(
         one row per response; kl has one entry per response token.
 
     Raises:
+        ConfigError: if the policy has fewer tokens than `top_k`.
         DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
         ObjectiveError: if an objective returns something other than one finite number per response.
     """
     target = Path(folder)
-    _claim(target, plan, settings, critic, objectives)
+    settings.check(policy)
+    _claim(
+        target,
+        {
+            "plan": plan.digest(),
+            "settings": asdict(settings),
+            "objectives": list(objectives),
+            "policy": Fingerprint.of(policy).to_json(),
+            "critic": _critic_digest(critic),
+            "truncate_reference": truncate_reference,
+        },
+    )
     for index, shard in enumerate(plan.shards(settings.shard_size)):
         path = target / f"shard-{index:05d}"
         if not path.is_dir():
             rows = _sample(policy, tokenizer, shard, settings, critic, truncate_reference, index)
             raw = score(objectives, rows["prompt"], rows["response"])
             _write_shard(path, rows | {"rewards": raw.tolist()})
-        yield _read_shard(path)
+        yield _read_shard(path, len(shard.prompts))
 
 
-def _claim(
-    folder: Path,
-    plan: Plan,
-    settings: RolloutSettings,
-    critic: Critic | None,
-    objectives: Mapping[str, Objective],
-) -> None:
+def _claim(folder: Path, claim: dict[str, Any]) -> None:
     """Mark the folder with what is being sampled, and refuse to mix two different things in it."""
-    claim = {
-        "plan": plan.digest(),
-        "settings": asdict(settings),
-        "objectives": list(objectives),
-        "critic": _critic_digest(critic),
-    }
     marker = folder / "plan.json"
     if marker.is_file():
         found = read_json(marker)
@@ -237,15 +265,19 @@ def _write_shard(path: Path, columns: dict[str, list[Any]]) -> None:
         datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
 
 
-def _read_shard(path: Path) -> Any:
+def _read_shard(path: Path, rows: int) -> Any:
     import datasets
 
     try:
-        return datasets.load_from_disk(str(path), keep_in_memory=True)
+        shard = datasets.load_from_disk(str(path), keep_in_memory=True)
+        if len(shard) != rows:
+            raise ValueError(f"it has {len(shard)} rows instead of {rows}.")
     except Exception as error:  # whatever Arrow says about a damaged file, the remedy is the same
+        said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"shard {str(path)!r} cannot be read: {error}", "delete that folder; it is sampled again."
+            f"shard {str(path)!r} cannot be read: {said}", "delete that folder; it is sampled again."
         ) from error
+    return shard
 
 
 class _quiet:

@@ -28,15 +28,19 @@ def load_prompts(
             a dataset on a hub.
         column: the column that holds the prompts; None takes the only column of text.
         split: of the dataset.
-        first_words: keep so many words of each row, ≥ 1, for corpora whose rows are whole texts.
-        limit: keep so many prompts, ≥ 1.
+        first_words: keep so many words of each row, ≥ 1, for corpora whose rows are whole texts; None keeps all.
+        limit: keep so many prompts, ≥ 1; None keeps all.
 
     Returns:
         Prompts that are neither empty nor repeated, in their order.
 
     Raises:
-        DataError: if the source is missing or unreadable, a column is unknown, or no prompt is left.
+        DataError: if the source is missing or unreadable, a column or split is unknown, a number is out of range, or no
+            prompt is left.
     """
+    for name, value in (("first_words", first_words), ("limit", limit)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}, expected ≥ 1.", "leave it out to keep everything.")
     rows = _rows(source, column, split)
     if first_words is not None:
         rows = [" ".join(row.split()[:first_words]) for row in rows]
@@ -59,9 +63,12 @@ def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[s
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"prompts come from {source!r}, which does not exist.", "give a file, one prompt a line.")
-        return path.read_text(encoding="utf-8").splitlines()
+        try:
+            return path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"prompts come from {source!r}, which is not UTF-8 text.", "save it as UTF-8.") from error
     dataset = _dataset(source, path, split)
-    return [str(value) for value in dataset[_column(dataset, column, source)]]
+    return [str(value) for value in dataset[_column(dataset, column, source)] if value is not None]
 
 
 def _dataset(source: str, path: Path, split: str) -> Any:
@@ -70,7 +77,11 @@ def _dataset(source: str, path: Path, split: str) -> Any:
     try:
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             loaded = datasets.load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            if not isinstance(loaded, datasets.DatasetDict):
+                return loaded
+            if split not in loaded:
+                raise DataError(f"split is {split!r}, which {source!r} does not have.", closest(split, loaded))
+            return loaded[split]
         if path.suffix in _BUILDERS and not path.is_file():
             raise DataError(f"prompts come from {source!r}, which does not exist.", "check the path.")
         if path.is_file():

@@ -92,7 +92,7 @@ def extract(
                     expected=steps.expected.cpu(),
                     kl=_per_step(rows["kl"], steps.kl.shape[1]),
                     is_response=steps.is_response.cpu(),
-                    rewards=critic.normalise(torch.tensor(rows["rewards"])).float(),
+                    rewards=critic.normalise(torch.tensor(rows["rewards"], dtype=torch.float64)).float(),
                     counts_for=weights != 0 if tilted else torch.ones_like(weights, dtype=torch.bool),
                 )
             )
@@ -100,9 +100,7 @@ def extract(
 
 
 def _per_step(rows: list[list[float]], length: int) -> Tensor:
-    return torch.stack(
-        [F.pad(torch.tensor(row, dtype=torch.float32), (0, length - len(row))) for row in rows]
-    )
+    return torch.stack([F.pad(torch.tensor(row, dtype=torch.float32), (0, length - len(row))) for row in rows])
 
 
 def _joined(parts: list[Features]) -> Features:

@@ -30,14 +30,32 @@ class FitSettings:
         held_out: share of the rollouts that only choose the epoch, 0 < share < 1.
         target: `decomposition` subtracts the later advantages from every return, which leaves its mean and takes away
             most of its noise; `monte_carlo` is the paper's plain return.
+
+    Raises:
+        ConfigError: if a setting is out of range.
     """
 
-    epochs: int = 8
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    epochs: int = 6
+    batch_size: int = 32
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     held_out: float = 0.1
     target: Target = "decomposition"
+
+    def __post_init__(self) -> None:
+        if self.target not in ("decomposition", "monte_carlo"):
+            raise ConfigError(f"target is {self.target!r}.", "known: decomposition, monte_carlo.")
+        if not 0 < self.held_out < 1 or self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError(
+                f"held_out is {self.held_out}, epochs {self.epochs}, batch_size {self.batch_size}; expected "
+                "0 < held_out < 1 and the others ≥ 1.",
+                "the defaults are 0.1, 6 and 32.",
+            )
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate} and weight_decay {self.weight_decay}; expected > 0 and ≥ 0.",
+                "the defaults are 2e-3 and 1e-2.",
+            )
 
 
 @dataclass(frozen=True)
@@ -45,12 +63,13 @@ class FitReport:
     """What a fit came to.
 
     Args:
-        explained: per objective, 1 − held-out squared error / variance of the returns, for the epoch that is kept.
+        explained: per objective, 1 − held-out squared error / variance of the returns, for the epoch that is kept; None
+            where the held-out returns do not vary.
         epoch: which epoch that is, counted from 1; 0 if none was better than the heads at the start.
         losses: the held-out error before the first and after each epoch.
     """
 
-    explained: dict[str, float]
+    explained: dict[str, float | None]
     epoch: int
     losses: list[float]
 
@@ -87,12 +106,13 @@ def fit(
         The report.
 
     Raises:
-        ConfigError: if a setting is out of range.
+        ConfigError: if there are fewer than four rollouts.
 
     Source: soft policy evaluation of MAVIS (arXiv 2508.13415); the decomposition of a return into advantages is the
     one of Direct Advantage Estimation (Pan et al., NeurIPS 2022).
     """
-    _check(settings, len(features))
+    if len(features) < 4:
+        raise ConfigError(f"there are {len(features)} rollouts to fit to.", "sample at least a few hundred.")
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=critic.token_table.device.type == "cpu")
@@ -103,7 +123,7 @@ def fit(
     network, optimiser = accelerator.prepare(network, optimiser)
     order = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(features), generator=order)
-    held = max(1, round(settings.held_out * len(features)))
+    held = min(max(1, round(settings.held_out * len(features))), len(features) - 1)
     held_out, training = features.rows(shuffled[:held]), shuffled[held:]
     batches = math.ceil(len(training) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
@@ -114,10 +134,10 @@ def fit(
         for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
             batch = _to(features.rows(index), accelerator.device)
             squared, weight = network(batch, zeta)
+            optimiser.zero_grad()
             accelerator.backward(squared.sum() / weight.sum().clamp_min(1))
             accelerator.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
-            optimiser.zero_grad()
             schedule.step()
         losses.append(_error(network, held_out, zeta, settings, accelerator.device)[0].mean().item())
         if losses[-1] < losses[best]:
@@ -127,7 +147,10 @@ def fit(
     critic.load_state_dict(best_state)
     critic.refresh_token_table(embeddings)
     error, variance = _error(network, held_out, zeta, settings, accelerator.device)
-    explained = (1 - error / variance.clamp_min(1e-12)).tolist()
+    explained = [
+        1 - wrong / spread if spread > 1e-5 else None
+        for wrong, spread in zip(error.tolist(), variance.tolist(), strict=True)
+    ]
     return FitReport(dict(zip(critic.objectives, explained, strict=True)), best, losses)
 
 
@@ -194,16 +217,3 @@ def _warm_cosine(steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return factor
-
-
-def _check(settings: FitSettings, rollouts: int) -> None:
-    if settings.target not in ("decomposition", "monte_carlo"):
-        raise ConfigError(f"target is {settings.target!r}.", "known: decomposition, monte_carlo.")
-    if not 0 < settings.held_out < 1 or settings.epochs < 1 or settings.batch_size < 1:
-        raise ConfigError(
-            f"held_out is {settings.held_out}, epochs {settings.epochs}, batch_size {settings.batch_size}; expected "
-            "0 < held_out < 1 and the others ≥ 1.",
-            "the defaults are 0.1, 8 and 64.",
-        )
-    if rollouts < 4:
-        raise ConfigError(f"there are {rollouts} rollouts to fit to.", "sample at least a few hundred.")

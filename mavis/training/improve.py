@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics import HiddenStateCritic, load_critic
+from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.hidden_state import token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import read_json, write_json
@@ -28,7 +30,7 @@ class ImprovementSettings:
 
     Args:
         iterations: rounds of rollouts and fit, ≥ 1; the first evaluates the reference policy.
-        rollouts: responses per iteration, ≥ 1; shared out equally over the objectives from iteration 1 on.
+        rollouts: responses per iteration, ≥ 4; shared out equally over the objectives from iteration 1 on.
         beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward.
         zeta: ζ ≥ 0, price of a nat in reward; None is 1/β.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
@@ -55,7 +57,8 @@ class IterationReport:
         rewards: per objective, mean normalised reward of the rollouts sampled for it.
         kl: per objective, mean KL to the reference of those rollouts, nats per sequence.
         goal: per objective, J = reward − KL/β of those rollouts.
-        explained: per objective, share of the returns' variance that the fitted heads explain on held-out rollouts.
+        explained: per objective, share of the returns' variance that the fitted heads explain on held-out rollouts;
+            None where those do not vary.
         losses: held-out error before the first epoch and after each.
         critic: folder of the critic after the fit.
     """
@@ -65,7 +68,7 @@ class IterationReport:
     rewards: dict[str, float]
     kl: dict[str, float]
     goal: dict[str, float]
-    explained: dict[str, float]
+    explained: dict[str, float | None]
     losses: list[float]
     critic: str
 
@@ -92,8 +95,9 @@ def improve(
 
         π_m ∝ π_ref exp(β Q_m),   Q_m(s_t, a_t) ← E_{π_m}[R_m − ζ Σ_{t'>t} KL_{t'}]
 
-    Everything is written to `folder` as it is finished: rollouts by shard, a critic and a report by iteration, and at
-    the end the calibrated critic in `folder/critic`. The same call on the same folder goes on where it stopped.
+    Everything is written to `folder` as it is finished: the start, rollouts by shard, a critic and a report by
+    iteration, and at the end the calibrated critic in `folder/critic`. The same call on the same folder goes on where
+    it stopped.
 
     Args:
         policy: the reference policy; it stays as it is.
@@ -111,13 +115,17 @@ def improve(
     Raises:
         ConfigError: if a setting is out of range or the objectives are not the critic's.
         DataError: if the folder belongs to a run with other settings.
-        CriticError: if an objective never varies.
+        CriticError: if the critic is for another shape of policy, or an objective never varies.
 
     Source: MAVIS, arXiv 2508.13415.
     """
     _check(critic, objectives, prompts, settings)
+    settings.sampling.check(policy)
+    critic.fingerprint.check(policy)
+    critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
     _claim(run, critic, prompts, settings)
+    critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
     zeta = 1 / settings.beta if settings.zeta is None else settings.zeta
     for iteration in range(settings.iterations):
@@ -143,7 +151,8 @@ def improve(
             shards.append(shard)
             say(stage, sum(map(len, shards)), len(plan.prompts))
         if iteration == 0:
-            critic.set_normalisation(torch.cat([torch.tensor(shard["rewards"]) for shard in shards]))
+            rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]
+            critic.set_normalisation(torch.cat(rewards))
         features = extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0)
         stage = f"iteration {iteration}: fit"
         say(stage, 0, settings.fit.epochs)
@@ -151,7 +160,7 @@ def improve(
             critic,
             features,
             embeddings,
-            zeta if iteration else 0.0,
+            zeta,
             settings.fit,
             seed=sampling.seed,
             on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
@@ -167,7 +176,7 @@ def improve(
         )
         write_json(place / "report.json", asdict(report))
         yield report
-    if settings.calibration_samples and critic.calibration is None:
+    if settings.calibration_samples:
         say("calibration", 0, 1)
         critic.calibration = calibrate(
             policy,
@@ -201,18 +210,14 @@ def _means(
     share = counts_for.double() / counts_for.sum(0).clamp_min(1)
     reward, distance = (rewards.double() * share).sum(0), (kl.double()[:, None] * share).sum(0)
     named = {"rewards": reward, "kl": distance, "goal": reward - distance / beta}
-    return {
-        name: dict(zip(critic.objectives, values.tolist(), strict=True)) for name, values in named.items()
-    }
+    return {name: dict(zip(critic.objectives, values.tolist(), strict=True)) for name, values in named.items()}
 
 
 def _adopt(critic: HiddenStateCritic, folder: Path) -> None:
     critic.load_state_dict(load_critic(folder).state_dict())
 
 
-def _claim(
-    run: Path, critic: HiddenStateCritic, prompts: Sequence[str], settings: ImprovementSettings
-) -> None:
+def _claim(run: Path, critic: HiddenStateCritic, prompts: Sequence[str], settings: ImprovementSettings) -> None:
     claim = {
         "settings": asdict(settings),
         "objectives": list(critic.objectives),
@@ -229,7 +234,9 @@ def _claim(
                 f"folder {str(run)!r} holds a run with a different {other}.",
                 "name a new output folder, or repeat the command exactly to resume.",
             )
+        _adopt(critic, run / "start")  # which may have been trained in place when the run broke off
         return
+    critic.save(run / "start")
     write_json(marker, claim)
 
 
@@ -246,11 +253,15 @@ def _check(
         )
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt.")
-    if settings.iterations < 1 or settings.rollouts < 1 or not settings.beta > 0:
+    if settings.iterations < 1 or settings.rollouts < 4 or not 0 < settings.beta < math.inf:
         raise ConfigError(
             f"iterations is {settings.iterations}, rollouts {settings.rollouts}, beta {settings.beta}; expected ≥ 1, "
-            "≥ 1 and > 0.",
+            "≥ 4 and > 0.",
             "the defaults are 2, 4096 and 4.",
         )
-    if settings.zeta is not None and not settings.zeta >= 0:
+    if settings.zeta is not None and not 0 <= settings.zeta < math.inf:
         raise ConfigError(f"zeta is {settings.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
+    if settings.calibration_samples < 0:
+        raise ConfigError(
+            f"calibration_samples is {settings.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
+        )

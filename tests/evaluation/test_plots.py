@@ -102,9 +102,7 @@ def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("divisions", [1, 10])
 def test_front_of_two_objectives(tmp_path: Path, divisions: int) -> None:
-    figure = plot_front(
-        tmp_path / "front.png", sweep(["helpful", "harmless"], divisions), ["helpful", "harmless"]
-    )
+    figure = plot_front(tmp_path / "front.png", sweep(["helpful", "harmless"], divisions), ["helpful", "harmless"])
     assert png_size(tmp_path / "front.png") == (1200, 840)
     axes = figure.axes[0]
     assert [axes.get_xlabel(), axes.get_ylabel()] == [
@@ -170,9 +168,7 @@ def test_long_titles_are_broken_into_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("effective", "is_dashed"), [(60.0, False), (5.0, True)])
-def test_the_limit_is_dashed_where_few_rollouts_decide(
-    tmp_path: Path, effective: float, is_dashed: bool
-) -> None:
+def test_the_limit_is_dashed_where_few_rollouts_decide(tmp_path: Path, effective: float, is_dashed: bool) -> None:
     rows = sweep(["a", "b"], 1, (1.0, 10.0))  # up to KL 2, the end of the limit
     figure = plot_frontier(tmp_path / "frontier.png", rows, limits(rows, effective=effective))
     labels = figure.axes[0].get_legend_handles_labels()[1]

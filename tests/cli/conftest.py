@@ -1,0 +1,99 @@
+"""The command line, run within the test's own process."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mavis.cli import main
+
+
+@dataclass
+class Ran:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Mavis:
+    """Runs `mavis` in a folder of its own, on the tiny policy where `policy=tiny` is asked for."""
+
+    def __init__(self, policy: Path, folder: Path) -> None:
+        self.policy, self.folder = policy, folder
+
+    def __call__(self, *arguments: str, stdin: str = "") -> Ran:
+        given = [f"policy=pretrained|policy.path={self.policy}" if a == "policy=tiny" else a for a in arguments]
+        given = [part for argument in given for part in argument.split("|")] if "policy=tiny" in arguments else given
+        out, err = io.StringIO(), io.StringIO()
+        with _process_as_it_was(self.folder, stdin), redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = main(given)
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Ran(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _process_as_it_was(folder: Path, stdin: str) -> Iterator[None]:
+    """Undo what a command does to its process: arguments, working folder, log handlers, random numbers."""
+    arguments, here, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
+    handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
+    sys.stdin = io.StringIO(stdin)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
+        root.setLevel(level)
+        os.chdir(here)
+        torch.set_num_threads(threads)
+        torch.random.set_rng_state(state)
+
+
+@pytest.fixture
+def mavis(tiny_folder: Path, tmp_path: Path) -> Mavis:
+    """`mavis` as a function of its arguments."""
+    return Mavis(tiny_folder, tmp_path)
+
+
+SMALL = (
+    "policy=tiny",
+    "objective=[positive,brevity]",
+    "critic.hidden=8",
+    "critic.rank=4",
+    "decoding.max_new_tokens=8",
+    "decoding.top_k=20",
+    "improvement.iterations=1",
+    "improvement.rollouts=32",
+    "improvement.calibration_samples=2",
+    "improvement.fit.epochs=1",
+)
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Overrides that make a training as small as it can be."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a critic that `mavis train` made of the tiny policy."""
+    folder = tmp_path_factory.mktemp("trained")
+    ran = Mavis(tiny_folder, folder)("train", *SMALL, "output=run")
+    assert ran.code == 0, ran.err
+    return folder / "run" / "critic"

@@ -1,0 +1,370 @@
+"""The commands on a tiny policy: what they write, what they print, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mavis.critics import load_critic
+
+TELL = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
+
+
+def assert_refused(ran: Any, message: str) -> None:
+    """A mistake the user can mend: status 2 and one line with a hint, the last one."""
+    assert ran.code == 2, ran.err
+    lines = ran.err.strip().splitlines()
+    assert lines[-1].startswith("mavis: ")
+    assert " Hint: " in lines[-1]
+    assert message in lines[-1]
+    assert "Traceback" not in ran.err
+
+
+# train
+
+
+def test_training_ends_in_a_critic_and_a_table(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    ran = mavis("train", *small, "output=run")
+    assert ran.code == 0, ran.err
+    critic = load_critic(tmp_path / "run" / "critic")
+    assert critic.objectives == ("positive", "brevity")
+    assert critic.calibration is not None
+    assert (critic.calibration.max_new_tokens, critic.calibration.top_k) == (8, 20)
+    assert f"critic: {tmp_path / 'run' / 'critic'}" in ran.out
+    for word in ("iteration", "positive", "brevity", "KL (nats)", "iteration 0: rollouts", "iteration 0: fit"):
+        assert word in ran.out
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+
+
+def test_the_same_command_again_goes_on_where_it_was(
+    mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.parent, tmp_path / "run")
+    for lost in ("critic", "calibration", "iteration-0/critic", "iteration-0/report.json"):
+        path = tmp_path / "run" / lost
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert mavis("train", *small, "output=run").code == 0
+    again, before = load_critic(tmp_path / "run" / "critic"), load_critic(trained)
+    assert again.calibration == before.calibration
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.parent, tmp_path / "run")
+    ran = mavis("train", *small, "output=run", "beta=2")
+    assert_refused(ran, "holds a run with a different settings. Hint: name a new output folder")
+
+
+def test_other_options_of_an_objective_in_the_same_folder_are_refused(
+    mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.parent, tmp_path / "run")
+    ran = mavis("train", *small, "output=run", "objectives.brevity.scale=10")
+    assert_refused(
+        ran, "holds a run whose objectives are configured otherwise: brevity. Hint: name a new output folder"
+    )
+
+
+def test_one_objective_asked_for_trains_one_head(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    assert mavis("train", *small, "objective=[brevity]", "output=run").code == 0
+    assert load_critic(tmp_path / "run" / "critic").objectives == ("brevity",)
+
+
+def test_a_sweep_makes_a_critic_for_every_combination(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+    shorter = [item for item in small if not item.startswith("critic.hidden")]
+    ran = mavis("train", "-m", *shorter, "beta=2,4", "critic.hidden=8,16", "objective=[brevity]", "output=runs")
+    assert ran.code == 0, ran.err
+    found = sorted(path.parent.parent.name for path in (tmp_path / "runs").glob("*/critic/config.json"))
+    assert found == [f"beta={beta},critic.hidden={hidden}" for beta in (2, 4) for hidden in (16, 8)]
+    for folder in (tmp_path / "runs").glob("beta*"):
+        settings = json.loads((folder / "run.json").read_text())
+        assert f"beta={settings['settings']['beta']:g},critic.hidden={settings['critic']['hidden']}" == folder.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=[]"], "objective is empty"),
+        (["beta=0"], "beta 0"),
+        (["improvement.iterations=0"], "iterations is 0"),
+        (["improvement.fit.target=td"], "target is 'td'"),
+        (["improvement.shard_size=0"], "shard_size is 0"),
+        (["decoding.temperature=0"], "temperature is 0"),
+        (["decoding.top_k=1000"], "top_k is 1000, but the policy has 61 tokens"),
+        (["critic.hidden=0"], "hidden is 0"),
+        (["objective=[brevity]", "objectives.brevity.scale=-1"], "objective 'brevity' cannot be built: scale is -1"),
+        (["objective=[reward_model]"], "objectives.reward_model.model is not given"),
+        (["+objectives.mine._target_=nowhere.thing"], "objective 'mine' cannot be built: Error loading 'nowhere"),
+        (["data=file"], "data.prompts.source is not given"),
+        (["data=file", "data.prompts.source=missing.txt"], "'missing.txt', which does not exist"),
+        (["data=file", "data.prompts.source=empty.txt"], "'empty.txt', which holds no prompt"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_training_is_one_line(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert_refused(mavis("train", *small, "output=run", *overrides), message)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [(["improvment.rollouts=3"], "improvment"), (["critic.hiden=3"], "hiden"), (["objective=[positiv]"], "positiv")],
+)
+def test_a_misspelt_name_is_an_error_that_repeats_it(
+    mavis: Any, small: tuple[str, ...], overrides: list[str], key: str
+) -> None:
+    ran = mavis("train", *small, *overrides)
+    assert ran.code != 0
+    assert key in ran.err
+    assert "Traceback" not in ran.err
+
+
+# policies
+
+
+def test_a_policy_must_be_named(mavis: Any) -> None:
+    assert_refused(mavis("train", "policy=pretrained"), "policy.path is not given. Hint: write policy.path=...")
+
+
+def test_a_policy_that_is_only_a_pickle_is_refused(
+    mavis: Any, tiny_folder: Path, tiny_policy: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(tiny_policy.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    ran = mavis("train", "policy=pretrained", "policy.path=pickled")
+    assert_refused(ran, "policy.path is 'pickled', which cannot be loaded")
+    assert "safetensors" in ran.err
+
+
+def test_a_policy_that_is_cut_short_is_refused(mavis: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_refused(mavis("train", "policy=pretrained", "policy.path=short"), "which cannot be loaded")
+
+
+# generate
+
+
+def test_a_prompt_is_continued(mavis: Any, trained: Path) -> None:
+    ran = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=3")
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("the dog") for line in lines)
+
+
+def test_generating_writes_nothing_anywhere(mavis: Any, trained: Path, tmp_path: Path) -> None:
+    before = sorted(trained.parent.rglob("*"))
+    assert mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog").code == 0
+    assert not list(tmp_path.iterdir())
+    assert sorted(trained.parent.rglob("*")) == before
+
+
+def test_a_seed_repeats_and_another_one_does_not(mavis: Any, trained: Path) -> None:
+    def told(*overrides: str) -> str:
+        ran = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=4", *overrides)
+        return str(ran.out)
+
+    assert told() == told() == told("seed=0") != told("seed=1")
+
+
+def test_greedy_is_the_same_for_every_seed(mavis: Any, trained: Path) -> None:
+    told = {
+        mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "greedy=true", f"seed={seed}").out
+        for seed in range(3)
+    }
+    assert len(told) == 1
+
+
+AWKWARD = 'Tom said, "it\'s = {x}" $y \\ [a, b]: ${z} \\'
+
+
+def test_a_prompt_with_grammar_in_it_reaches_the_policy_whole(
+    mavis: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mavis.cli.generate as command
+
+    met: list[list[str]] = []
+    monkeypatch.setattr(command, "continuations", lambda p, t, c, prompts, d, **_: met.append(prompts) or prompts)
+    (tmp_path / "prompts.txt").write_text(f"{AWKWARD}\n\nthe dog\n", encoding="utf-8")
+    base = ("generate", *TELL, f"checkpoint={trained}")
+    by_name = mavis(*base, f"prompt={AWKWARD}")
+    by_file = mavis(*base, "prompt_file=prompts.txt")
+    by_stdin = mavis(*base, "prompt_file=-", stdin=f"{AWKWARD}\nthe dog\n")
+    assert [ran.code for ran in (by_name, by_file, by_stdin)] == [0, 0, 0]
+    assert met == [[AWKWARD], [AWKWARD, "the dog"], [AWKWARD, "the dog"]]
+    assert by_name.out == f"{AWKWARD}\n"
+
+
+@pytest.mark.parametrize(
+    ("weights", "other"),
+    [("{positive: 1.0}", "[1.0,0.0]"), ("{positive: 0.5, brevity: 0.5}", "null"), ("{brevity: -2}", "[0,-2]")],
+)
+def test_weights_may_be_a_mapping_or_a_list(mavis: Any, trained: Path, weights: str, other: str) -> None:
+    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=5", "beta=20")
+    told = [mavis(*base, f"weights={choice}") for choice in (weights, other)]
+    assert told[0].code == 0, told[0].err
+    assert told[0].out == told[1].out
+
+
+def test_a_budget_may_stand_for_beta(mavis: Any, trained: Path) -> None:
+    calibration = load_critic(trained).calibration
+    assert calibration is not None
+    kl = calibration.range()[1] * 0.9
+    base = ("generate", "policy=tiny", "decoding.max_new_tokens=8", f"checkpoint={trained}", "prompt=the dog")
+    by_kl = mavis(*base, "samples=6", f"target_kl={kl}", "weights=[1,0]")
+    beta = calibration.beta(torch.tensor([1.0, 0.0]), kl)
+    by_beta = mavis(*base, "samples=6", f"beta={beta}", "weights=[1,0]")
+    assert by_kl.code == 0, by_kl.err
+    assert by_kl.out == by_beta.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "prompt is None and prompt_file is None; exactly one of them is needed"),
+        (["prompt=a", "prompt_file=b"], "exactly one of them is needed"),
+        (["prompt="], "prompt is empty"),
+        (["prompt=???"], "prompt is not given"),
+        (["prompt_file=-"], "'-', which holds no prompt"),
+        (["prompt_file=empty.txt"], "'empty.txt', which holds no prompt"),
+        (["prompt_file=missing.txt"], "'missing.txt', which does not exist"),
+        (["prompt_file=missing"], "prompt_file is 'missing', which does not exist"),
+        (["prompt=a", "weights={positve: 1}"], "did you mean 'positive'?"),
+        (["prompt=a", "weights={}"], "weights is empty"),
+        (["prompt=a", "weights=[1]"], "weights has shape (1, 1), but the critic has 2 objectives"),
+        (["prompt=a", "weights=0.5"], "weights is 0.5"),
+        (["prompt=a", "weights={positive: nan}"], "expected a finite number"),
+        (["prompt=a", "beta=-1"], "beta is -1"),
+        (["prompt=a", "target_kl=2"], "both set the strength"),
+        (["prompt=a", "beta=null", "target_kl=1e9"], "but the critic was calibrated from"),
+        (["prompt=a", "samples=0"], "samples is 0"),
+        (["prompt=a", "samples=2", "greedy=true"], "samples is 2 and greedy is True"),
+        (["prompt=a", "checkpoint=nothing"], "'nothing', which does not exist"),
+        (["prompt=a", "checkpoint=."], "has no config.json, so it is not a critic"),
+    ],
+)
+def test_a_mistake_in_what_is_to_be_generated_is_one_line(
+    mavis: Any, trained: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    assert_refused(mavis("generate", *TELL, f"checkpoint={trained}", *overrides), message)
+
+
+# evaluate and demo
+
+SWEEP = (
+    "evaluation.divisions=2",
+    "evaluation.betas=[1,3]",
+    "evaluation.samples=2",
+    "evaluation.reference_samples=4",
+    "evaluation.speed_batch=2",
+    "evaluation.speed_repeats=1",
+)
+
+
+def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tmp_path: Path) -> None:
+    ran = mavis(
+        "evaluate",
+        "policy=tiny",
+        "decoding.max_new_tokens=6",
+        *SWEEP,
+        f"checkpoint={trained}",
+        "objective=[brevity,positive]",
+        "output=out",
+    )
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["objectives"] == ["positive", "brevity"]  # the critic's order, whatever order was asked for
+    assert len(report["rows"]) == 1 + 3 * 2
+    assert set(report["rows"][0]["held_out"]) == {"readability"}
+    assert report["settings"]["sampling"]["top_k"] == 20  # as trained
+    for name in ("report.json", "report.csv", "frontier.png", "front.png"):
+        assert str(tmp_path / "out" / name) in ran.out
+    for word in ("(reference)", "efficiency", "tokens/s", "readability", "positive 0.5, brevity 0.5"):
+        assert word in ran.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=[positive]"], "the critic's objective 'brevity' is not among the configured ones"),
+        (["evaluation.betas=[0]"], "betas is [0]"),
+        (["evaluation.samples=0"], "samples is 0"),
+        (["evaluation.divisions=0"], "divisions"),
+        (["evaluation.target_kls=[-1]"], "target_kls is [-1]"),
+        (["data.evaluation_prompts.source=[]"], "an empty list, which holds no prompt"),
+        (["+evaluation.held_out.readability.hardest=-1"], "objective 'readability' cannot be built: hardest is -1"),
+        (["checkpoint=nothing"], "'nothing', which does not exist"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_evaluation_is_one_line(
+    mavis: Any, trained: Path, overrides: list[str], message: str
+) -> None:
+    base = ("evaluate", "policy=tiny", *SWEEP, f"checkpoint={trained}", "objective=[positive,brevity]", "output=out")
+    assert_refused(mavis(*base, *overrides), message)
+
+
+def test_the_demo_leaves_a_critic_a_report_stories_and_a_command_that_works(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mavis.cli.demo.multiprocessing", Nobody())  # another process would take long to start
+    ran = mavis("demo", *small, *SWEEP, "output=out", 'story=the dog\'s day, said "she"')
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seconds"] > 0
+    for row in report["rows"]:
+        assert {"weights", "beta", "rewards", "kl", "efficiency", "tokens_per_second"} <= set(row)
+    for name in ("critic/config.json", "report.csv", "front.png", "frontier.png"):
+        assert (tmp_path / "out" / name).is_file()
+    for weights in ("{'positive': 1.0}", "{'positive': 0.5, 'brevity': 0.5}", "{'brevity': 1.0}"):
+        assert weights in ran.out
+    *_, line = ran.out.strip().splitlines()
+    name, *command = shlex.split(line)
+    assert name == "mavis"
+    again = mavis(*command)
+    assert again.code == 0, again.err
+    assert len(again.out.splitlines()) == 3
+
+
+def test_the_demo_takes_one_objective(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mavis.cli.demo.multiprocessing", Nobody())
+    one = ("objective=[brevity]", "improvement.calibration_samples=0", "output=out")
+    ran = mavis("demo", *small, *SWEEP, *one)
+    assert ran.code == 0, ran.err
+    assert "{'brevity': 1.0}" in ran.out
+    assert "{'brevity': -1.0}" in ran.out
+    *_, line = ran.out.strip().splitlines()
+    again = mavis(*shlex.split(line)[1:])
+    assert again.code == 0, again.err
+
+
+class Nobody:
+    """Stands in for `multiprocessing`: a helper that dies before it has done anything."""
+
+    def get_context(self, method: str) -> Nobody:
+        return self
+
+    def Process(self, **_: Any) -> Nobody:
+        return self
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        pass

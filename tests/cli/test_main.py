@@ -1,0 +1,107 @@
+"""`mavis` itself: its help, its commands, and prompts that reach the command as they were written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from mavis.cli import COMMANDS, _named_by_what_differs, _quoted
+from mavis.version import __version__
+
+
+def test_help_lists_every_command_with_what_it_does(mavis: Any) -> None:
+    for arguments in (["--help"], ["-h"], ["help"]):
+        ran = mavis(*arguments)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith("usage: mavis <command>")
+        for command, what in COMMANDS.items():
+            assert any(line.split(maxsplit=1) == [command, what] for line in ran.out.splitlines())
+
+
+def test_no_command_shows_the_help_and_is_an_error(mavis: Any) -> None:
+    ran = mavis()
+    assert ran.code == 2
+    assert ran.out == mavis("--help").out
+
+
+def test_the_version_is_told(mavis: Any) -> None:
+    assert mavis("--version").out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(("command", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "known: demo, train")])
+def test_an_unknown_command_is_an_error_that_knows_the_right_ones(mavis: Any, command: str, hint: str) -> None:
+    ran = mavis(command)
+    assert ran.code == 2
+    assert ran.err.startswith(f"mavis: there is no command {command!r}. Hint: {hint}")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_readable(mavis: Any, command: str) -> None:
+    ran = mavis(command, "--help")
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert ran.out.strip()
+    assert "$" not in ran.out.replace("${", "")  # no part of the template is left unfilled
+    assert max(map(len, lines)) <= 120
+    assert "Powered by Hydra" not in ran.out or command == "pretrain"
+    if command != "pretrain":
+        assert lines[0].startswith(f"mavis {command}: ")
+        assert f"  mavis {command}" in ran.out
+        assert "Groups to choose from" in ran.out
+        assert "Settings and their defaults" in ran.out
+
+
+def parsed(override: str) -> Any:
+    """What Hydra and OmegaConf make of an override."""
+    element = OverridesParser.create().parse_override(override)
+    config = OmegaConf.create({"prompt": None, "story": None})
+    OmegaConf.update(config, element.key_or_group, element.value(), merge=True)
+    return config[element.key_or_group]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+        st.text(st.sampled_from("\\'\"${},=[]()# \t\n:ab?!*~+@%|/-.0"), min_size=1),
+    )
+)
+@example('Tom said, "Hi" = {x} [1] it\'s\\')
+@example("\\")
+@example("\\\n")
+@example("a\\'b\\\\'")
+@example("mid\\dle and end\\\\")
+@example("costs ${x} \\${y} \\\\${z")
+@example("true")
+@example("1e3")
+def test_a_prompt_is_parsed_back_to_exactly_what_was_written(text: str) -> None:
+    if text in ("null", "???"):  # nothing, and what Hydra holds for missing
+        return
+    assert parsed(_quoted(f"prompt={text}")) == text
+    assert parsed(_quoted(f"story={text}")) == text
+
+
+@pytest.mark.parametrize("override", ["prompt=", "prompt=null", "weights={a: 1}", "beta=2,4", "-m", "prompt_file=-"])
+def test_what_is_no_prompt_is_left_alone(override: str) -> None:
+    assert _quoted(override) == override
+
+
+def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
+    given = ["-m", "policy=pretrained", "policy.path='a/b'", "beta=2,4", "critic.hidden=choice(8,16)", "output=x"]
+    *kept, added = _named_by_what_differs(given)
+    assert kept == given
+    assert added.startswith("hydra.job.config.override_dirname.exclude_keys=")
+    excluded = OverridesParser.create().parse_override(added).value()
+    assert {"policy", "policy.path", "output", "threads"} <= set(map(str, excluded))
+    assert not {"beta", "critic.hidden"} & set(map(str, excluded))
+
+
+@pytest.mark.parametrize("given", [["beta=2,4"], ["-m", "beta=[2,"]])
+def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> None:
+    assert _named_by_what_differs(given) == given

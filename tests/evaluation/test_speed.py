@@ -1,0 +1,77 @@
+"""How speeds are compared: by turns, the first round not counted, medians over the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mavis.evaluation import speed
+from mavis.evaluation.speed import compare_speed
+
+INPUTS = {"input_ids": torch.zeros(4, 3, dtype=torch.long), "attention_mask": torch.ones(4, 3, dtype=torch.long)}
+
+
+class Clock:
+    """Time that passes only while the stub generates."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Policy:
+    """A stub that takes as long as the script says, call by call, and remembers what it was asked."""
+
+    def __init__(self, clock: Clock, seconds: list[float]) -> None:
+        self.clock, self.seconds, self.asked = clock, iter(seconds), []
+
+    def generate(self, **arguments: Any) -> None:
+        self.asked.append(arguments)
+        self.clock.now += next(self.seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    return clock
+
+
+def test_ways_take_turns_and_ratios_are_taken_within_a_round(clock: Clock) -> None:
+    tilt = object()
+    # The machine slows down from round to round; the tilted way always takes 1.25 times as long as the plain one.
+    rounds = [(100.0, 1.0), (1.0, 1.25), (2.0, 2.5), (8.0, 10.0)]
+    policy = Policy(clock, [seconds for pair in rounds for seconds in pair])
+    found = compare_speed(policy, INPUTS, {"tilted": lambda: tilt}, new_tokens=10, repeats=3)  # type: ignore[dict-item]
+    assert found == {
+        "plain": {"tokens_per_second": 20.0, "ratio": 1.0},
+        "tilted": {"tokens_per_second": 16.0, "ratio": pytest.approx(0.8)},
+    }
+    assert [call["logits_processor"] for call in policy.asked] == [[], tilt] * 4
+
+
+def test_every_way_is_asked_for_the_same_number_of_sampled_tokens(clock: Clock) -> None:
+    policy = Policy(clock, [1.0] * 6)
+    compare_speed(policy, INPUTS, {"a": lambda: None, "b": lambda: None}, new_tokens=7, repeats=1)
+    assert len(policy.asked) == 6
+    for asked in policy.asked:
+        assert (asked["min_new_tokens"], asked["max_new_tokens"]) == (7, 7)
+        assert (asked["do_sample"], asked["top_k"]) == (True, 0)
+        assert asked["input_ids"] is INPUTS["input_ids"]
+
+
+def test_each_round_has_a_tilt_of_its_own(clock: Clock) -> None:
+    made: list[object] = []
+
+    def make() -> Any:
+        made.append(object())
+        return made[-1]
+
+    policy = Policy(clock, [1.0] * 6)
+    compare_speed(policy, INPUTS, {"tilted": make}, new_tokens=2, repeats=2)
+    assert [call["logits_processor"] for call in policy.asked if call["logits_processor"]] == made
+    assert len(set(map(id, made))) == 3

@@ -1,0 +1,179 @@
+"""Prompts from everywhere they may come from."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mavis.errors import DataError
+from mavis.rollouts import load_prompts
+
+ROWS = ["Once upon a time", "Tom said, “Hi”", "  An indented day"]
+
+
+def write(folder: Path, kind: str, columns: dict[str, list[Any]]) -> str:
+    """Write columns as one kind of source, and say how it is named."""
+    path = folder / f"prompts.{kind}"
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if kind == "txt":
+        path.write_text("\n".join(next(iter(columns.values()))) + "\n", encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == "csv":
+        datasets.Dataset.from_dict(columns).to_csv(path, index=False)
+    elif kind == "parquet":
+        datasets.Dataset.from_dict(columns).to_parquet(path)
+    elif kind == "folder":
+        datasets.Dataset.from_dict(columns).save_to_disk(str(path))
+    elif kind == "folder of splits":
+        splits = {"train": datasets.Dataset.from_dict(columns), "test": datasets.Dataset.from_dict({"text": ["held"]})}
+        datasets.DatasetDict(splits).save_to_disk(str(path))
+    return str(path)
+
+
+KINDS = ["txt", "jsonl", "json", "csv", "parquet", "folder", "folder of splits"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_its_rows_in_their_order(tmp_path: Path, kind: str) -> None:
+    assert load_prompts(write(tmp_path, kind, {"text": ROWS})) == ROWS
+
+
+def test_a_list_is_taken_as_it_is() -> None:
+    assert load_prompts(ROWS) == ROWS
+    assert load_prompts(tuple(ROWS)) == ROWS
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(ROWS) + end))
+    assert load_prompts("-") == ROWS
+
+
+def test_the_only_column_of_text_is_found_among_others(tmp_path: Path) -> None:
+    source = write(tmp_path, "parquet", {"score": [1.0, 2.0, 3.0], "story": ROWS, "id": [1, 2, 3]})
+    assert load_prompts(source) == ROWS
+
+
+def test_a_column_can_be_named(tmp_path: Path) -> None:
+    source = write(tmp_path, "jsonl", {"prompt": ROWS, "answer": ["a", "b", "c"]})
+    assert load_prompts(source, column="prompt") == ROWS
+    assert load_prompts(source, column="answer") == ["a", "b", "c"]
+
+
+def test_a_split_can_be_named(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path, "folder of splits", {"text": ROWS}), split="test") == ["held"]
+
+
+def test_the_first_words_of_whole_texts_are_kept() -> None:
+    rows = ["One day, a little\n girl ran home.", "She said", "a  b\tc d"]
+    assert load_prompts(rows, first_words=3) == ["One day, a", "She said", "a b c"]
+
+
+def test_prompts_that_are_repeated_or_blank_are_left_out() -> None:
+    assert load_prompts(["b", "", "a", "b", "   ", "a", "\t"]) == ["b", "a"]
+
+
+def test_what_is_equal_in_its_first_words_is_repeated() -> None:
+    assert load_prompts(["once upon a time", "once upon a hill"], first_words=2) == ["once upon"]
+
+
+def test_the_limit_counts_what_is_left() -> None:
+    assert load_prompts(["a", "a", "", "b", "c"], limit=2) == ["a", "b"]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"), [([], "an empty list"), (["", "  "], "an empty list"), ("empty.txt", "empty.txt")]
+)
+def test_no_prompt_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, shown: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(DataError, match=f"{shown}.*holds no prompt"):
+        load_prompts(source)
+
+
+def test_empty_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(DataError, match="prompts come from '-', which holds no prompt"):
+        load_prompts("-")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(DataError, match=f"missing.{kind}', which does not exist"):
+        load_prompts(str(tmp_path / f"missing.{kind}"))
+
+
+def test_a_kind_of_file_that_is_not_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "prompts.docx").write_text("a")
+    with pytest.raises(DataError, match=r"a kind of file that is not read. Hint: known: \.txt"):
+        load_prompts(str(tmp_path / "prompts.docx"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_is_broken_is_named(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"broken.{kind}"
+    source.write_bytes(b'{"text": "a"}\n{"text": ')
+    with pytest.raises(DataError, match=rf"broken\.{kind}', which the datasets library cannot read"):
+        load_prompts(str(source))
+
+
+def test_text_that_is_not_utf_8_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    source = tmp_path / "latin.txt"
+    source.write_bytes("Märchen".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt', which is not UTF-8"):
+        load_prompts(str(source))
+
+
+def test_an_unknown_column_is_an_error_that_knows_the_right_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column is 'promt', which .* does not have. Hint: did you mean 'prompt'"):
+        load_prompts(write(tmp_path, "jsonl", {"prompt": ROWS}), column="promt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": ROWS, "answer": ROWS}, "has 2 columns of text: prompt, answer"),
+        ({"score": [1.0, 2.0, 3.0]}, "has 0 columns of text"),
+    ],
+)
+def test_no_single_column_of_text_is_an_error(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_prompts(write(tmp_path, "parquet", columns))
+
+
+def test_an_unknown_split_is_an_error(tmp_path: Path) -> None:
+    source = write(tmp_path, "folder of splits", {"text": ROWS})
+    with pytest.raises(DataError, match=r"split is 'valid', which .* does not have. Hint: known: train, test"):
+        load_prompts(source, split="valid")
+
+
+def test_a_row_without_a_text_is_left_out(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path, "jsonl", {"prompt": ["a", None, "b"]})) == ["a", "b"]
+
+
+def test_a_list_of_something_else_is_an_error() -> None:
+    with pytest.raises(DataError, match="prompts holds 3, expected text"):
+        load_prompts(["a", 3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("options", [{"first_words": 0}, {"limit": 0}, {"limit": -1}])
+def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(DataError, match=f"{name} is {value}, expected ≥ 1"):
+        load_prompts(["a", "b"], **options)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""The Hydra tree: every choice composes, and what users choose replaces what was there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from mavis.cli import COMMANDS
+from mavis.cli.app import sampling_settings
+from mavis.cli.conf_path import conf_dir
+from mavis.cli.evaluate import evaluation_settings
+from mavis.evaluation.evaluate import EvaluationSettings
+from mavis.rollouts import RolloutSettings
+from mavis.training.fit import FitSettings
+from mavis.training.improve import ImprovementSettings
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+}
+USES = {
+    "train": {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment"},
+    "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment"},
+    "generate": {"policy", "decoding"},
+    "demo": {"policy", "critic", "objective", "data", "decoding", "improvement", "evaluation", "experiment"},
+}
+CHOICES = [
+    (command, group, option) for command, groups in USES.items() for group in sorted(groups) for option in GROUPS[group]
+]
+
+
+@pytest.fixture(autouse=True)
+def _conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def resolved(config: DictConfig) -> dict[str, object]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def test_the_tree_is_found_in_a_checkout() -> None:
+    assert Path(conf_dir()) == CONF
+
+
+def test_every_command_has_a_config_and_every_config_a_command() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(COMMANDS)
+
+
+def test_every_group_is_used_by_a_command() -> None:
+    assert set().union(*USES.values()) == set(GROUPS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_config_composes(command: str) -> None:
+    assert resolved(compose(command))
+
+
+@pytest.mark.parametrize(("command", "group", "option"), CHOICES)
+def test_every_option_of_every_group_composes(command: str, group: str, option: str) -> None:
+    value = f"[{option}]" if group == "objective" else option
+    assert resolved(compose(command, [f"{group}={value}"]))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "demo"])
+def test_two_objectives_are_the_default_and_one_asked_for_is_one(command: str) -> None:
+    assert list(compose(command).objectives) == ["positive", "dialogue"]
+    assert list(compose(command, ["objective=[brevity]"]).objectives) == ["brevity"]
+    assert list(compose(command, ["objective=brevity"]).objectives) == ["brevity"]
+    assert list(compose(command, ["objective=[dialogue,brevity,positive]"]).objectives) == [
+        "dialogue",
+        "brevity",
+        "positive",
+    ]
+
+
+def test_an_objectives_options_can_be_set() -> None:
+    config = compose("train", ["objective=[brevity]", "objectives.brevity.scale=7"])
+    assert config.objectives.brevity.scale == 7
+
+
+def test_weights_are_those_asked_for_and_no_others() -> None:
+    assert compose("generate").weights is None
+    assert compose("generate", ["weights={positive: 0.8}"]).weights == {"positive": 0.8}
+    assert compose("generate", ["weights={a: 1, b: -0.5}"]).weights == {"a": 1, "b": -0.5}
+    assert compose("generate", ["weights=[0.5,0.5]"]).weights == [0.5, 0.5]
+
+
+def test_lists_are_replaced_and_not_joined() -> None:
+    config = compose("evaluate", ["evaluation.betas=[9.0]", "data.evaluation_prompts.source=[Once, Twice]"])
+    assert config.evaluation.betas == [9.0]
+    assert config.data.evaluation_prompts.source == ["Once", "Twice"]
+
+
+def test_another_source_of_prompts_keeps_nothing_of_the_openings() -> None:
+    files = ["data=file", "data.prompts.source=a.txt", "data.evaluation_prompts.source=b.txt"]
+    data = compose("train", files).data
+    assert data.prompts.source == "a.txt"
+    assert data.evaluation_prompts.source == "b.txt"
+
+
+def test_the_held_out_objective_can_be_left_out_or_replaced() -> None:
+    assert list(compose("evaluate").evaluation.held_out) == ["readability"]
+    assert not compose("evaluate", ["~evaluation.held_out.readability"]).evaluation.held_out
+    replaced = ["~evaluation.held_out.readability", "+evaluation.held_out.brevity._target_=mavis.rewards.Brevity"]
+    assert list(compose("evaluate", replaced).evaluation.held_out) == ["brevity"]
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "key"),
+    [
+        ("train", "improvment.rollouts=3", "improvment"),
+        ("train", "improvement.rolouts=3", "rolouts"),
+        ("train", "critic.hiden=8", "hiden"),
+        ("evaluate", "evaluation.sampels=3", "sampels"),
+        ("generate", "promt=Once", "promt"),
+        ("demo", "betta=3", "betta"),
+    ],
+)
+def test_a_misspelt_key_is_refused_by_name(command: str, override: str, key: str) -> None:
+    with pytest.raises(ConfigCompositionException) as raised:
+        compose(command, [override])
+    assert f"Key '{key}' is not in struct" in str(raised.value.__cause__)
+
+
+def test_a_misspelt_option_is_refused_by_name() -> None:
+    with pytest.raises(MissingConfigException, match="Could not load 'objective/positiv'"):
+        compose("train", ["objective=[positiv]"])
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("improvement", GROUPS["improvement"])
+def test_the_settings_of_training_are_those_that_the_code_has(command: str, improvement: str) -> None:
+    config = compose(command, [f"improvement={improvement}"])
+    assert set(config.improvement.fit) == {field.name for field in fields(FitSettings)}
+    FitSettings(**config.improvement.fit)
+    assert isinstance(sampling_settings(config, config.improvement.shard_size), RolloutSettings)
+    elsewhere = {"beta", "sampling"}
+    assert set(config.improvement) - {"shard_size"} == {f.name for f in fields(ImprovementSettings)} - elsewhere
+
+
+@pytest.mark.parametrize("evaluation", GROUPS["evaluation"])
+def test_the_settings_of_evaluation_are_those_that_the_code_has(evaluation: str) -> None:
+    config = compose("demo", [f"evaluation={evaluation}"])
+    known = {field.name for field in fields(EvaluationSettings)} - {"sampling"}
+    assert set(config.evaluation) - {"shard_size", "held_out"} == known
+    assert isinstance(evaluation_settings(config), EvaluationSettings)
