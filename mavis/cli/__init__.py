@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
+    for name, value in (override.partition("=")[::2] for override in overrides):
+        names = re.findall(r"[{,]\s*['\"]?([^\s:,{}'\"]+)['\"]?\s*:", value) if name.lstrip("+") == "weights" else []
+        twice = sorted({objective for objective in names if names.count(objective) > 1})
+        if twice:  # Hydra would silently keep the last
+            print(f"mavis: weights names objective {twice[0]!r} twice. Hint: give each one weight.", file=sys.stderr)
+            return 2
     # Hydra reads the process's arguments and names the app after the script.
     sys.argv = [f"mavis-{command}", *_named_by_what_differs([_quoted(override) for override in overrides])]
     importlib.import_module(f"mavis.cli.{command}").main()

@@ -46,7 +46,7 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
 
     first, last = critic.objectives[0], critic.objectives[-1]
     choices = [{first: 1.0}, {name: 1 / len(critic.objectives) for name in critic.objectives}, {last: 1.0}]
-    next_weights = f"{{{last}: 1, {first}: -0.5}}"
+    next_weights = f"{{{last}: 0.7, {first}: 0.3}}"
     if first == last:
         choices, next_weights = [{first: 1.0}, {first: -1.0}], f"{{{first}: -1}}"
     reached = critic.calibration.range()[1] if critic.calibration is not None else 0.0

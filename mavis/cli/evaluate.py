@@ -15,6 +15,7 @@ from mavis.cli.app import (
     sampling_settings,
     show_table,
 )
+from mavis.errors import ConfigError
 
 
 def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
@@ -55,7 +56,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             tokenizer,
             critic,
             objectives,
-            read_prompts(config.data.evaluation_prompts),
+            _unseen_prompts(config.data),
             folder,
             evaluation_settings(config, critic),
             held_out=make_objectives({"objectives": held_out}) if held_out else None,
@@ -63,6 +64,21 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
         )
     _show(report)
     return report
+
+
+def _unseen_prompts(data: Any) -> list[str]:
+    """Read the evaluation prompts, and refuse those that the same `data` group trains on."""
+    from omegaconf import OmegaConf
+
+    prompts = read_prompts(data.evaluation_prompts)
+    trained = set() if OmegaConf.is_missing(data.prompts, "source") else set(read_prompts(data.prompts))
+    seen = [prompt for prompt in prompts if prompt in trained]
+    if seen:
+        raise ConfigError(
+            f"data.evaluation_prompts holds {len(seen)} of the training prompts, such as {seen[0]!r}.",
+            "evaluate on prompts that the critic was not trained on; others flatter it.",
+        )
+    return prompts
 
 
 def _show(report: dict[str, Any]) -> None:

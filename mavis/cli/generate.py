@@ -63,7 +63,7 @@ def _run(config: Any) -> None:
         raise ConfigError(  # it may only be a file here; the hub is not asked
             f"prompt_file is {config.prompt_file!r}, which does not exist.", "give a file with one prompt a line, or -."
         )
-    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file)
+    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file, repeated=True)
     if not prompts[0].strip():
         raise ConfigError("prompt is empty.", "give at least one word to go on from.")
     if config.samples < 1 or (config.greedy and config.samples > 1):

@@ -38,6 +38,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         rollouts=options.rollouts,
         beta=config.beta,
         zeta=options.zeta,
+        later_rate=options.later_rate,
         calibration_samples=options.calibration_samples,
         sampling=sampling_settings(config, options.shard_size),
         fit=FitSettings(**options.fit),

@@ -107,7 +107,8 @@ class Calibration:
             return self.betas[0] * math.sqrt(target / float(rising[0]))
         above = int((rising >= target * (1 - 1e-12)).nonzero()[0])
         x0, x1 = math.log(self.betas[above - 1]), math.log(self.betas[above])
-        y0, y1 = math.log(float(rising[above - 1])), math.log(float(rising[above]))
+        # A sampled KL can be exactly 0 at a tiny β; its logarithm only has to be finite.
+        y0, y1 = (math.log(max(float(rising[at]), 1e-12)) for at in (above - 1, above))
         share = (math.log(target) - y0) / (y1 - y0) if y1 > y0 else 1.0
         return math.exp(x0 + share * (x1 - x0))
 

@@ -237,8 +237,15 @@ class _Scorer:
         return row
 
     def _summary(self, values: ArrayLike) -> tuple[float, float | None]:
-        """Mean and standard error; responses to one prompt are not independent, so their mean counts as one value."""
-        return mean_and_stderr(np.asarray(values, dtype=np.float64).reshape(self.prompts, -1).mean(1))
+        """Mean over the given prompts and its standard error, which is that of the sampling: the prompts are no sample.
+
+        stderr² = Σ_p var_p / n / P²,   n responses to each of P prompts
+        """
+        by_prompt = np.asarray(values, dtype=np.float64).reshape(self.prompts, -1)
+        summaries = [mean_and_stderr(row) for row in by_prompt]
+        errors = [error for _, error in summaries if error is not None]
+        stderr = math.sqrt(sum(error**2 for error in errors)) / self.prompts if len(errors) == self.prompts else None
+        return float(by_prompt.mean()), stderr
 
     def _perplexity(self, group: dict[str, list[Any]], most: int = 512) -> float | None:
         """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""

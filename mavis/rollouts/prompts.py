@@ -19,6 +19,7 @@ def load_prompts(
     split: str = "train",
     first_words: int | None = None,
     limit: int | None = None,
+    repeated: bool = False,
 ) -> list[str]:
     """Read prompts from any source that the `datasets` library knows.
 
@@ -30,9 +31,10 @@ def load_prompts(
         split: of the dataset.
         first_words: keep so many words of each row, ≥ 1, for corpora whose rows are whole texts; None keeps all.
         limit: keep so many prompts, ≥ 1; None keeps all.
+        repeated: whether a prompt that comes twice is kept twice.
 
     Returns:
-        Prompts that are neither empty nor repeated, in their order.
+        Prompts in their order, without empty ones and, unless asked for, without repetitions.
 
     Raises:
         DataError: if the source is missing or unreadable, a column or split is unknown, a number is out of range, or no
@@ -44,7 +46,8 @@ def load_prompts(
     rows = _rows(source, column, split)
     if first_words is not None:
         rows = [" ".join(row.split()[:first_words]) for row in rows]
-    prompts = list(dict.fromkeys(row for row in rows if row.strip()))
+    filled = [row for row in rows if row.strip()]
+    prompts = filled if repeated else list(dict.fromkeys(filled))
     if not prompts:
         shown = "an empty list" if not isinstance(source, str) else repr(source)
         raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")

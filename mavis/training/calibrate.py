@@ -47,11 +47,11 @@ def calibrate(
         The calibration, to be stored in the critic.
     """
     directions = calibration_directions(len(critic.objectives))
-    grid = [(d, b) for d in range(len(directions)) for b in betas for _ in range(samples)]
+    grid = [(d, b, s) for d in range(len(directions)) for b in betas for s in range(samples)]
     plan = Plan(
-        prompts=[prompts[i % len(prompts)] for i in range(len(grid))],
-        weights=directions[[d for d, _ in grid]],
-        betas=torch.tensor([b for _, b in grid], dtype=torch.float64),
+        prompts=[prompts[s % len(prompts)] for _, _, s in grid],  # the same in every cell, so that cells compare
+        weights=directions[[d for d, _, _ in grid]],
+        betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
     spent: list[float] = []
     for shard in collect(policy, tokenizer, objectives, plan, folder, settings, critic=critic):

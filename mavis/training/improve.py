@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics import HiddenStateCritic, load_critic
-from mavis.critics.fingerprint import Fingerprint
+from mavis.critics.fingerprint import Fingerprint, output_embedding
 from mavis.critics.hidden_state import token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import read_json, write_json
@@ -33,6 +33,8 @@ class ImprovementSettings:
         rollouts: responses per iteration, ≥ 4; shared out equally over the objectives from iteration 1 on.
         beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward.
         zeta: ζ ≥ 0, price of a nat in reward; None is 1/β.
+        later_rate: share of the fit's learning rate that rounds after the first use, > 0. Their heads start nearly
+            right and see fewer rollouts each, so that full steps would put more noise in than they take out.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
         sampling: of the rollouts.
         fit: of the heads.
@@ -42,6 +44,7 @@ class ImprovementSettings:
     rollouts: int = 4096
     beta: float = 4.0
     zeta: float | None = None
+    later_rate: float = 0.1
     calibration_samples: int = 64
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
     fit: FitSettings = field(default_factory=FitSettings)
@@ -125,6 +128,7 @@ def improve(
     critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
     _claim(run, critic, prompts, settings)
+    critic.to(output_embedding(policy).weight.device)  # type: ignore[arg-type]
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
     zeta = 1 / settings.beta if settings.zeta is None else settings.zeta
@@ -161,7 +165,9 @@ def improve(
             features,
             embeddings,
             zeta,
-            settings.fit,
+            replace(
+                settings.fit, learning_rate=settings.fit.learning_rate * (settings.later_rate if iteration else 1.0)
+            ),
             seed=sampling.seed,
             on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
         )
@@ -259,6 +265,8 @@ def _check(
             "≥ 4 and > 0.",
             "the defaults are 2, 4096 and 4.",
         )
+    if not 0 < settings.later_rate < math.inf:
+        raise ConfigError(f"later_rate is {settings.later_rate}, expected > 0.", "the default is 0.1.")
     if settings.zeta is not None and not 0 <= settings.zeta < math.inf:
         raise ConfigError(f"zeta is {settings.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
     if settings.calibration_samples < 0:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mavis.cli import COMMANDS, _named_by_what_differs, _quoted
+from mavis.cli import COMMANDS, _named_by_what_differs, _quoted, main
 from mavis.version import __version__
 
 
@@ -105,3 +105,8 @@ def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
 @pytest.mark.parametrize("given", [["beta=2,4"], ["-m", "beta=[2,"]])
 def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> None:
     assert _named_by_what_differs(given) == given
+
+
+def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "prompt=Hi", "weights={positive: 1.0, 'positive': 0.5}"]) == 2
+    assert "weights names objective 'positive' twice. Hint: give each one weight." in capsys.readouterr().err

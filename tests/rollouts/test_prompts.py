@@ -177,3 +177,8 @@ def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
     (name, value), *_ = options.items()
     with pytest.raises(DataError, match=f"{name} is {value}, expected ≥ 1"):
         load_prompts(["a", "b"], **options)  # type: ignore[arg-type]
+
+
+def test_repeated_prompts_are_kept_where_each_wants_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n\na\n")
+    assert load_prompts(str(tmp_path / "prompts.txt"), repeated=True) == ["a", "b", "a"]
