@@ -247,7 +247,7 @@ class _Scorer:
         stderr = math.sqrt(sum(error**2 for error in errors)) / self.prompts if len(errors) == self.prompts else None
         return float(by_prompt.mean()), stderr
 
-    def _perplexity(self, group: dict[str, list[Any]], most: int = 512) -> float | None:
+    def _perplexity(self, group: dict[str, list[Any]], most: int = 192) -> float | None:
         """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""
         step = math.ceil(len(group["prompt_ids"]) / most)
         pairs = [(p, r) for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True) if r]

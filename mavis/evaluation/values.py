@@ -14,7 +14,7 @@ from mavis.math.returns import soft_returns
 from mavis.rollouts.collect import RolloutSettings
 from mavis.rollouts.replay import Sequences, replay
 
-_MOST_RESPONSES = 512
+_MOST_RESPONSES = 240
 
 
 def value_calibration(

@@ -16,6 +16,10 @@ from mavis.critics.capture import forward_states
 from mavis.math.divergence import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
 
+# How many logits are worked on at once, on an accelerator and on a CPU: there a few megabytes stay in its cache, and
+# larger temporaries would cost more in fresh memory pages than in arithmetic.
+_LOGITS_AT_ONCE = (1 << 27, 1 << 20)
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -101,31 +105,61 @@ def replay(
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = length + 1
     states, logits = forward_states(policy, **inputs)
-    states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1].float()
-
-    flat_states, flat_logits = states.flatten(0, 1), logits.flatten(0, 1)
-    kept, kept_ids = candidates(flat_logits, top_k) if top_k is not None else (flat_logits, None)
-    if critic is None:
-        tilt = torch.zeros_like(kept)
-    else:
-        assert lam is not None
-        spread = lam.to(device).repeat_interleave(length, dim=0)
-        tilt = critic.tilt_of_states(flat_states, kept_ids, spread)
-    logprobs = tilted_logprobs(kept, tilt, temperature)
-    whole = torch.logsumexp(flat_logits / temperature, dim=-1, keepdim=True)
-    kl = step_kl(logprobs, kept / temperature - whole).unflatten(0, (-1, length))
-    action_ids = ids[:, -length:]
-    taken = flat_logits.gather(1, action_ids.flatten()[:, None])
-    table = embeddings.to(device)
-    if kept_ids is None:
-        expected = logprobs.exp() @ table
-    else:
-        expected = F.embedding_bag(kept_ids, table, per_sample_weights=logprobs.exp(), mode="sum")
+    states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
+    action_ids, table = ids[:, -length:], embeddings.to(device)
+    lam = lam.to(device) if lam is not None else None
+    at_once = max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * logits.shape[2]))
+    parts = [
+        _figures(
+            states[rows].flatten(0, 1),
+            logits[rows].flatten(0, 1).float(),
+            action_ids[rows].flatten(),
+            table,
+            critic,
+            lam[rows].repeat_interleave(length, dim=0) if lam is not None else None,
+            top_k,
+            temperature,
+        )
+        for rows in (slice(at, at + at_once) for at in range(0, len(ids), at_once))
+    ]
+    expected, kl, reference_logprobs = (
+        torch.cat(figure).unflatten(0, (-1, length)) for figure in zip(*parts, strict=True)
+    )
     return Steps(
         states=states,
         action_ids=action_ids,
-        expected=expected.unflatten(0, (-1, length)),
+        expected=expected,
         kl=kl * is_response,
-        reference_logprobs=(taken / temperature - whole)[:, 0].unflatten(0, (-1, length)) * is_response,
+        reference_logprobs=reference_logprobs * is_response,
         is_response=is_response,
     )
+
+
+def _figures(
+    states: Tensor,
+    logits: Tensor,
+    action_ids: Tensor,
+    table: Tensor,
+    critic: HiddenStateCritic | None,
+    lam: Tensor | None,
+    top_k: int | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute expected embedding (S, E), KL (S,) and log π_ref of the action (S,) for S steps."""
+    scaled = logits / temperature if temperature != 1.0 else logits
+    whole = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    taken = (scaled.gather(1, action_ids[:, None]) - whole)[:, 0]
+    kept, kept_ids = candidates(scaled, top_k) if top_k is not None else (scaled, None)
+    if critic is None:
+        logprobs = torch.log_softmax(kept, dim=-1)
+    else:
+        assert lam is not None
+        logprobs = tilted_logprobs(kept, critic.tilt_of_states(states, kept_ids, lam))
+    probs = logprobs.exp()
+    if kept_ids is None:
+        expected = probs @ table
+    else:
+        expected = F.embedding_bag(kept_ids, table, per_sample_weights=probs, mode="sum")
+    if critic is None and top_k is None:  # the reference policy itself
+        return expected, torch.zeros_like(taken), taken
+    return expected, step_kl(logprobs, kept - whole), taken

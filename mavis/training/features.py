@@ -14,7 +14,7 @@ from mavis.critics import HiddenStateCritic
 from mavis.rollouts.collect import RolloutSettings
 from mavis.rollouts.replay import Sequences, replay
 
-_ROWS_PER_PASS = 64
+_ROWS_PER_PASS = 32
 
 
 @dataclass(frozen=True)
