@@ -114,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     _, heldout = split_tail(read_stories(arguments.corpus), arguments.heldout)
     rows = []
     for name, folder in (("embedded", embedded.path()), ("stories260K", Path(arguments.teacher))):
-        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         context = policy.config.max_position_embeddings
         tic = time.perf_counter()

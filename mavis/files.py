@@ -32,7 +32,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
 
-    A folder already at `path` is moved aside first and removed last, so a crash leaves the old or the new one.
+    A folder already at `path` is moved aside first and removed last; what breaks in between puts it back.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,13 +40,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if target.exists():
-            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, aside / "old")
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        try:
+            if target.exists():
+                os.replace(target, aside / "old")
             os.replace(temporary, target)
+        except BaseException:
+            if not target.exists() and (aside / "old").exists():
+                os.replace(aside / "old", target)
+            raise
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
 
     def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
         import hydra
+        from hydra.core.hydra_config import HydraConfig
         from omegaconf import MissingMandatoryValue
 
         def guarded(config: Any) -> None:
@@ -32,6 +34,18 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
                 sys.exit(2)
             except MissingMandatoryValue as error:
                 print(f"mavis: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
+                sys.exit(2)
+            except (TypeError, ValueError, RuntimeError) as error:
+                # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                given = ", ".join(HydraConfig.get().overrides.task) or "none"
+                said = " ".join(str(error).split())
+                print(
+                    f"mavis: {type(error).__name__}: {said} Hint: check the settings that were given ({given}); "
+                    "HYDRA_FULL_ERROR=1 shows where it happened.",
+                    file=sys.stderr,
+                )
                 sys.exit(2)
 
         return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
@@ -170,35 +184,35 @@ def read_prompts(config: Any) -> list[str]:
 
 
 def sampling_settings(config: Any, shard_size: int, critic: Any | None = None) -> Any:
-    """Build the settings of sampling from the `decoding` group and the seed; see `top_k_of`."""
+    """Build the settings of sampling from the `decoding` group and the seed; see `as_trained`."""
     from mavis.rollouts import RolloutSettings
 
     return RolloutSettings(
         max_new_tokens=config.decoding.max_new_tokens,
-        top_k=top_k_of(config.decoding, critic),
-        temperature=config.decoding.temperature,
+        top_k=as_trained(config.decoding, "top_k", critic),
+        temperature=as_trained(config.decoding, "temperature", critic),
         shard_size=shard_size,
         seed=config.seed,
     )
 
 
-def top_k_of(decoding: Any, critic: Any | None) -> int | None:
-    """Read the number of candidates of a `decoding` group.
+def as_trained(decoding: Any, name: str, critic: Any | None) -> Any:
+    """Read `top_k` or `temperature` of a `decoding` group.
 
-    Values and budgets hold for the candidates they were learnt with, so `as_trained` takes those of the critic's
-    calibration.
+    Values and budgets hold for the candidates and the temperature they were learnt with, so `as_trained` takes those of
+    the critic's calibration.
 
     Raises:
         ConfigError: if `as_trained` meets a critic that carries no calibration.
     """
-    if decoding.top_k != "as_trained":
-        return decoding.top_k
+    if decoding[name] != "as_trained":
+        return decoding[name]
     if critic is None or critic.calibration is None:
         raise ConfigError(
-            "decoding.top_k is as_trained, but the critic carries no calibration that would tell.",
-            "give a number, e.g. decoding.top_k=40.",
+            f"decoding.{name} is as_trained, but the critic carries no calibration that would tell.",
+            f"give a number, e.g. decoding.{name}={40 if name == 'top_k' else 1.0}.",
         )
-    return critic.calibration.top_k
+    return getattr(critic.calibration, name)
 
 
 @contextmanager

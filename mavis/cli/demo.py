@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import hydra_app, load_policy, make_objectives, prepare, read_prompts
-from mavis.cli.evaluate import evaluate, evaluation_settings
+from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
 from mavis.cli.generate import continuations
 from mavis.cli.train import train
+from mavis.files import write_json
+
+_STARTED = time.perf_counter()
 
 
 def _run(config: Any) -> None:
@@ -20,8 +23,9 @@ def _run(config: Any) -> None:
 
     from mavis.evaluation.report import write_report
 
-    start = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    evaluation_settings(config)  # a mistake in what is needed last is found first
+    unseen_prompts(config.data)
     # The reference rollouts need no critic, so another core can draw them while this one trains. Should that process
     # die, its shards are taken up from where it stopped.
     helper = multiprocessing.get_context("spawn").Process(
@@ -35,9 +39,10 @@ def _run(config: Any) -> None:
     helper.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
 
-    paths = write_report(folder, {"seconds": time.perf_counter() - start} | report)
+    paths = write_report(folder, {"seconds": time.perf_counter() - _STARTED} | report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
     _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])
+    write_json(folder / "report.json", {"seconds": time.perf_counter() - _STARTED} | report)
 
 
 def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_overrides: list[str]) -> None:
@@ -49,7 +54,7 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
     next_weights = f"{{{last}: 0.7, {first}: 0.3}}"
     if first == last:
         choices, next_weights = [{first: 1.0}, {first: -1.0}], f"{{{first}: -1}}"
-    reached = critic.calibration.range()[1] if critic.calibration is not None else 0.0
+    reached = critic.calibration.reach() if critic.calibration is not None else 0.0
     strength: dict[str, Any] = {"beta": None, "target_kl": 2.0}
     if reached < 2.0:  # a short training may not reach two nats, and none at all reaches nothing
         kl = float(f"{0.99 * reached:.3g}")
@@ -63,6 +68,7 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
     command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
     if critic.calibration is None:  # which would tell
         command.append(f"decoding.top_k={'null' if config.decoding.top_k is None else config.decoding.top_k}")
+        command.append(f"decoding.temperature={config.decoding.temperature}")
     print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 
 

@@ -56,7 +56,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             tokenizer,
             critic,
             objectives,
-            _unseen_prompts(config.data),
+            unseen_prompts(config.data),
             folder,
             evaluation_settings(config, critic),
             held_out=make_objectives({"objectives": held_out}) if held_out else None,
@@ -66,7 +66,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
     return report
 
 
-def _unseen_prompts(data: Any) -> list[str]:
+def unseen_prompts(data: Any) -> list[str]:
     """Read the evaluation prompts, and refuse those that the same `data` group trains on."""
     from omegaconf import OmegaConf
 
@@ -83,7 +83,7 @@ def _unseen_prompts(data: Any) -> list[str]:
 
 def _show(report: dict[str, Any]) -> None:
     show_table(
-        "sweep on prompts that were not trained on; rewards in standard deviations of the reference policy",
+        "sweep on the evaluation prompts; rewards in standard deviations of the reference policy",
         [
             {
                 "weights": row["weights"] if row["beta"] else "(reference)",

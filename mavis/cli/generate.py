@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mavis.cli.app import hydra_app, load_policy, top_k_of
+from mavis.cli.app import as_trained, hydra_app, load_policy
 from mavis.errors import ConfigError
 
 
@@ -38,8 +38,8 @@ def continuations(
         weights=weights,
         beta=beta,
         target_kl=target_kl,
-        top_k=top_k_of(decoding, critic),
-        temperature=decoding.temperature,
+        top_k=as_trained(decoding, "top_k", critic),
+        temperature=as_trained(decoding, "temperature", critic),
         max_new_tokens=decoding.max_new_tokens,
         num_return_sequences=samples,
         do_sample=not greedy,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -15,6 +17,8 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.capture import Capture
 from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import CriticError
+
+_borrowing = threading.Lock()
 
 
 class Critic(nn.Module, ABC):
@@ -46,6 +50,7 @@ class Critic(nn.Module, ABC):
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
         self._capture: Capture | None = None
+        self._borrowers = 0
 
     @abstractmethod
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
@@ -146,6 +151,43 @@ class Critic(nn.Module, ABC):
             self._capture.close()
             self._capture = None
 
+    @contextmanager
+    def attached_to(self, policy: Any) -> Iterator[None]:
+        """Be attached to a policy for the time of a block, whoever else in another thread is.
+
+        An attachment that is there already stays; one that is made here ends with the last block that needs it.
+
+        Raises:
+            CriticError: if the critic is attached to another policy, or does not fit this one.
+        """
+        with _borrowing:
+            if self.attached_policy is None:
+                self.attach(policy)
+                self._borrowers, borrowed = 1, True
+            elif self.attached_policy is policy:
+                borrowed = self._borrowers > 0
+                self._borrowers += borrowed
+            else:
+                raise CriticError(
+                    "critic is attached to another policy than the one that is to generate.",
+                    "call critic.detach() first.",
+                )
+        try:
+            yield
+            if self._capture is not None:
+                self._capture.settle(wait=True)
+        finally:
+            if borrowed:
+                with _borrowing:
+                    self._borrowers -= 1
+                    if self._borrowers == 0:
+                        self.detach()
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the latest forward pass in this thread began a new sequence after one that went on from a cache."""
+        return self._capture is not None and self._capture.restarted
+
     @property
     def attached_policy(self) -> Any | None:
         """The policy this critic reads, or None."""
@@ -187,4 +229,8 @@ class Attachment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        try:
+            if error is None:
+                self._captured.settle(wait=True)
+        finally:
+            self.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mavis.errors import CriticError
 
 DEFAULT_KL = 2.0
-"""The distance, in nats per sequence at equal weights, that a critic's default β aims at."""
+"""The distance, in nats per sequence, that a critic aims at when neither β nor a budget is given."""
 
 
 def calibration_directions(objectives: int) -> Tensor:
@@ -38,12 +38,30 @@ class Calibration:
         kl: D lists of G mean KLs in nats per sequence, D = M(M+1)/2.
         max_new_tokens: length of the responses it was measured on.
         top_k: number of candidates it was measured with; None means all.
+        temperature: T it was measured at.
+
+    Raises:
+        CriticError: if the numbers cannot be a sweep.
     """
 
     betas: list[float]
     kl: list[list[float]]
     max_new_tokens: int
     top_k: int | None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        rows = [self.betas, *self.kl] if isinstance(self.kl, list) else [None]
+        sound = all(
+            isinstance(row, list) and len(row) == len(self.betas) and all(isinstance(x, int | float) for x in row)
+            for row in rows
+        )
+        if not sound or not self.kl or sorted(set(self.betas)) != self.betas or self.betas[0] <= 0:
+            raise CriticError(
+                f"calibration is betas={self.betas!r}, kl={self.kl!r}; expected ascending betas > 0 and as many KLs "
+                "for each direction.",
+                "calibrate the critic again.",
+            )
 
     def beta(self, weights: Tensor, target_kl: float) -> float:
         """Find the strength that reaches a KL budget at some weights.
@@ -59,67 +77,65 @@ class Calibration:
             β ≥ 0.
 
         Raises:
-            CriticError: if κ lies outside what was measured.
+            CriticError: if it takes a stronger tilt than was measured.
         """
-        directions = calibration_directions(len(weights))
-        along = torch.tensor([self._beta_along(row, target_kl) for row in self.kl], dtype=torch.float64)
-        curvature = _quadratic_form(directions, target_kl / along.square())
-        spread = float(weights.double() @ curvature @ weights.double())
-        if spread <= 0:
+        if not (math.isfinite(target_kl) and target_kl > 0):
+            raise CriticError(f"target_kl is {target_kl}, expected nats > 0.", "2.0 is a moderate budget.")
+        beta = self._beta(weights, target_kl)
+        if beta > self._most(weights) * (1 + 1e-9):
             raise CriticError(
-                f"target_kl={target_kl:g} has no calibrated beta at weights {weights.tolist()}.",
-                "give beta directly.",
+                f"target_kl is {target_kl:g}, which at weights {weights.tolist()} takes beta {beta:.3g}; the critic "
+                f"was calibrated up to {self._most(weights):.3g}.",
+                "choose a smaller target, or give beta directly.",
             )
-        return math.sqrt(target_kl / spread)
+        return beta
 
-    def default_beta(self) -> float:
-        """Return the β that reaches `DEFAULT_KL` at equal weights, or the closest that was measured."""
-        objectives = _objectives_of(len(self.kl))
-        lowest, highest = self.range()
-        target = min(max(DEFAULT_KL, lowest), highest)
-        if target <= 0:  # an untrained critic moves nothing, whatever β is
-            return self.betas[-1]
-        return self.beta(torch.full((objectives,), 1 / objectives), target)
+    def default_beta(self, weights: Tensor) -> float:
+        """Return the β that reaches `DEFAULT_KL` at some weights, or the strongest that was measured.
 
-    def range(self) -> tuple[float, float]:
-        """Return the KLs, lowest and highest, that every direction reaches."""
-        return max(row[0] for row in self.kl), min(max(row) for row in self.kl)
+        Args:
+            weights: (M,) finite, not all zero.
+        """
+        return min(self._beta(weights, DEFAULT_KL), self._most(weights))
+
+    def reach(self) -> float:
+        """Return the largest KL that every objective alone and every pair was measured to reach."""
+        return min(max(row) for row in self.kl)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return {
-            "betas": self.betas,
-            "kl": self.kl,
-            "max_new_tokens": self.max_new_tokens,
-            "top_k": self.top_k,
-        }
+        return asdict(self)
 
-    def _beta_along(self, kl: list[float], target: float) -> float:
+    def _most(self, weights: Tensor) -> float:
+        """The strongest β along these weights: directions were measured with weights that sum to one."""
+        return self.betas[-1] / float(weights.abs().sum())
+
+    def _beta(self, weights: Tensor, target: float) -> float:
+        values = torch.tensor([self._curvature(row, target) for row in self.kl], dtype=torch.float64)
+        form = _quadratic_form(len(weights), values)
+        # Sampling noise can make the form indefinite; the nearest one that is not has its negative eigenvalues cut.
+        eigenvalues, vectors = torch.linalg.eigh(form)
+        along = vectors.T @ weights.double().cpu()
+        spread = float((eigenvalues.clamp_min(0.0) * along.square()).sum())
+        return math.sqrt(target / spread) if spread > 1e-12 * target else math.inf
+
+    def _curvature(self, kl: list[float], target: float) -> float:
+        """κ/β² where a direction reaches κ; beyond its ends KL goes on as the quadratic that it begins as."""
         # Sampling noise can make neighbours cross; KL cannot fall as β rises, so the running maximum is the estimate.
-        rising = torch.tensor(kl, dtype=torch.float64).cummax(0).values
-        low, high = self.range()
-        if not (math.isfinite(target) and target > 0) or target > high * (1 + 1e-9):
-            raise CriticError(
-                f"target_kl is {target:g}, but the critic was calibrated from {low:.3g} to {high:.3g} nats.",
-                "choose a target in that range, or give beta directly.",
-            )
-        if target <= rising[0]:  # below the first point KL is quadratic in β
-            return self.betas[0] * math.sqrt(target / float(rising[0]))
-        above = int((rising >= target * (1 - 1e-12)).nonzero()[0])
+        rising = torch.tensor(kl, dtype=torch.float64).cummax(0).values.tolist()
+        if target <= rising[0]:
+            return rising[0] / self.betas[0] ** 2
+        if target > rising[-1]:
+            return rising[-1] / self.betas[-1] ** 2
+        above = next(at for at, value in enumerate(rising) if value >= target)
         x0, x1 = math.log(self.betas[above - 1]), math.log(self.betas[above])
         # A sampled KL can be exactly 0 at a tiny β; its logarithm only has to be finite.
-        y0, y1 = (math.log(max(float(rising[at]), 1e-12)) for at in (above - 1, above))
-        share = (math.log(target) - y0) / (y1 - y0) if y1 > y0 else 1.0
-        return math.exp(x0 + share * (x1 - x0))
+        y0, y1 = (math.log(max(rising[at], 1e-12)) for at in (above - 1, above))
+        return target / math.exp(2 * (x0 + (math.log(target) - y0) / (y1 - y0) * (x1 - x0)))
 
 
-def _objectives_of(directions: int) -> int:
-    return (math.isqrt(8 * directions + 1) - 1) // 2
-
-
-def _quadratic_form(directions: Tensor, values: Tensor) -> Tensor:
+def _quadratic_form(objectives: int, values: Tensor) -> Tensor:
     """Solve w_dᵀ C w_d = values_d for the symmetric C; alone-directions give the diagonal, pairs the rest."""
-    objectives = directions.shape[1]
     form = torch.diag(values[:objectives])
     for value, (i, j) in zip(values[objectives:], combinations(range(objectives), 2), strict=True):
         form[i, j] = form[j, i] = 2 * value - (form[i, i] + form[j, j]) / 2

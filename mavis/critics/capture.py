@@ -15,7 +15,8 @@ from mavis.errors import CriticError, DecodingError
 
 _NOT_MATCHED_HINT = (
     "the tilt needs each step's scores to come from the attached policy's latest forward pass in this thread; "
-    "classifier-free guidance, assisted and prompt-lookup decoding, early exit and inputs_embeds are not supported."
+    "classifier-free guidance, assisted and prompt-lookup decoding, early exit, inputs_embeds and states kept outside "
+    "past_key_values are not supported."
 )
 
 
@@ -48,9 +49,8 @@ class Capture:
     def __init__(self, policy: Any, owner: Any) -> None:
         embedding = output_embedding(policy)
         self.policy = weakref.ref(policy)
-        self.owner = weakref.ref(owner)
+        self.owner = owner  # held, because the hooks of a critic that is gone could be removed by nobody
         self._thread = threading.local()
-        self._pending: list[tuple[Tensor, Any]] = []
         self._hooks = [
             policy.register_forward_pre_hook(self._on_policy, with_kwargs=True),
             embedding.register_forward_pre_hook(self._on_output),
@@ -63,7 +63,6 @@ class Capture:
             hook.remove()
         self._hooks = []
         self._thread = threading.local()
-        self._pending = []
         policy = self.policy()
         if policy is not None and self in _attached.get(policy, []):
             _attached[policy].remove(self)
@@ -81,12 +80,12 @@ class Capture:
             DecodingError: if this thread has no forward pass, or none that made a state for these rows. Ids that live
                 on an accelerator are compared there without waiting; a mismatch is raised at a following step.
         """
-        self._raise_pending()
+        self.settle(wait=False)
         forward: Forward | None = getattr(self._thread, "forward", None)
         if forward is None or forward.hidden is None:
             raise DecodingError(
                 "critic is attached, but no forward pass of its policy was caught in this thread.",
-                "call the attached policy itself; hooks do not fire in a forward that was compiled before attach().",
+                "attach to the model itself, not to a wrapper whose generate runs an inner one; and before compiling.",
             )
         rows, length = prefix_ids.shape
         taken = forward.ids.shape[1]
@@ -112,29 +111,57 @@ class Capture:
         event = torch.cuda.Event() if caught.device.type == "cuda" else None
         answer = differs.to("cpu", non_blocking=True)
         if event is not None:
-            event.record()
-        self._pending.append((answer, event))
+            event.record(torch.cuda.current_stream(caught.device))
+        self._pending().append((answer, event))
 
-    def _raise_pending(self) -> None:
-        while self._pending and (self._pending[0][1] is None or self._pending[0][1].query()):
-            answer, _ = self._pending.pop(0)
+    def settle(self, *, wait: bool) -> None:
+        """Raise if this thread's ids were found to differ from the caught ones.
+
+        Args:
+            wait: for answers that are still on their way from an accelerator; else only those that have arrived count.
+
+        Raises:
+            DecodingError: if they differ.
+        """
+        pending = self._pending()
+        while pending and (wait or pending[0][1] is None or pending[0][1].query()):
+            answer, event = pending.pop(0)
+            if wait and event is not None:
+                event.synchronize()
             if bool(answer):
-                self._pending = []
+                pending.clear()
                 raise _other_tokens()
+
+    @property
+    def restarted(self) -> bool:
+        """Whether this thread's latest forward pass began anew after one that went on from a cache."""
+        return bool(getattr(self._thread, "restarted", False))
+
+    def _pending(self) -> list[tuple[Tensor, Any]]:
+        if not hasattr(self._thread, "pending"):
+            self._thread.pending = []
+        pending: list[tuple[Tensor, Any]] = self._thread.pending
+        return pending
 
     def _on_policy(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
+        previous: Forward | None = getattr(self._thread, "forward", None)
         self._thread.forward = None
         if ids is None:
             return
         cache = kwargs.get("past_key_values")
-        start = int(cache.get_seq_length()) if cache is not None else 0
+        start = cache.get_seq_length() if cache is not None else 0
+        if isinstance(start, Tensor):  # a static cache counts on its device, and asking it would make the host wait
+            follows = previous is not None and ids.shape[1] == 1 and len(ids) == len(previous.ids)
+            start = previous.start + previous.ids.shape[1] if follows and previous is not None else int(start)
+        self._thread.restarted = start == 0 and previous is not None and previous.start > 0
         self._thread.forward = Forward(ids=ids, start=start)
         _latest.capture = self
 
     def _on_output(self, module: Any, args: tuple[Any, ...]) -> None:
         forward: Forward | None = getattr(self._thread, "forward", None)
-        if forward is not None and args:
+        # The first call is the policy's own; a later one is somebody else's question to the same layer.
+        if forward is not None and forward.hidden is None and args:
             forward.hidden = args[0]
 
 
@@ -185,7 +212,7 @@ def attached_critic(policy: Any | None) -> Any:
             f"critic is None, and {len(captures)} critics are attached to the policy that is generating.",
             "name the one to use: MavisTilt(weights, critic).",
         )
-    return captures[0].owner()
+    return captures[0].owner
 
 
 def _other_tokens() -> DecodingError:

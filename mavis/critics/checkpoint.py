@@ -69,13 +69,13 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
     config = _read_config(path)
     kinds: dict[str, Callable[..., Critic]] = {HiddenStateCritic.kind: HiddenStateCritic}
     kind = config.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise CriticError(f"folder {str(path)!r} holds a critic of kind {kind!r}.", closest(str(kind), kinds))
     try:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
         raise _corrupt(path / CONFIG, error) from error
     _load_weights(critic, path)
     return critic.eval()

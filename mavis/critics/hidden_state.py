@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mavis.critics.base import Critic
-from mavis.critics.fingerprint import Fingerprint
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.critics.heads import ValueHeads
 from mavis.errors import CriticError
 
@@ -149,6 +149,6 @@ def token_embeddings(policy: Any) -> Tensor:
         (V, E) float32, where V is the size of the *output* vocabulary: rows beyond it are dropped, missing ones are 0.
     """
     weight = policy.get_input_embeddings().weight.detach().float()
-    vocabulary = Fingerprint.of(policy).vocab_size
+    _, vocabulary = embedding_shape(output_embedding(policy))
     weight = F.pad(weight[:vocabulary], (0, 0, 0, max(0, vocabulary - weight.shape[0])))
     return weight / weight.std().clamp_min(1e-12)

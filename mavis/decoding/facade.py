@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from mavis.critics import Critic
 from mavis.critics.capture import attached_critic
 from mavis.decoding.processor import MavisTilt
 from mavis.decoding.weights import Weights
-from mavis.errors import CriticError, DecodingError
+from mavis.errors import DecodingError
 
 # What a model's own generation_config would do to the scores beside the tilt, and the value that does nothing.
 # `generate` fills None from that configuration again, so a neutral value has to be explicit.
@@ -71,13 +70,7 @@ def generate(
         CriticError: if no critic is given or attached, or it is attached to another policy.
         DecodingError, WeightsError: see `MavisTilt`.
     """
-    if critic is None:
-        critic = attached_critic(policy)
-    elif critic.attached_policy is not None and critic.attached_policy is not policy:
-        raise CriticError(
-            "critic is attached to another policy than the one that is to generate.",
-            "call critic.detach() first.",
-        )
+    critic = critic if critic is not None else attached_critic(policy)
     tilt = MavisTilt(weights, critic, beta=beta, target_kl=target_kl, top_k=top_k, temperature=temperature)
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     clash = sorted(set(arguments) & set(generate_arguments))
@@ -86,7 +79,7 @@ def generate(
     earlier = generate_arguments.pop("logits_processor", None)
     processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
     config, others = agreeing_config(policy, temperature, generate_arguments)
-    with nullcontext() if critic.attached_policy is policy else critic.attach(policy):
+    with critic.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)
 
 
@@ -100,8 +93,16 @@ def agreeing_config(policy: Any, temperature: float, arguments: dict[str, Any]) 
 
     Returns:
         The config, and the arguments it has no place for.
+
+    Raises:
+        DecodingError: if the policy's own configuration holds what cannot be set aside.
     """
     inherited = policy.generation_config
+    if getattr(inherited, "top_h", None) is not None:  # has no neutral value, and None would be filled in again
+        raise DecodingError(
+            f"policy.generation_config.top_h is {inherited.top_h}, which would cut the tilted distribution.",
+            "set policy.generation_config.top_h = None.",
+        )
     given = arguments.pop("generation_config", None)
     config = copy.deepcopy(given if given is not None else inherited)
     sampling = arguments.setdefault("do_sample", True if given is None or given.do_sample is None else given.do_sample)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -39,6 +40,16 @@ class _Generation:
     prompt_ids: Tensor
     length: int
     kl: list[Tensor] = field(default_factory=list)
+    has_ended: Tensor | None = None
+
+    def ended(self, input_ids: Tensor, end_ids: list[int]) -> Tensor | None:
+        """Mark the rows (B,) that have drawn an end token, or None while nothing has been drawn."""
+        if input_ids.shape[1] == self.prompt_ids.shape[1] or not end_ids:
+            return None
+        last = input_ids[:, -1:]
+        now = (last == torch.tensor(end_ids, device=last.device)).any(dim=1)
+        self.has_ended = now if self.has_ended is None else self.has_ended | now
+        return self.has_ended
 
 
 class MavisTilt(LogitsProcessor):
@@ -85,15 +96,15 @@ class MavisTilt(LogitsProcessor):
                 f"critic is a {type(critic).__name__}, expected a critic.", "use mavis.load_critic(folder)."
             )
         _check_settings(beta, target_kl, top_k, temperature)
-        self.weights, self.critic = weights, critic
-        self.beta, self.target_kl = beta, target_kl
+        self._weights, self.critic = weights, critic
+        self._beta, self._target_kl = beta, target_kl
         self.top_k, self.temperature, self.record_kl = top_k, float(temperature), record_kl
         self._rows: tuple[Critic, Tensor] | None = None
         self._lambda: _Lambda | None = None
         self._thread = threading.local()
         self._generation: _Generation | None = None
         if critic is not None:  # a mistake shows where it is made, not in the first step
-            self._rows = (critic, lambda_rows(weights, critic, beta, target_kl))
+            self._rows_for(critic)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tilt one step.
@@ -111,8 +122,9 @@ class MavisTilt(LogitsProcessor):
                 f"critic knows {critic.fingerprint.vocab_size} tokens, but scores has {scores.shape[1]}.",
                 "use the critic that was trained for this policy.",
             )
-        spread = self._spread(critic, input_ids, scores)
-        generation = self._follow(input_ids, critic)
+        spread = self._spread(critic, scores)
+        generation = self._follow(critic, input_ids)
+        ended = generation.ended(input_ids, _end_ids(critic)) if self.record_kl else None
         if spread.lam is None:
             if self.record_kl:
                 generation.kl.append(torch.zeros(len(scores), device=scores.device))
@@ -124,7 +136,8 @@ class MavisTilt(LogitsProcessor):
         if self.record_kl:
             whole = torch.logsumexp(precise / self.temperature, dim=-1, keepdim=True)
             kl = step_kl(logprobs, logits / self.temperature - whole)
-            generation.kl.append(kl if spread.passed is None else kl.masked_fill(spread.passed[:, 0], 0.0))
+            kl = kl if spread.passed is None else kl.masked_fill(spread.passed[:, 0], 0.0)
+            generation.kl.append(kl if ended is None else kl.masked_fill(ended, 0.0))
         if self.temperature != 1.0:
             logprobs = logprobs * self.temperature
         if ids is not None:
@@ -142,26 +155,50 @@ class MavisTilt(LogitsProcessor):
 
     @property
     def kl(self) -> Tensor:
-        """The KL of every step of the latest generation: (B, steps) in nats, steps after a row's end included.
+        """The KL of every step of this thread's latest generation: (B, steps) in nats.
+
+        Steps after a row's end, by the policy's own end tokens, count 0. Under beam search a row is a place among the
+        beams, which change places, so only sums over steps of other ways of generating are those of a response.
 
         Raises:
             DecodingError: if the tilt was built without `record_kl=True` or has not generated yet.
         """
-        if not self.record_kl or self._generation is None:
+        generation = getattr(self._thread, "generation", self._generation)
+        if not self.record_kl or generation is None:
             raise DecodingError(
                 f"kl was asked for, but record_kl is {self.record_kl} and "
-                f"{'nothing' if self._generation is None else 'a response'} was generated.",
+                f"{'nothing' if generation is None else 'a response'} was generated.",
                 "build the tilt with record_kl=True and generate first.",
             )
-        return torch.stack(self._generation.kl, dim=1)
+        return torch.stack(generation.kl, dim=1)
 
-    def _spread(self, critic: Critic, input_ids: Tensor, scores: Tensor) -> _Lambda:
+    def _rows_for(self, critic: Critic) -> Tensor:
+        kept = self._rows
+        if kept is None or kept[0] is not critic:
+            if self._beta is None:
+                self._check_calibration(critic)
+            kept = self._rows = (critic, lambda_rows(self._weights, critic, self._beta, self._target_kl))
+        return kept[1]
+
+    def _check_calibration(self, critic: Critic) -> None:
+        """A strength found for other candidates or another temperature can be several times too strong."""
+        measured = critic.calibration
+        if measured is None or (measured.top_k, measured.temperature) == (self.top_k, self.temperature):
+            return
+        said = (
+            f"the critic was calibrated with top_k={measured.top_k} and temperature={measured.temperature:g}, but the "
+            f"tilt has top_k={self.top_k} and temperature={self.temperature:g}."
+        )
+        hint = "pass the calibrated values, or give beta."
+        if self._target_kl is not None:
+            raise DecodingError(f"target_kl is {self._target_kl:g}; {said}", hint)
+        warnings.warn(f"beta is not given; {said} The default may be too strong: {hint}", UserWarning, stacklevel=4)
+
+    def _spread(self, critic: Critic, scores: Tensor) -> _Lambda:
         kept = self._lambda
         if kept is not None and kept.critic is critic and kept.rows == len(scores) and kept.device == scores.device:
             return kept
-        if self._rows is None or self._rows[0] is not critic:
-            self._rows = (critic, lambda_rows(self.weights, critic, self.beta, self.target_kl))
-        lam = self._rows[1]
+        lam = self._rows_for(critic)
         if len(scores) % len(lam):
             raise WeightsError(
                 f"weights or beta has {len(lam)} rows, but the batch has {len(scores)}, which is no multiple.",
@@ -179,11 +216,11 @@ class MavisTilt(LogitsProcessor):
         self._lambda = kept
         return kept
 
-    def _follow(self, input_ids: Tensor, critic: Critic) -> _Generation:
+    def _follow(self, critic: Critic, input_ids: Tensor) -> _Generation:
         """Tell a new generation from the next step of the one under way; check a new one's grouping."""
         generation: _Generation | None = getattr(self._thread, "generation", None)
-        if generation is None or not _continues(generation, input_ids):
-            rows = len(self._rows[1]) if self._rows is not None else 1
+        if generation is None or critic.restarted or not _continues(generation, input_ids):
+            rows = len(self._rows_for(critic))
             if 1 < rows < len(input_ids):
                 _check_groups(input_ids, rows)
             generation = _Generation(prompt_ids=input_ids, length=input_ids.shape[1])
@@ -194,15 +231,20 @@ class MavisTilt(LogitsProcessor):
 
 def _continues(generation: _Generation, input_ids: Tensor) -> bool:
     prompt = generation.prompt_ids
-    if len(prompt) != len(input_ids) or input_ids.shape[1] <= prompt.shape[1]:
+    if (
+        len(prompt) != len(input_ids)
+        or input_ids.shape[1] != generation.length + 1
+        or prompt.device != input_ids.device
+    ):
         return False
-    if prompt.device != input_ids.device:
-        return False
-    if input_ids.device.type == "cpu":
-        # Beams move within a prompt's rows only, so the prompts stay where they are.
-        return torch.equal(input_ids[:, : prompt.shape[1]], prompt)
-    # On an accelerator a comparison would make the host wait at every step; lengths are known here.
-    return input_ids.shape[1] == generation.length + 1
+    # Beams move within a prompt's rows only, so the prompts stay where they are. On an accelerator the host would have
+    # to wait for the comparison; lengths are known here.
+    return input_ids.device.type != "cpu" or torch.equal(input_ids[:, : prompt.shape[1]], prompt)
+
+
+def _end_ids(critic: Critic) -> list[int]:
+    end = getattr(getattr(critic.attached_policy, "generation_config", None), "eos_token_id", None)
+    return [] if end is None else list(end) if isinstance(end, list | tuple) else [int(end)]
 
 
 def _check_groups(prompt_ids: Tensor, rows: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,14 +144,10 @@ def lambda_rows(
             f"{asked}, and the critic carries no calibration to choose beta by.",
             "give beta=..., or calibrate the critic (mavis train does at its end).",
         )
-    elif target_kl is None:
-        strength = torch.tensor([critic.calibration.default_beta()], dtype=torch.float64)
     else:
         calibration = critic.calibration
-        strength = torch.tensor(
-            [calibration.beta(row, target_kl) if bool(row.any()) else 0.0 for row in rows],
-            dtype=torch.float64,
-        )
+        choose = calibration.default_beta if target_kl is None else partial(calibration.beta, target_kl=target_kl)
+        strength = torch.tensor([choose(row) if bool(row.any()) else 0.0 for row in rows], dtype=torch.float64)
     if len(rows) > 1 and len(strength) > 1 and len(rows) != len(strength):
         raise WeightsError(
             f"weights has {len(rows)} rows but beta has {len(strength)}.",

@@ -33,6 +33,8 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = AutoModelForCausalLM.from_pretrained(path(), dtype=torch.float32, local_files_only=True)
+    policy = AutoModelForCausalLM.from_pretrained(
+        path(), dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(path(), local_files_only=True)
     return policy.eval().requires_grad_(False), tokenizer

@@ -44,6 +44,9 @@ class EvaluationSettings:
         speed_batch: rows of the speed measurement, ≥ 1.
         speed_repeats: rounds of the speed measurement; 0 leaves it out.
         sampling: of the responses.
+
+    Raises:
+        ConfigError: if a number is out of range.
     """
 
     divisions: int = 4
@@ -54,6 +57,19 @@ class EvaluationSettings:
     speed_batch: int = 8
     speed_repeats: int = 5
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if not self.betas or not all(0 < beta < math.inf for beta in self.betas):
+            raise ConfigError(f"betas is {list(self.betas)}, expected numbers > 0.", "β = 0 is always measured.")
+        if not all(0 < kl < math.inf for kl in self.target_kls):
+            raise ConfigError(f"target_kls is {list(self.target_kls)}, expected numbers > 0.", "1 and 2 are common.")
+        if self.samples < 1 or self.reference_samples < 2:
+            raise ConfigError(
+                f"samples is {self.samples} and reference_samples {self.reference_samples}; expected ≥ 1 and ≥ 2.",
+                "32 and 1024 are good numbers.",
+            )
+        if self.speed_repeats > 0 and self.speed_batch < 1:
+            raise ConfigError(f"speed_batch is {self.speed_batch}, expected ≥ 1.", "speed_repeats=0 leaves it out.")
 
 
 def evaluate(
@@ -92,7 +108,7 @@ def evaluate(
         ConfigError: if a setting is out of range or the objectives are not the critic's.
         DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
     """
-    _check(settings, prompts, critic, objectives)
+    _check(prompts, critic, objectives)
     say = progress or (lambda stage, done, total: None)
     place = Path(folder)
     grid = simplex_grid(len(objectives), settings.divisions)
@@ -112,7 +128,7 @@ def evaluate(
         collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
     )
     speed = _speed(policy, tokenizer, critic, prompts, settings)
-    scored = _Scorer(policy, critic, dict(held_out or {}), settings.sampling.temperature, len(prompts))
+    scored = _Scorer(policy, critic, dict(held_out or {}), settings, len(prompts))
     normalised = critic.normalise(torch.tensor(reference["rewards"], dtype=torch.float64))
     per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
 
@@ -196,10 +212,15 @@ class _Scorer:
     """Turns a group of responses, equally many for each prompt and those of one prompt together, into a row."""
 
     def __init__(
-        self, policy: Any, critic: HiddenStateCritic, held_out: dict[str, Objective], temperature: float, prompts: int
+        self,
+        policy: Any,
+        critic: HiddenStateCritic,
+        held_out: dict[str, Objective],
+        settings: EvaluationSettings,
+        prompts: int,
     ) -> None:
-        self.policy, self.critic, self.held_out = policy, critic, held_out
-        self.temperature, self.prompts = temperature, prompts
+        self.policy, self.critic, self.held_out, self.prompts = policy, critic, held_out, prompts
+        self.temperature, self.samples = settings.sampling.temperature, settings.samples
 
     def row(
         self,
@@ -225,7 +246,7 @@ class _Scorer:
             "efficiency": None,
             "responses": len(lengths),
             "length": float(np.mean(lengths)),
-            "distinct_2": distinct_2(group["response"]),
+            "distinct_2": distinct_2(self._first_of_each_prompt(group["response"])),
             "perplexity": self._perplexity(group),
             "tokens_per_second": speed.get("tilted" if beta else "plain", {}).get("tokens_per_second"),
         }
@@ -235,6 +256,11 @@ class _Scorer:
             row["held_out"] = dict(zip(self.held_out, (mean for mean, _ in figures), strict=True))
             row["held_out_stderr"] = dict(zip(self.held_out, (stderr for _, stderr in figures), strict=True))
         return row
+
+    def _first_of_each_prompt(self, texts: list[str]) -> list[str]:
+        """As many responses per prompt as a point of the sweep has: more text has a smaller share of new bigrams."""
+        each = len(texts) // self.prompts
+        return [text for start in range(0, len(texts), each) for text in texts[start : start + self.samples]]
 
     def _summary(self, values: ArrayLike) -> tuple[float, float | None]:
         """Mean over the given prompts and its standard error, which is that of the sampling: the prompts are no sample.
@@ -357,6 +383,7 @@ def _speed(
 
     def tilted() -> MavisTilt:
         if ours:
+            critic.detach()
             critic.attach(policy)
         return MavisTilt(equal, critic, beta=1.0, top_k=settings.sampling.top_k)
 
@@ -374,7 +401,6 @@ def _speed(
 
 
 def _check(
-    settings: EvaluationSettings,
     prompts: Sequence[str],
     critic: HiddenStateCritic,
     objectives: Mapping[str, Objective],
@@ -386,14 +412,3 @@ def _check(
         )
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
-    if not settings.betas or not all(0 < beta < math.inf for beta in settings.betas):
-        raise ConfigError(f"betas is {list(settings.betas)}, expected numbers > 0.", "β = 0 is always measured.")
-    if not all(0 < kl < math.inf for kl in settings.target_kls):
-        raise ConfigError(f"target_kls is {list(settings.target_kls)}, expected numbers > 0.", "1 and 2 are common.")
-    if settings.samples < 1 or settings.reference_samples < 2:
-        raise ConfigError(
-            f"samples is {settings.samples} and reference_samples {settings.reference_samples}; expected ≥ 1 and ≥ 2.",
-            "32 and 1024 are good numbers.",
-        )
-    if settings.speed_repeats > 0 and settings.speed_batch < 1:
-        raise ConfigError(f"speed_batch is {settings.speed_batch}, expected ≥ 1.", "speed_repeats=0 leaves it out.")

@@ -49,8 +49,9 @@ def compare_speed(
     device = inputs["input_ids"].device
     tokens = len(inputs["input_ids"]) * new_tokens
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats + 1):
-        for name, make in ways.items():
+    for round_number in range(repeats + 1):
+        # There and back again, so that no way always follows the same other one.
+        for name, make in list(ways.items())[:: -1 if round_number % 2 else 1]:
             tilt = make()
 
             def run(tilt: MavisTilt | None = tilt) -> None:

@@ -139,12 +139,13 @@ def collect(
         one row per response; kl has one entry per response token.
 
     Raises:
-        ConfigError: if the policy has fewer tokens than `top_k`.
+        ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
         DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
         ObjectiveError: if an objective returns something other than one finite number per response.
     """
     target = Path(folder)
     settings.check(policy)
+    _refuse_hidden_bans(policy)
     _claim(
         target,
         {
@@ -207,7 +208,7 @@ def _sample(
     if critic is not None:
         lam = shard.betas[:, None] * shard.weights
         tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
-        attached = nullcontext() if critic.attached_policy is policy else critic.attach(policy)
+        attached = critic.attached_to(policy)
     elif truncate_reference and settings.top_k is not None:
         config.top_k = settings.top_k
     with attached, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -232,13 +233,50 @@ def _sample(
     kl = [row[: len(response)] for row, response in zip(steps.tolist(), response_ids, strict=True)]
     return {
         "prompt": list(shard.prompts),
-        "response": tokenizer.batch_decode(response_ids, skip_special_tokens=True),
+        "response": _texts(tokenizer, prompt_ids, response_ids),
         "prompt_ids": prompt_ids,
         "response_ids": response_ids,
         "weights": shard.weights.tolist(),
         "beta": shard.betas.tolist(),
         "kl": kl,
     }
+
+
+# What a policy's own generation_config can do to its scores that replaying responses would not repeat.
+_NOT_REPLAYED = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "min_new_tokens",
+)
+
+
+def _refuse_hidden_bans(policy: Any) -> None:
+    for name in _NOT_REPLAYED:
+        value = getattr(policy.generation_config, name, None)
+        if value not in (None, 0, []):
+            raise ConfigError(
+                f"policy.generation_config.{name} is {value!r}, so its samples do not come from its own distribution.",
+                f"set policy.generation_config.{name} = None while the critic is trained and evaluated.",
+            )
+
+
+def _texts(tokenizer: Any, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
+    """Decode responses in their places: alone, some decoders would drop a leading space."""
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    whole = tokenizer.batch_decode(
+        [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], skip_special_tokens=True
+    )
+    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        text[len(start) :] if text.startswith(start) else other
+        for start, text, other in zip(before, whole, alone, strict=True)
+    ]
 
 
 def _seed(seed: int, digest: str, index: int) -> int:

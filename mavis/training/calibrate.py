@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def calibrate(
     *,
     samples: int,
     betas: Sequence[float] = BETAS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Sample under a grid of weights and β, and record the mean KL of each.
 
@@ -42,6 +43,7 @@ def calibrate(
         settings: how to sample; the same as will be decoded with.
         samples: rollouts for each pair of direction and β, ≥ 1.
         betas: ascending, > 0.
+        progress: called with the rollouts that are done and all there are.
 
     Returns:
         The calibration, to be stored in the critic.
@@ -54,7 +56,11 @@ def calibrate(
         betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
     spent: list[float] = []
+    if progress is not None:
+        progress(0, len(grid))
     for shard in collect(policy, tokenizer, objectives, plan, folder, settings, critic=critic):
         spent.extend(sum(row) for row in shard["kl"])
+        if progress is not None:
+            progress(len(spent), len(grid))
     kl = torch.tensor(spent, dtype=torch.float64).view(len(directions), len(betas), samples).mean(-1)
-    return Calibration(list(betas), kl.tolist(), settings.max_new_tokens, settings.top_k)
+    return Calibration(list(betas), kl.tolist(), settings.max_new_tokens, settings.top_k, settings.temperature)

@@ -119,7 +119,9 @@ def load_teacher(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.bos_token_id is None:
         raise PolicyError(f"teacher {str(folder)!r} has no BOS token.", "a story must begin somewhere: set one.")
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="mavis_grouped")
+    teacher = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="mavis_grouped", use_safetensors=True
+    )
     return teacher.eval().requires_grad_(False), tokenizer
 
 

@@ -157,7 +157,8 @@ def improve(
         if iteration == 0:
             rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]
             critic.set_normalisation(torch.cat(rewards))
-        features = extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0)
+        told = _told(shards, f"iteration {iteration}: replay", say)
+        features = extract(policy, told, embeddings, critic, sampling, tilted=iteration > 0)
         stage = f"iteration {iteration}: fit"
         say(stage, 0, settings.fit.epochs)
         fitted = fit(
@@ -183,7 +184,6 @@ def improve(
         write_json(place / "report.json", asdict(report))
         yield report
     if settings.calibration_samples:
-        say("calibration", 0, 1)
         critic.calibration = calibrate(
             policy,
             tokenizer,
@@ -193,9 +193,17 @@ def improve(
             run / "calibration",
             replace(settings.sampling, seed=settings.sampling.seed + settings.iterations),
             samples=settings.calibration_samples,
+            progress=lambda done, total: say("calibration", done, total),
         )
-        say("calibration", 1, 1)
     critic.save(run / "critic")
+
+
+def _told(shards: Sequence[Any], stage: str, say: Progress) -> Iterator[Any]:
+    """Pass shards on, saying how many have been worked on."""
+    say(stage, 0, len(shards))
+    for done, shard in enumerate(shards, start=1):
+        yield shard
+        say(stage, done, len(shards))
 
 
 def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,20 +22,33 @@ def quadratic(spread: torch.Tensor) -> Calibration:
     return Calibration(BETAS, rows, max_new_tokens=64, top_k=None)
 
 
-@given(
-    st.integers(1, 4),
-    st.integers(0, 1000),
-    st.floats(0.05, 0.95),
-)
+@given(st.integers(1, 4), st.integers(0, 1000), st.floats(0.05, 2.0))
 def test_where_kl_is_quadratic_every_weight_gets_its_exact_beta(objectives: int, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(objectives, objectives, generator=generator, dtype=torch.float64)
-    calibration = quadratic(root @ root.T + torch.eye(objectives, dtype=torch.float64))
-    target = share * calibration.range()[1]
-    weights = torch.randn(objectives, generator=generator, dtype=torch.float64)
-    beta = calibration.beta(weights, target)
     spread = root @ root.T + torch.eye(objectives, dtype=torch.float64)
-    assert 0.5 * beta**2 * float(weights @ spread @ weights) == pytest.approx(target, rel=1e-6)
+    calibration = quadratic(spread)
+    target = share * calibration.reach()
+    weights = torch.randn(objectives, generator=generator, dtype=torch.float64)
+    exact = (2 * target / float(weights @ spread @ weights)) ** 0.5
+    if exact * float(weights.abs().sum()) > BETAS[-1]:
+        with pytest.raises(CriticError, match="was calibrated up to"):
+            calibration.beta(weights, target)
+    else:
+        assert calibration.beta(weights, target) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_pair_that_hardly_moves_does_not_weaken_the_objectives_alone() -> None:
+    """Two objectives that pull apart: each alone moves the policy far, both together cancel."""
+    alone, both = [0.1, 0.4, 1.6, 6.0, 20.0], [0.0, 0.0, 0.0, 0.0, 0.01]
+    calibration = Calibration(BETAS, [alone, alone, both], 64, 40)
+    assert calibration.beta(torch.tensor([1.0, 0.0]), 6.0) == pytest.approx(4.0)
+    assert calibration.default_beta(torch.tensor([1.0, 0.0])) == pytest.approx(
+        calibration.beta(torch.tensor([1.0, 0.0]), 2.0)
+    )
+    assert calibration.default_beta(torch.tensor([0.5, 0.5])) == 8.0
+    with pytest.raises(CriticError, match="the critic was calibrated up to 8"):
+        calibration.beta(torch.tensor([0.5, 0.5]), 2.0)
 
 
 def test_measured_points_are_met_and_between_them_it_interpolates_along_a_power_law() -> None:
@@ -48,25 +63,34 @@ def test_measured_points_are_met_and_between_them_it_interpolates_along_a_power_
 
 def test_noise_that_makes_kl_fall_does_not_make_beta_jump_back() -> None:
     calibration = Calibration(BETAS, [[0.1, 0.5, 0.45, 2.0, 1.9]], 64, 40)
-    assert calibration.range() == (0.1, 2.0)
+    assert calibration.reach() == 2.0
     betas = [calibration.beta(torch.tensor([1.0]), target) for target in (0.2, 0.5, 1.0, 2.0)]
     assert betas == sorted(betas)
 
 
-@pytest.mark.parametrize("target", [14.5, float("nan"), -1.0])
-def test_a_budget_beyond_the_sweep_is_refused(target: float) -> None:
-    with pytest.raises(CriticError, match="calibrated from 0.1 to 14 nats"):
+@pytest.mark.parametrize(
+    ("target", "message"), [(14.5, "calibrated up to 8"), (float("nan"), "target_kl is nan"), (-1.0, "target_kl is -1")]
+)
+def test_a_budget_beyond_the_sweep_is_refused(target: float, message: str) -> None:
+    with pytest.raises(CriticError, match=message):
         Calibration(BETAS, [[0.1, 0.4, 1.5, 5.0, 14.0]], 64, 40).beta(torch.tensor([1.0]), target)
 
 
-def test_the_default_beta_aims_at_the_default_distance_at_equal_weights() -> None:
-    calibration = quadratic(torch.eye(2, dtype=torch.float64))
-    beta = calibration.default_beta()
+def test_the_default_beta_aims_at_the_default_distance_and_stays_within_the_sweep() -> None:
+    equal = torch.tensor([0.5, 0.5])
+    beta = quadratic(torch.eye(2, dtype=torch.float64)).default_beta(equal)
     assert 0.5 * beta**2 * 0.5 == pytest.approx(DEFAULT_KL)
-    weak = Calibration(BETAS, [[0.01, 0.02, 0.05, 0.1, 0.2]], 64, 40)
-    assert weak.default_beta() == pytest.approx(8.0)
-    untrained = Calibration(BETAS, [[0.0] * 5], 64, 40)
-    assert untrained.default_beta() == 8.0
+    one = torch.tensor([2.0])
+    assert Calibration(BETAS, [[0.01, 0.02, 0.05, 0.1, 0.2]], 64, 40).default_beta(one) == pytest.approx(4.0)
+    assert Calibration(BETAS, [[0.0] * 5], 64, 40).default_beta(one) == pytest.approx(4.0)  # an untrained critic
+
+
+@pytest.mark.parametrize(
+    ("betas", "kl"), [([1.0, 2.0], [[0.1]]), ([2.0, 1.0], [[0.1, 0.2]]), ([1.0], [["x"]]), ([1.0], []), ([1.0], None)]
+)
+def test_numbers_that_are_no_sweep_are_refused(betas: Any, kl: Any) -> None:
+    with pytest.raises(CriticError, match="calibration is betas="):
+        Calibration(betas, kl, 64, 40)
 
 
 def test_directions_are_every_objective_alone_then_every_pair() -> None:

@@ -165,3 +165,32 @@ def test_mistakes_are_named(llama: Any, make_critic: MakeCritic, prompts: Inputs
         mavis.generate(
             llama, prompts, critic=critic, weights=[1.0, 0.3], beta=2.0, attention_mask=prompts["attention_mask"]
         )
+
+
+def test_threads_may_share_a_critic_that_nobody_attached(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    import threading
+
+    critic = make_critic(llama)
+    arguments = {"critic": critic, "weights": [1.0, 0.3], "beta": 2.0, "do_sample": False}
+    expected = {n: mavis.generate(llama, prompts, max_new_tokens=n, **arguments) for n in (2, 12, 24)}
+    results: list[bool] = []
+
+    def run(length: int) -> None:
+        results.append(
+            torch.equal(mavis.generate(llama, prompts, max_new_tokens=length, **arguments), expected[length])
+        )
+
+    threads = [threading.Thread(target=run, args=(length,)) for length in (2, 12, 24, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 4
+    assert critic.attached_policy is None
+
+
+def test_what_has_no_neutral_value_is_refused_by_name(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    policy = copy.deepcopy(llama)
+    policy.generation_config.top_h = 0.4
+    with pytest.raises(DecodingError, match="generation_config.top_h is 0.4"):
+        mavis.generate(policy, prompts, critic=make_critic(policy), weights=[1.0, 0.3], beta=2.0)

@@ -623,3 +623,79 @@ def test_scores_of_another_vocabulary_are_refused(llama: Any, make_critic: MakeC
 def test_weights_and_beta_with_different_numbers_of_rows_are_refused(llama: Any, make_critic: MakeCritic) -> None:
     with pytest.raises(WeightsError, match="weights has 2 rows but beta has 3"):
         MavisTilt([[1.0, 0.5], [0.0, 1.0]], make_critic(llama), beta=[1.0, 2.0, 3.0])
+
+
+# Strengths that were measured
+
+
+def test_a_budget_holds_only_for_what_it_was_measured_with(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs
+) -> None:
+    from mavis.critics import Calibration
+
+    critic = make_critic(llama)
+    critic.calibration = Calibration([1.0, 2.0, 4.0], [[0.5, 2.0, 8.0]] * 3, 16, top_k=7, temperature=0.8)
+    measured = {"top_k": 7, "temperature": 0.8}
+    arguments = {"do_sample": False, "max_new_tokens": 6}
+    by_kl = mavis.generate(llama, prompts, critic=critic, weights=[1.0, 0.0], target_kl=2.0, **measured, **arguments)
+    by_default = mavis.generate(llama, prompts, critic=critic, weights=[1.0, 0.0], **measured, **arguments)
+    by_beta = mavis.generate(llama, prompts, critic=critic, weights=[1.0, 0.0], beta=2.0, **measured, **arguments)
+    assert torch.equal(by_kl, by_beta)
+    assert torch.equal(by_default, by_beta)
+    for other in ({"top_k": 40}, {"top_k": 7}):
+        with pytest.raises(DecodingError, match="calibrated with top_k=7 and temperature=0.8, but the tilt has top_k="):
+            MavisTilt([1.0, 0.0], critic, target_kl=2.0, **other)
+        with pytest.warns(UserWarning, match="beta is not given; the critic was calibrated with top_k=7"):
+            MavisTilt([1.0, 0.0], critic, **other)
+
+
+def test_steps_after_a_responses_end_spend_nothing(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    import copy
+
+    policy = copy.deepcopy(llama)
+    critic = make_critic(policy)
+    ends = [5, 9, 20, 30, 33]
+    policy.generation_config.eos_token_id = ends
+    tilt = MavisTilt([0.3, 0.1], critic, beta=0.3, top_k=None, record_kl=True)
+    torch.manual_seed(2)
+    with critic.attach(policy):
+        inputs = {name: tensor.repeat_interleave(8, 0) for name, tensor in prompts.items()}
+        out = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=12, logits_processor=tilt)
+    responses = out[:, prompts["input_ids"].shape[1] :]
+    is_end = torch.isin(responses, torch.tensor(ends))
+    after = (is_end.cumsum(1) - is_end.long()) > 0
+    assert after.any()
+    assert (tilt.kl[after] == 0).all()
+    assert (tilt.kl[~after] > 0).all()
+
+
+def test_feeding_a_response_back_is_a_new_generation(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    critic = make_critic(llama)
+    tilt = MavisTilt([1.0, 0.5], critic, beta=1.0, record_kl=True)
+    with critic.attach(llama):
+        out = llama.generate(**prompts, do_sample=False, max_new_tokens=4, logits_processor=tilt)
+        mask = torch.cat([prompts["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
+        llama.generate(input_ids=out, attention_mask=mask, do_sample=False, max_new_tokens=3, logits_processor=tilt)
+    assert tilt.kl.shape == (3, 3)
+
+
+def test_a_processor_that_asks_the_output_embedding_itself_changes_nothing(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs
+) -> None:
+    class Lens(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            llama.lm_head(torch.randn(3, 1, 32))
+            return scores
+
+    critic = make_critic(llama)
+    with critic.attach(llama):
+        outputs = [
+            llama.generate(
+                **prompts,
+                do_sample=False,
+                max_new_tokens=6,
+                logits_processor=[*before, MavisTilt([1.0, 0.5], critic, beta=2.0)],
+            )
+            for before in ([], [Lens()])
+        ]
+    assert torch.equal(outputs[0], outputs[1])

@@ -56,7 +56,7 @@ class TokenReward:
         self.rewards[""] = float(table[tokenizer.eos_token_id])
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [self.rewards[response] for response in responses]
+        return [self.rewards[response.strip()] for response in responses]
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +209,7 @@ def test_values_that_are_known_come_true(one_token: dict[str, Any]) -> None:
         assert entry["slope"] == pytest.approx(1.0, abs=1e-4)
         assert entry["intercept"] == pytest.approx(0.0, abs=1e-4)
         assert entry["r_squared"] == pytest.approx(1.0, abs=1e-4)
-        assert sum(row["count"] for row in entry["rows"]) > 300
+        assert sum(row["count"] for row in entry["rows"]) > 200
 
 
 def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, measure: Any, tiny_policy: Any) -> None:
@@ -435,14 +435,18 @@ def test_an_older_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp_pa
         ({"samples": 0}, "samples is 0"),
         ({"reference_samples": 1}, "reference_samples 1"),
         ({"speed_batch": 0}, "speed_batch is 0"),
-        ({"sampling": RolloutSettings(top_k=62)}, "top_k is 62, but the policy has 61 tokens"),
     ],
 )
-def test_settings_out_of_range_are_refused_before_anything_is_sampled(
-    measure: Any, make_tiny_critic: Any, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_settings_out_of_range_are_refused_before_anything_is_sampled(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        measure(make_tiny_critic(), replace(SHORT, **change))
+        replace(SHORT, **change)
+
+
+def test_more_candidates_than_tokens_are_refused_before_anything_is_sampled(
+    measure: Any, make_tiny_critic: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="top_k is 62, but the policy has 61 tokens"):
+        measure(make_tiny_critic(), replace(SHORT, sampling=RolloutSettings(top_k=62)))
     assert not list(tmp_path.rglob("*"))
 
 

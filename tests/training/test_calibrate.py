@@ -51,7 +51,7 @@ def test_small_strengths_cost_kl_quadratically(measure: Any, make_tiny_critic: A
 
 def test_beta_gives_back_the_strengths_that_were_measured(measure: Any, make_tiny_critic: Any) -> None:
     calibration = measure(make_tiny_critic(scale=0.3))
-    _, highest = calibration.range()
+    highest = calibration.reach()
     checked = 0
     directions = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
     for weights, row in zip(directions, calibration.kl, strict=True):
@@ -117,6 +117,5 @@ def test_the_critic_is_not_changed(measure: Any, make_tiny_critic: Any) -> None:
 
 def test_a_budget_beyond_what_was_measured_is_refused(measure: Any, make_tiny_critic: Any) -> None:
     calibration = measure(make_tiny_critic(scale=0.3), samples=4)
-    _, highest = calibration.range()
-    with pytest.raises(CriticError, match="but the critic was calibrated from"):
-        calibration.beta(torch.tensor([0.5, 0.5]), highest * 1.5)
+    with pytest.raises(CriticError, match="the critic was calibrated up to"):
+        calibration.beta(torch.tensor([0.5, 0.5]), max(calibration.kl[2]) * 1.5)

@@ -238,7 +238,7 @@ def test_progress_counts_up_to_the_whole_of_every_stage(start: Any, new_critic: 
 
     list(start(new_critic(), tmp_path, progress=progress))
     assert list(told) == [
-        *(f"iteration {i}: {stage}" for i in range(3) for stage in ("rollouts", "fit")),
+        *(f"iteration {i}: {stage}" for i in range(3) for stage in ("rollouts", "replay", "fit")),
         "calibration",
     ]
     for counts in told.values():
@@ -261,7 +261,7 @@ def test_what_is_learnt_earns_more_of_each_objective_and_more_in_the_end(
     )
     first, second = start(new_critic(), tmp_path, settings)
     for name in ("good", "brevity"):
-        assert first.explained[name] > 0.5
+        assert first.explained[name] > 0.3
         # Rewards are in standard deviations over 200 rollouts: their mean errs by 0.07.
         assert second.rewards[name] > 0.5
         assert second.goal[name] > first.goal[name] + 0.2
@@ -328,7 +328,7 @@ def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends
         except Stop:
             breaks += 1
             assert critic.attached_policy is None
-    assert breaks == 3 * (3 + 3) + 2
+    assert breaks == 3 * (3 + 3 + 3) + 2
     assert_same_run(critic, reports, tmp_path, unbroken)
 
 
