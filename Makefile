@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/mavis demo
 
 test: check
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -28,7 +28,7 @@ format: $(VENV)/.ready
 # The suite at the declared lower bounds of everything but torch, in an environment of its own.
 test-lowest:
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.ready
-	.venv-lowest/bin/python -m pytest -n $(TEST_PROCESSES)
+	.venv-lowest/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 CONSTRAINTS ?= constraints.txt
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)

@@ -328,7 +328,7 @@ def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends
         except Stop:
             breaks += 1
             assert critic.attached_policy is None
-    assert breaks == 3 * (3 + 3 + 3) + 2
+    assert breaks == 3 * (3 + 3 + 3) + 3
     assert_same_run(critic, reports, tmp_path, unbroken)
 
 
