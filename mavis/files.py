@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mavis.errors import DataError
 
 
 @contextmanager
@@ -65,3 +67,30 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read one JSON document."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def claimed(marker: str | os.PathLike[str], claim: Mapping[str, Any], holds: str) -> bool:
+    """Tell whether a folder's marker makes the same claim, so that two different runs never mix in one folder.
+
+    Args:
+        marker: a JSON file in the folder; it is not written here.
+        claim: what the run that wants to use the folder is made of, plain data.
+        holds: what the folder is said to hold where the claims differ, such as `a run with a different`.
+
+    Returns:
+        False if there is no marker yet.
+
+    Raises:
+        DataError: if the marker claims something else; names the parts that differ.
+    """
+    path = Path(marker)
+    if not path.is_file():
+        return False
+    found = read_json(path)
+    if found != claim:
+        other = ", ".join(name for name in {**found, **claim} if found.get(name) != claim.get(name))
+        raise DataError(
+            f"folder {str(path.parent)!r} holds {holds} {other}.",
+            "name a new output folder, or repeat the command exactly to resume.",
+        )
+    return True

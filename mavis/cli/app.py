@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.conf_path import conf_dir
-from mavis.errors import ConfigError, DataError, MavisError, PolicyError, closest
+from mavis.errors import ConfigError, MavisError, PolicyError, closest
 
 
 def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -156,18 +156,11 @@ def claim_objectives(config: Any, names: Sequence[str], folder: Path) -> None:
     """
     from omegaconf import OmegaConf
 
-    from mavis.files import read_json, write_json
+    from mavis.files import claimed, write_json
 
     claim = {name: OmegaConf.to_container(config.objectives[name], resolve=True) for name in names}
-    marker = folder / "objectives.json"
-    if not marker.is_file():
-        write_json(marker, claim)
-    elif (found := read_json(marker)) != claim:
-        other = ", ".join(name for name in {**found, **claim} if found.get(name) != claim.get(name))
-        raise DataError(
-            f"folder {str(folder)!r} holds a run whose objectives are configured otherwise: {other}.",
-            "name a new output folder, or repeat the command exactly to resume.",
-        )
+    if not claimed(folder / "objectives.json", claim, "a run whose objectives are configured otherwise:"):
+        write_json(folder / "objectives.json", claim)
 
 
 def read_prompts(config: Any) -> list[str]:

@@ -20,7 +20,7 @@ from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embed
 from mavis.decoding import MavisTilt
 from mavis.decoding.facade import agreeing_config
 from mavis.errors import ConfigError, DataError
-from mavis.files import atomic_folder, read_json, write_json
+from mavis.files import atomic_folder, claimed, write_json
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import Sequences, replay
 
@@ -146,17 +146,16 @@ def collect(
     target = Path(folder)
     settings.check(policy)
     _refuse_hidden_bans(policy)
-    _claim(
-        target,
-        {
-            "plan": plan.digest(),
-            "settings": asdict(settings),
-            "objectives": list(objectives),
-            "policy": Fingerprint.of(policy).to_json(),
-            "critic": _critic_digest(critic),
-            "truncate_reference": truncate_reference,
-        },
-    )
+    claim = {
+        "plan": plan.digest(),
+        "settings": asdict(settings),
+        "objectives": list(objectives),
+        "policy": Fingerprint.of(policy).to_json(),
+        "critic": _critic_digest(critic),
+        "truncate_reference": truncate_reference,
+    }
+    if not claimed(target / "plan.json", claim, "rollouts of another run: different"):
+        write_json(target / "plan.json", claim)
     for index, shard in enumerate(plan.shards(settings.shard_size)):
         path = target / f"shard-{index:05d}"
         if not path.is_dir():
@@ -164,21 +163,6 @@ def collect(
             raw = score(objectives, rows["prompt"], rows["response"])
             _write_shard(path, rows | {"rewards": raw.tolist()})
         yield _read_shard(path, len(shard.prompts))
-
-
-def _claim(folder: Path, claim: dict[str, Any]) -> None:
-    """Mark the folder with what is being sampled, and refuse to mix two different things in it."""
-    marker = folder / "plan.json"
-    if marker.is_file():
-        found = read_json(marker)
-        if found != claim:
-            other = ", ".join(key for key in claim if found.get(key) != claim[key])
-            raise DataError(
-                f"folder {str(folder)!r} holds rollouts of another run: different {other}.",
-                "name a new output folder, or repeat the command exactly to resume.",
-            )
-        return
-    write_json(marker, claim)
 
 
 def _critic_digest(critic: Critic | None) -> str | None:

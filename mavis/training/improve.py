@@ -16,7 +16,7 @@ from mavis.critics import HiddenStateCritic, load_critic
 from mavis.critics.fingerprint import Fingerprint, output_embedding
 from mavis.critics.hidden_state import token_embeddings
 from mavis.errors import ConfigError, DataError
-from mavis.files import read_json, write_json
+from mavis.files import claimed, read_json, write_json
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, RolloutSettings, collect
 from mavis.training.calibrate import calibrate
@@ -239,19 +239,11 @@ def _claim(run: Path, critic: HiddenStateCritic, prompts: Sequence[str], setting
         "policy": critic.fingerprint.to_json(),
         "prompts": Plan.reference(prompts, 0).digest(),
     }
-    marker = run / "run.json"
-    if marker.is_file():
-        found = read_json(marker)
-        if found != claim:
-            other = ", ".join(key for key in claim if found.get(key) != claim[key])
-            raise DataError(
-                f"folder {str(run)!r} holds a run with a different {other}.",
-                "name a new output folder, or repeat the command exactly to resume.",
-            )
+    if claimed(run / "run.json", claim, "a run with a different"):
         _adopt(critic, run / "start")  # which may have been trained in place when the run broke off
         return
     critic.save(run / "start")
-    write_json(marker, claim)
+    write_json(run / "run.json", claim)
 
 
 def _check(
