@@ -3,7 +3,8 @@
     python benchmarks/bench_decode.py                         the random Llama of 8 layers × 512 and the embedded policy
     python benchmarks/bench_decode.py --policy path/or/hub-id one policy
 
-Every figure is a median over rounds; in each round every way decodes once, so a ratio compares neighbours in time.
+Every figure is a median over rounds. In each round every way decodes once between two plain runs, and is compared with
+their mean, so that drifts of the machine cancel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How speeds are compared: by turns, the first round not counted, medians over the rest."""
+"""How speeds are compared: between two plain runs, the first round not counted, medians over the rest."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_ways_take_turns_and_ratios_are_taken_within_a_round(clock: Clock) -> None:
+def test_each_way_is_compared_with_the_plain_runs_before_and_after_it(clock: Clock) -> None:
     tilt = object()
-    # The machine slows down from round to round; the tilted way always takes 1.25 times as long as the plain one.
-    rounds = [(100.0, 1.0), (1.25, 1.0), (2.0, 2.5), (10.0, 8.0)]  # every second one the other way round
-    policy = Policy(clock, [seconds for pair in rounds for seconds in pair])
+    # The machine slows down all the time; the tilted way always takes 1.25 times as long as plain decoding would.
+    rounds = [(100.0, 1.0, 7.0), (1.0, 2.5, 3.0), (4.0, 6.25, 6.0), (8.0, 20.0, 24.0)]
+    policy = Policy(clock, [seconds for runs in rounds for seconds in runs])
     found = compare_speed(policy, INPUTS, {"tilted": lambda: tilt}, new_tokens=10, repeats=3)  # type: ignore[dict-item]
     assert found == {
-        "plain": {"tokens_per_second": 20.0, "ratio": 1.0},
-        "tilted": {"tokens_per_second": 16.0, "ratio": pytest.approx(0.8)},
+        "plain": {"tokens_per_second": pytest.approx(40 / 4.0), "ratio": 1.0},
+        "tilted": {"tokens_per_second": pytest.approx(40 / 6.25), "ratio": pytest.approx(0.8)},
     }
-    assert [call["logits_processor"] for call in policy.asked] == [[], tilt, tilt, []] * 2
+    assert [call["logits_processor"] for call in policy.asked] == [[], tilt, []] * 4
 
 
 def test_every_way_is_asked_for_the_same_number_of_sampled_tokens(clock: Clock) -> None:
-    policy = Policy(clock, [1.0] * 6)
+    policy = Policy(clock, [1.0] * 10)
     compare_speed(policy, INPUTS, {"a": lambda: None, "b": lambda: None}, new_tokens=7, repeats=1)
-    assert len(policy.asked) == 6
+    assert len(policy.asked) == 10
     for asked in policy.asked:
         assert (asked["min_new_tokens"], asked["max_new_tokens"]) == (7, 7)
         assert (asked["do_sample"], asked["top_k"]) == (True, 0)
@@ -71,7 +71,7 @@ def test_each_round_has_a_tilt_of_its_own(clock: Clock) -> None:
         made.append(object())
         return made[-1]
 
-    policy = Policy(clock, [1.0] * 6)
+    policy = Policy(clock, [1.0] * 9)
     compare_speed(policy, INPUTS, {"tilted": make}, new_tokens=2, repeats=2)
     assert [call["logits_processor"] for call in policy.asked if call["logits_processor"]] == made
     assert len(set(map(id, made))) == 3
