@@ -10,6 +10,7 @@ their mean, so that drifts of the machine cancel.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,9 @@ def measure(name: str, policy: Any, batch: int, arguments: argparse.Namespace) -
             return MavisTilt([1.0] * len(critic.objectives), critic, beta=1.0, top_k=top_k)
 
         ways[f"{objectives}/{top_k}"] = make
-    speeds = compare_speed(policy, inputs, ways, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
+    # Runs of small batches are short, so single ratios scatter more and cost less.
+    rounds = arguments.repeats * max(1, round(math.sqrt(32 / batch)))
+    speeds = compare_speed(policy, inputs, ways, new_tokens=arguments.new_tokens, repeats=rounds)
     detach_all()
     return [
         {
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=32, help="tokens in every prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds that count, after one that does not")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds at batch 32; small batches get more")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--name", default="decode", help="of the result file")
     arguments = parser.parse_args()

@@ -24,7 +24,10 @@ class ValueHeads(nn.Module):
     def __init__(self, input_size: int, objectives: int, hidden: int, rank: int) -> None:
         super().__init__()
         self.objectives, self.hidden, self.rank = objectives, hidden, rank
-        self.inner = nn.Linear(input_size, objectives * hidden)
+        first = nn.Linear(input_size, objectives * hidden)
+        # Laid out as (H, M·D): for the few rows of a decoding step this product is half as dear as the transposed one.
+        self.inner = nn.Parameter(first.weight.detach().T.contiguous())
+        self.inner_bias = nn.Parameter(first.bias.detach())
         self.outer = nn.Parameter(torch.zeros(objectives, hidden, rank + 1))
         self.bias = nn.Parameter(torch.zeros(objectives, rank + 1))
 
@@ -56,4 +59,5 @@ class ValueHeads(nn.Module):
     def _inner(self, states: Tensor) -> Tensor:
         # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
         normed = F.layer_norm(states.float(), states.shape[-1:])
-        return F.silu(self.inner(normed)).unflatten(-1, (self.objectives, self.hidden))
+        inner = torch.addmm(self.inner_bias, normed.flatten(0, -2), self.inner)
+        return F.silu(inner).view(*states.shape[:-1], self.objectives, self.hidden)

@@ -7,15 +7,9 @@ from torch import Tensor
 
 from mavis.errors import DecodingError
 
-# Chunks of this many tokens: the cost of the scan and of the final selection balance near the square root of V/K.
-_CHUNK = 64
-
 
 def candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Find the top-k tokens of every row, exactly, in no particular order.
-
-    A row's K largest entries lie in the K chunks with the largest maxima, so a large vocabulary is scanned once for
-    chunk maxima and only K chunks are searched.
 
     Args:
         scores: (B, V), floating; may hold −inf.
@@ -27,21 +21,14 @@ def candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     Raises:
         DecodingError: if `top_k` is not between 1 and V.
     """
-    rows, vocabulary = scores.shape
+    vocabulary = scores.shape[1]
     if not 1 <= top_k <= vocabulary:
         raise DecodingError(
             f"top_k is {top_k}, but the policy has {vocabulary} tokens; expected 1 ≤ top_k ≤ {vocabulary}.",
             "use top_k=None to make every token a candidate.",
         )
-    chunks = vocabulary // _CHUNK
-    if scores.device.type != "cpu" or chunks < 4 * top_k or vocabulary % _CHUNK:
-        values, ids = scores.topk(top_k, sorted=False)
-        return values, ids
-    chunked = scores.view(rows, chunks, _CHUNK)
-    chosen = chunked.amax(-1).topk(top_k, sorted=False).indices
-    pool = chunked.gather(1, chosen[..., None].expand(-1, -1, _CHUNK)).view(rows, -1)
-    values, position = pool.topk(top_k, sorted=False)
-    return values, chosen.gather(1, position // _CHUNK) * _CHUNK + position % _CHUNK
+    values, ids = scores.topk(top_k, sorted=False)
+    return values, ids
 
 
 def tilted_logprobs(logits: Tensor, tilt: Tensor, temperature: float = 1.0) -> Tensor:

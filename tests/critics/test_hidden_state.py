@@ -64,7 +64,7 @@ def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -
     states = torch.randn(3, 16)
     normed = (states - states.mean(1, keepdim=True)) / (states.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     vectors = critic.projection(token_embeddings(policy))
-    inner = nn.functional.silu(normed @ critic.heads.inner.weight.T + critic.heads.inner.bias)
+    inner = nn.functional.silu(normed @ critic.heads.inner + critic.heads.inner_bias)
     for m in range(2):
         out = inner[:, m * 8 : (m + 1) * 8] @ critic.heads.outer[m] + critic.heads.bias[m]
         by_hand = out[:, :4] @ vectors.T + out[:, 4:]

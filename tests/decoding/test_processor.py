@@ -333,8 +333,8 @@ def test_permuting_objectives_with_their_weights_changes_nothing(
     with torch.no_grad():
         swapped.heads.outer.copy_(critic.heads.outer[order])
         swapped.heads.bias.copy_(critic.heads.bias[order])
-        swapped.heads.inner.weight.copy_(critic.heads.inner.weight.view(3, 16, -1)[order].reshape(48, -1))
-        swapped.heads.inner.bias.copy_(critic.heads.inner.bias.view(3, 16)[order].reshape(48))
+        swapped.heads.inner.copy_(critic.heads.inner.unflatten(1, (3, 16))[:, order].flatten(1))
+        swapped.heads.inner_bias.copy_(critic.heads.inner_bias.view(3, 16)[order].reshape(48))
     swapped.token_table.copy_(critic.token_table)
     scores, outputs = torch.randn(3, 40), []
     for one, weights in (
