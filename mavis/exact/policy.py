@@ -1,0 +1,160 @@
+"""A world as a causal LM: `generate`, the critics and the tilt take it as they take any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mavis.exact.world import World
+
+
+class WorldConfig(PreTrainedConfig):
+    """Sizes of a world.
+
+    Args:
+        vocab_size: V.
+        caps: where the counters stop.
+        steps: T.
+    """
+
+    model_type = "mavis_world"
+
+    def __init__(self, vocab_size: int = 2, caps: Sequence[int] = (1,), steps: int = 1, **others: Any) -> None:
+        self.vocab_size = vocab_size
+        self.caps = list(caps)
+        self.steps = steps
+        self.hidden_size = vocab_size + steps + 1 + sum(cap + 1 for cap in self.caps)
+        self.num_hidden_layers = self.num_attention_heads = 1
+        super().__init__(**others)
+
+
+class WorldPolicy(PreTrainedModel, GenerationMixin):
+    """The reference policy of a world.
+
+    The last hidden state is one-hot in the last token, the step and every count; the output embedding reads the token
+    and gives log π_ref. Counts are running sums of what the cache holds of earlier tokens, so beams, crops and left
+    padding move them as they move the keys and values of an attention layer. The first token is the prompt and is not
+    counted; every later one is a response token, also where it comes with the prompt.
+    """
+
+    config_class = WorldConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: WorldConfig) -> None:
+        super().__init__(config)
+        # One row more than there are tokens: padding, which is zero everywhere.
+        self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.vocab_size)
+        self.counters = nn.Embedding(config.vocab_size + 1, len(config.caps))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def of(cls, world: World) -> WorldPolicy:
+        """Build the policy of a world; its responses end after T tokens."""
+        policy = cls(WorldConfig(world.tokens, world.caps, world.steps, pad_token_id=world.tokens))
+        with torch.no_grad():
+            policy.embed_tokens.weight.copy_(torch.eye(world.tokens + 1)[:, :-1])
+            policy.counters.weight.copy_(F.pad(world.counted.T, (0, 0, 0, 1)))
+            policy.lm_head.weight.zero_()
+            policy.lm_head.weight[:, : world.tokens] = world.logprobs.T
+        policy.generation_config.max_new_tokens = world.steps
+        return policy.eval().requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the layer that gives log π_ref."""
+        return self.lm_head
+
+    def encode(self, tokens: Tensor, step: Tensor, counts: Tensor) -> Tensor:
+        """Write states as hidden states.
+
+        Args:
+            tokens: (...) integer, the last token; V stands for padding.
+            step: (...) integer, how many response tokens there are, at most T.
+            counts: (..., C) integer, at most the caps.
+
+        Returns:
+            (..., H).
+        """
+        parts = [self.embed_tokens(tokens), F.one_hot(step, self.config.steps + 1)]
+        parts += [F.one_hot(counts[..., c], cap + 1) for c, cap in enumerate(self.config.caps)]
+        return torch.cat(parts, dim=-1).to(self.lm_head.weight.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute log π_ref after every position, (B, S, V)."""
+        new = input_ids.shape[1]
+        cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+        seen = cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), seen + new)
+        is_token = attention_mask.bool()
+        step = (is_token.long().cumsum(1) - 1).clamp_min(0)[:, -new:]
+        is_response = is_token[:, -new:] & (step > 0)
+        counted = (self.counters(input_ids) * is_response[:, :, None])[:, None]  # (B, one head, S, C)
+        every, _ = cache.update(counted, counted, 0)
+        caps = torch.tensor(self.config.caps, device=every.device)
+        counts = every[:, 0].cumsum(1)[:, -new:].round().long().minimum(caps)
+        states = self.encode(input_ids, step.clamp_max(self.config.steps), counts)
+        kept = states[:, -logits_to_keep:] if logits_to_keep else states
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(kept), past_key_values=cache if use_cache is not False else None
+        )
+
+    def state_grid(self) -> Tensor:
+        """Encode every state: (T, S, V, H) by step, counts and last token."""
+        sizes = [torch.arange(cap + 1) for cap in self.config.caps]
+        counts = torch.cartesian_prod(*sizes).reshape(-1, len(sizes))
+        shape = self.config.steps, len(counts), self.config.vocab_size
+        return self.encode(
+            torch.arange(shape[2]).expand(shape),
+            torch.arange(shape[0])[:, None, None].expand(shape),
+            counts[None, :, None, :].expand(*shape, -1),
+        )
+
+
+def world_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that writes tokens as words `t0`, `t1`, ... with spaces between."""
+    words = {f"t{token}": token for token in range(world.tokens)} | {"<pad>": world.tokens}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+
+
+class WorldObjective:
+    """One objective of a world, as text scores.
+
+    Args:
+        world: the world.
+        objective: which of its M rewards.
+    """
+
+    def __init__(self, world: World, objective: int) -> None:
+        self._world, self._rewards = world, world.rewards[:, objective]
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        following = self._world.next_counts.tolist()
+        scores = []
+        for response in responses:
+            counts = 0
+            for word in response.split():
+                counts = following[counts][int(word.removeprefix("t"))]
+            scores.append(float(self._rewards[counts]))
+        return scores

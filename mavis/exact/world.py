@@ -1,0 +1,152 @@
+"""Worlds: a Markov chain over a few tokens, and rewards that depend on how often some of them came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mavis.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """A token process that dynamic programming can solve.
+
+    The prompt is one token, drawn evenly; a response is `steps` more, each drawn from a distribution that depends on
+    the token before it. Counters count tokens of their sets, prompt excluded, and stop at their caps. What has to be
+    known of a response is its *state*: the step, the counts and the last token. Rewards read the counts at the end.
+
+    Args:
+        logprobs: (V, V) float64, log π_ref(token | last token), finite, rows normalised.
+        counted: (C, V) bool, True where a counter counts a token.
+        caps: C numbers ≥ 1, where the counters stop.
+        rewards: (S, M) float64, normalised, of each of the S = Π (cap + 1) counts, the last counter running fastest.
+        steps: T ≥ 1.
+    """
+
+    logprobs: Tensor
+    counted: Tensor
+    caps: tuple[int, ...]
+    rewards: Tensor
+    steps: int
+
+    @classmethod
+    def random(cls, kind: str, seed: int, *, tokens: int = 12, steps: int = 12) -> World:
+        """Draw a world.
+
+        Args:
+            kind: one of `KINDS`; see there.
+            seed: of the chain and of the tokens that are counted.
+            tokens: V ≥ 10.
+            steps: T ≥ 4.
+
+        Returns:
+            A world with two objectives, whose rewards have mean 0 and standard deviation 1 under π_ref.
+
+        Raises:
+            ConfigError: if the kind is unknown or a size is too small.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"kind is {kind!r}.", f"known: {', '.join(KINDS)}.")
+        if tokens < 10 or steps < 4:
+            raise ConfigError(f"tokens is {tokens} and steps {steps}; expected ≥ 10 and ≥ 4.", "12 and 12 are usual.")
+        generator = torch.Generator().manual_seed(seed)
+        logprobs = torch.log_softmax(torch.randn(tokens, tokens, generator=generator, dtype=torch.float64), dim=-1)
+        order = torch.randperm(tokens, generator=generator)
+        counted, caps, raw = KINDS[kind](order, steps)
+        grid = torch.cartesian_prod(*(torch.arange(cap + 1, dtype=torch.float64) for cap in caps))
+        world = cls(logprobs, counted, caps, raw(grid.reshape(-1, len(caps))), steps)
+        return world.normalised()
+
+    @property
+    def tokens(self) -> int:
+        """V."""
+        return len(self.logprobs)
+
+    @property
+    def objectives(self) -> int:
+        """M."""
+        return self.rewards.shape[1]
+
+    @property
+    def next_counts(self) -> Tensor:
+        """Where each token takes each of the S counts: (S, V) integer."""
+        grid = torch.cartesian_prod(*(torch.arange(cap + 1) for cap in self.caps)).reshape(-1, len(self.caps))
+        after = (grid[:, None, :] + self.counted.T.long()).minimum(torch.tensor(self.caps))
+        return (after * self.strides).sum(-1)
+
+    @property
+    def strides(self) -> Tensor:
+        """How far apart two counts are that differ by one in a counter: (C,) integer."""
+        sizes = torch.tensor([*self.caps[1:], 0]) + 1
+        return sizes.flip(0).cumprod(0).flip(0)
+
+    def occupancy(self) -> Tensor:
+        """Compute the distribution of the final counts under π_ref: (S,) float64, by forward induction."""
+        here = torch.zeros(len(self.rewards), self.tokens, dtype=torch.float64)
+        here[0] = 1 / self.tokens
+        following = self.next_counts
+        for _ in range(self.steps):
+            drawn = here @ self.logprobs.exp()  # (S, V): by counts so far and token drawn
+            here = torch.zeros_like(here).scatter_add_(0, following, drawn)
+        return here.sum(1)
+
+    def normalised(self) -> World:
+        """Shift and scale the rewards to mean 0 and standard deviation 1 under π_ref.
+
+        Raises:
+            ConfigError: if π_ref gives every response the same reward.
+        """
+        share = self.occupancy()[:, None]
+        mean = (share * self.rewards).sum(0)
+        std = (share * (self.rewards - mean).square()).sum(0).sqrt()
+        if not bool((std > 1e-12).all()):
+            raise ConfigError(f"the rewards have standard deviations {std.tolist()}.", "they must vary.")
+        return World(self.logprobs, self.counted, self.caps, (self.rewards - mean) / std, self.steps)
+
+
+_Recipe = Callable[[Tensor, int], tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]]
+
+
+def _members(order: Tensor, *ranges: tuple[int, int]) -> Tensor:
+    """Mark which tokens each counter counts: places `first` to `last` of a random order."""
+    counted = torch.zeros(len(ranges), len(order), dtype=torch.bool)
+    for counter, (first, last) in enumerate(ranges):
+        counted[counter, order[first:last]] = True
+    return counted
+
+
+def _agreeing(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
+    goal = math.ceil(steps / 2)
+    return _members(order, (0, 4), (1, 5)), (goal, goal), lambda counts: (counts >= goal).double()
+
+
+def _conflicting(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
+    goal = math.ceil(5 * steps / 12)
+    return _members(order, (0, 5), (5, 10)), (goal, goal), lambda counts: (counts >= goal).double()
+
+
+def _linear(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
+    return _members(order, (0, 4), (4, 8)), (steps, steps), lambda counts: counts / steps
+
+
+def _product(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
+    cap = steps // 3
+    return (
+        _members(order, (0, 3), (3, 6), (6, 8)),
+        (cap, cap, cap),
+        lambda counts: torch.stack([counts[:, 0] * counts[:, 1], counts[:, 1] * counts[:, 2]], dim=1) / cap**2,
+    )
+
+
+KINDS: dict[str, _Recipe] = {
+    "agreeing": _agreeing,  # two sets that share three of four tokens; each must come in half of the steps
+    "conflicting": _conflicting,  # two sets apart; each must come in five steps of twelve: both leave little room
+    "linear": _linear,  # two sets apart; every token counts the same
+    "product": _product,  # three sets; each objective wants two of them together, and one set is wanted by both
+}
+"""Recipes of worlds with two objectives."""
