@@ -72,7 +72,7 @@ def overhead() -> str:
     return (
         f"Tokens per second of tilted decoding as a share of plain `generate` on {where} "
         f"(`benchmarks/bench_decode.py`; "
-        f"{content['config']['new_tokens']} tokens after {content['config']['context']}, medians of "
+        f"{content['config']['new_tokens']} tokens after {content['config']['context']}, medians of at least "
         f"{content['config']['repeats']} rounds in which each way runs between two plain runs):\n\n"
         + table(["policy", "batch", "objectives", "candidates", "ratio"], rows)
     )
