@@ -38,6 +38,11 @@ def write(folder: Path, kind: str, columns: dict[str, list[Any]]) -> str:
     return str(path)
 
 
+# Older versions of datasets leave the closing of CSV files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)
+
 KINDS = ["txt", "jsonl", "json", "csv", "parquet", "folder", "folder of splits"]
 
 
