@@ -57,6 +57,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _differing(found: Mapping[str, Any], claim: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the entries that differ, those of nested mappings by their path."""
+    names: list[str] = []
+    for name in {**found, **claim}:
+        one, other = found.get(name), claim.get(name)
+        if isinstance(one, dict) and isinstance(other, Mapping):
+            names += _differing(one, other, f"{prefix}{name}.")
+        elif one != other:
+            names.append(prefix + name)
+    return names
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write `content` as indented JSON, whole or not at all; NaN and infinities are refused."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
@@ -75,7 +87,7 @@ def claimed(marker: str | os.PathLike[str], claim: Mapping[str, Any], holds: str
     Args:
         marker: a JSON file in the folder; it is not written here.
         claim: what the run that wants to use the folder is made of, plain data.
-        holds: what the folder is said to hold where the claims differ, such as `a run with a different`.
+        holds: what the folder is said to hold where the claims differ, such as `a run with other`.
 
     Returns:
         False if there is no marker yet.
@@ -88,7 +100,7 @@ def claimed(marker: str | os.PathLike[str], claim: Mapping[str, Any], holds: str
         return False
     found = read_json(path)
     if found != claim:
-        other = ", ".join(name for name in {**found, **claim} if found.get(name) != claim.get(name))
+        other = ", ".join(_differing(found, claim))
         raise DataError(
             f"folder {str(path.parent)!r} holds {holds} {other}.",
             "name a new output folder, or repeat the command exactly to resume.",

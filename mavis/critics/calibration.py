@@ -33,12 +33,16 @@ def calibration_directions(objectives: int) -> Tensor:
 class Calibration:
     """KL to the reference along β, for each of the `calibration_directions`.
 
+    Cutting the policy to its candidates costs KL before anything is tilted: the floor. What is said of β and KL below
+    holds for the KL above it.
+
     Args:
         betas: G strengths, ascending, > 0, in 1 / reward.
         kl: D lists of G mean KLs in nats per sequence, D = M(M+1)/2.
         max_new_tokens: length of the responses it was measured on.
         top_k: number of candidates it was measured with; None means all.
         temperature: T it was measured at.
+        floor: mean KL of the policy that is cut to its candidates and not tilted, nats per sequence, ≥ 0.
 
     Raises:
         CriticError: if the numbers cannot be a sweep.
@@ -49,6 +53,7 @@ class Calibration:
     max_new_tokens: int
     top_k: int | None
     temperature: float = 1.0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         rows = [self.betas, *self.kl] if isinstance(self.kl, list) else [None]
@@ -71,27 +76,38 @@ class Calibration:
 
         Args:
             weights: (M,) finite, not all zero.
-            target_kl: κ > 0 in nats per sequence.
+            target_kl: κ > 0 in nats per sequence, the floor included.
 
         Returns:
             β ≥ 0.
 
         Raises:
-            CriticError: if it takes a stronger tilt than was measured.
+            CriticError: if it takes a stronger tilt than was measured, or the candidates alone cost as much.
         """
         if not (math.isfinite(target_kl) and target_kl > 0):
             raise CriticError(f"target_kl is {target_kl}, expected nats > 0.", "2.0 is a moderate budget.")
-        beta = self._beta(weights, target_kl)
-        if beta > self._most(weights) * (1 + 1e-9):
+        if target_kl <= self.floor:
+            raise CriticError(
+                f"target_kl is {target_kl:g}, but cutting the policy to top_k={self.top_k} candidates alone costs "
+                f"{self.floor:.3g} nats.",
+                "choose a larger target, or train with more candidates (top_k=None makes every token one).",
+            )
+        beta, most = self._beta(weights, target_kl - self.floor), self._most(weights)
+        if beta > most * (1 + 1e-9):
+            reached = self.floor
+            for excess in torch.linspace(0, target_kl - self.floor, 201, dtype=torch.float64).tolist()[1:]:
+                if self._beta(weights, excess) > most:
+                    break
+                reached = self.floor + excess
             raise CriticError(
                 f"target_kl is {target_kl:g}, which at weights {weights.tolist()} takes beta {beta:.3g}; the critic "
-                f"was calibrated up to {self._most(weights):.3g}.",
+                f"was calibrated up to {most:.3g}, which reaches {reached:.2g} nats.",
                 "choose a smaller target, or give beta directly.",
             )
         return beta
 
     def default_beta(self, weights: Tensor) -> float:
-        """Return the β that reaches `DEFAULT_KL` at some weights, or the strongest that was measured.
+        """Return the β that goes `DEFAULT_KL` beyond the floor at some weights, or the strongest that was measured.
 
         Args:
             weights: (M,) finite, not all zero.
@@ -120,9 +136,10 @@ class Calibration:
         return math.sqrt(target / spread) if spread > 1e-12 * target else math.inf
 
     def _curvature(self, kl: list[float], target: float) -> float:
-        """κ/β² where a direction reaches κ; beyond its ends KL goes on as the quadratic that it begins as."""
+        """κ/β² where a direction goes κ beyond the floor; past its ends KL goes on as the quadratic it begins as."""
         # Sampling noise can make neighbours cross; KL cannot fall as β rises, so the running maximum is the estimate.
-        rising = torch.tensor(kl, dtype=torch.float64).cummax(0).values.tolist()
+        above_floor = torch.tensor(kl, dtype=torch.float64) - self.floor
+        rising = above_floor.clamp_min(0).cummax(0).values.tolist()
         if target <= rising[0]:
             return rising[0] / self.betas[0] ** 2
         if target > rising[-1]:

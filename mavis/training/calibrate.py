@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def calibrate(
     betas: Sequence[float] = BETAS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Sample under a grid of weights and β, and record the mean KL of each.
+    """Sample under a grid of weights and β and, cut to the candidates, under none, and record the mean KL of each.
 
         kl[d][g] = mean over rollouts of Σ_t KL(π ‖ π_ref),   λ = betas[g] · direction[d]
 
@@ -56,11 +57,28 @@ def calibrate(
         betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
     spent: list[float] = []
+    cut: list[float] = []
+    untilted = Plan.reference(plan.prompts[: samples * len(betas)], len(critic.objectives))
+    total = len(grid) + (len(untilted.prompts) if settings.top_k is not None else 0)
     if progress is not None:
-        progress(0, len(grid))
+        progress(0, total)
+    if settings.top_k is not None:
+        for shard in collect(
+            policy, tokenizer, objectives, untilted, Path(folder) / "untilted", settings, truncate_reference=True
+        ):
+            cut.extend(sum(row) for row in shard["kl"])
+            if progress is not None:
+                progress(len(cut), total)
     for shard in collect(policy, tokenizer, objectives, plan, folder, settings, critic=critic):
         spent.extend(sum(row) for row in shard["kl"])
         if progress is not None:
-            progress(len(spent), len(grid))
+            progress(len(cut) + len(spent), total)
     kl = torch.tensor(spent, dtype=torch.float64).view(len(directions), len(betas), samples).mean(-1)
-    return Calibration(list(betas), kl.tolist(), settings.max_new_tokens, settings.top_k, settings.temperature)
+    return Calibration(
+        list(betas),
+        kl.tolist(),
+        settings.max_new_tokens,
+        settings.top_k,
+        settings.temperature,
+        floor=sum(cut) / len(cut) if cut else 0.0,
+    )

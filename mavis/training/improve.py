@@ -38,6 +38,9 @@ class ImprovementSettings:
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
         sampling: of the rollouts.
         fit: of the heads.
+
+    Raises:
+        ConfigError: if a setting is out of range.
     """
 
     iterations: int = 2
@@ -48,6 +51,26 @@ class ImprovementSettings:
     calibration_samples: int = 64
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
     fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        whole = {name: getattr(self, name) for name in ("iterations", "rollouts", "calibration_samples")}
+        for name, value in whole.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} is {value!r}, expected a whole number.", f"e.g. {name}=64.")
+        if self.iterations < 1 or self.rollouts < 4 or not 0 < self.beta < math.inf:
+            raise ConfigError(
+                f"iterations is {self.iterations}, rollouts {self.rollouts}, beta {self.beta}; expected ≥ 1, "
+                "≥ 4 and > 0.",
+                "2 iterations of 4096 rollouts at beta 4 are a good start.",
+            )
+        if not 0 < self.later_rate < math.inf:
+            raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.1.")
+        if self.zeta is not None and not 0 <= self.zeta < math.inf:
+            raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
+        if self.calibration_samples < 0:
+            raise ConfigError(
+                f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
+            )
 
 
 @dataclass(frozen=True)
@@ -116,13 +139,13 @@ def improve(
         One report per iteration, finished ones of an earlier run included.
 
     Raises:
-        ConfigError: if a setting is out of range or the objectives are not the critic's.
+        ConfigError: if the objectives are not the critic's.
         DataError: if the folder belongs to a run with other settings.
         CriticError: if the critic is for another shape of policy, or an objective never varies.
 
     Source: MAVIS, arXiv 2508.13415.
     """
-    _check(critic, objectives, prompts, settings)
+    _check(critic, objectives, prompts)
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
     critic.fingerprint = Fingerprint.of(policy)
@@ -239,7 +262,7 @@ def _claim(run: Path, critic: HiddenStateCritic, prompts: Sequence[str], setting
         "policy": critic.fingerprint.to_json(),
         "prompts": Plan.reference(prompts, 0).digest(),
     }
-    if claimed(run / "run.json", claim, "a run with a different"):
+    if claimed(run / "run.json", claim, "a run with other"):
         _adopt(critic, run / "start")  # which may have been trained in place when the run broke off
         return
     critic.save(run / "start")
@@ -250,7 +273,6 @@ def _check(
     critic: HiddenStateCritic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[str],
-    settings: ImprovementSettings,
 ) -> None:
     if tuple(objectives) != critic.objectives:
         raise ConfigError(
@@ -259,17 +281,3 @@ def _check(
         )
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt.")
-    if settings.iterations < 1 or settings.rollouts < 4 or not 0 < settings.beta < math.inf:
-        raise ConfigError(
-            f"iterations is {settings.iterations}, rollouts {settings.rollouts}, beta {settings.beta}; expected ≥ 1, "
-            "≥ 4 and > 0.",
-            "the defaults are 2, 4096 and 4.",
-        )
-    if not 0 < settings.later_rate < math.inf:
-        raise ConfigError(f"later_rate is {settings.later_rate}, expected > 0.", "the default is 0.1.")
-    if settings.zeta is not None and not 0 <= settings.zeta < math.inf:
-        raise ConfigError(f"zeta is {settings.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
-    if settings.calibration_samples < 0:
-        raise ConfigError(
-            f"calibration_samples is {settings.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
-        )

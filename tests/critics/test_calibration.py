@@ -102,3 +102,20 @@ def test_directions_are_every_objective_alone_then_every_pair() -> None:
         [0.5, 0, 0.5],
         [0, 0.5, 0.5],
     ]
+
+
+def test_what_the_candidates_cost_is_a_floor_below_which_no_budget_can_be_kept() -> None:
+    """With a floor of 3 nats the sweep is that of the same critic without one, 3 nats higher."""
+    free = Calibration(BETAS, [[0.1, 0.4, 1.5, 5.0, 14.0]], 64, None)
+    cut = Calibration(BETAS, [[3.1, 3.4, 4.5, 8.0, 17.0]], 64, 40, floor=3.0)
+    one = torch.tensor([1.0])
+    for target in (0.05, 0.1, 1.0, 1.5, 7.0, 14.0):
+        assert cut.beta(one, target + 3.0) == pytest.approx(free.beta(one, target))
+    assert cut.default_beta(one) == pytest.approx(free.default_beta(one))
+    for target in (0.5, 3.0):
+        with pytest.raises(
+            CriticError, match=f"target_kl is {target:g}, but cutting the policy to top_k=40 candidates"
+        ):
+            cut.beta(one, target)
+    with pytest.raises(CriticError, match="calibrated up to 8, which reaches 17 nats"):
+        cut.beta(one, 30.0)

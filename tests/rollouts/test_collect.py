@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -324,8 +325,8 @@ def test_a_critic_that_was_attached_stays_attached(
     ("change", "named"),
     [
         ({"plan": Plan.reference(PROMPTS[::-1], 2)}, "plan"),
-        ({"settings": RolloutSettings(max_new_tokens=16, top_k=12, shard_size=4, seed=9)}, "settings"),
-        ({"settings": RolloutSettings(max_new_tokens=16, top_k=None, shard_size=4, seed=3)}, "settings"),
+        ({"settings": RolloutSettings(max_new_tokens=16, top_k=12, shard_size=4, seed=9)}, "settings.seed"),
+        ({"settings": RolloutSettings(max_new_tokens=16, top_k=None, shard_size=4, seed=3)}, "settings.top_k"),
         ({"objectives": {"good": len, "short": len}}, "objectives"),
         ({"truncate_reference": True}, "truncate_reference"),
     ],
@@ -335,7 +336,9 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
 ) -> None:
     arguments: dict[str, Any] = {"plan": Plan.reference(PROMPTS, 2), "settings": SETTINGS}
     before = columns(run(**arguments, folder=tmp_path))
-    with pytest.raises(DataError, match=rf"holds rollouts of another run: different {named}\. Hint: name a new output"):
+    with pytest.raises(
+        DataError, match=rf"holds rollouts of another run: different {re.escape(named)}\. Hint: name a new output"
+    ):
         list(run(**(arguments | change), folder=tmp_path))
     assert columns(run(**arguments, folder=tmp_path)) == before
 
