@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from mavis.errors import closest
+from mavis.cli.overrides import check_overrides
+from mavis.errors import ConfigError, closest
 
 COMMANDS = {
     "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
@@ -49,8 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if twice:  # Hydra would silently keep the last
             print(f"mavis: weights names objective {twice[0]!r} twice. Hint: give each one weight.", file=sys.stderr)
             return 2
+    overrides = [_quoted(override) for override in overrides]
+    try:
+        check_overrides(command, overrides)
+    except ConfigError as error:
+        print(f"mavis: {error}", file=sys.stderr)
+        return 2
     # Hydra reads the process's arguments and names the app after the script.
-    sys.argv = [f"mavis-{command}", *_named_by_what_differs([_quoted(override) for override in overrides])]
+    sys.argv = [f"mavis-{command}", *_named_by_what_differs(overrides)]
     importlib.import_module(f"mavis.cli.{command}").main()
     return 0
 

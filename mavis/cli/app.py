@@ -32,6 +32,12 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
             except MavisError as error:
                 print(f"mavis: {error}", file=sys.stderr)
                 sys.exit(2)
+            except KeyboardInterrupt:
+                print(
+                    "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.",
+                    file=sys.stderr,
+                )
+                sys.exit(130)
             except MissingMandatoryValue as error:
                 print(f"mavis: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
                 sys.exit(2)
@@ -40,9 +46,9 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
                 given = ", ".join(HydraConfig.get().overrides.task) or "none"
-                said = " ".join(str(error).split())
+                said = " ".join(str(error).split()).rstrip(".")
                 print(
-                    f"mavis: {type(error).__name__}: {said} Hint: check the settings that were given ({given}); "
+                    f"mavis: {type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
                     "HYDRA_FULL_ERROR=1 shows where it happened.",
                     file=sys.stderr,
                 )
@@ -59,8 +65,10 @@ def prepare(config: Any) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if config.get("threads"):
-        torch.set_num_threads(config.threads)
+    # The embedded policy is so small that a second thread costs more than it brings.
+    threads = config.get("threads") or (1 if config.policy.path is None else None)
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
 
 
@@ -83,7 +91,10 @@ def load_policy(config: Any) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(Path(config.path).expanduser()) if Path(config.path).expanduser().exists() else config.path
+    local = Path(config.path).expanduser()
+    if not local.exists() and (local.is_absolute() or str(config.path).startswith((".", "~"))):
+        raise PolicyError(f"policy.path is {config.path!r}, which does not exist.", "name a folder or a model id.")
+    source = str(local) if local.exists() else config.path
     shared = {"revision": config.get("revision") or "main", "trust_remote_code": config.get("trust_remote_code", False)}
     device = config.get("device", "cpu")
     try:
@@ -96,9 +107,9 @@ def load_policy(config: Any) -> tuple[Any, Any]:
             **shared,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
         raise PolicyError(
-            f"policy.path is {config.path!r}, which cannot be loaded: {first_line}",
+            f"policy.path is {config.path!r}, which cannot be loaded: {first_line}.",
             "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
         ) from error
     if tokenizer.pad_token_id is None:
@@ -245,4 +256,6 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {number:.3g}" for name, number in value.items() if number)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{0.0 if abs(value) < 1e-6 else value:.3g}"  # a mean that only rounding keeps from 0
+    return str(value)

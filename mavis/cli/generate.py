@@ -66,10 +66,12 @@ def _run(config: Any) -> None:
     prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file, repeated=True)
     if not prompts[0].strip():
         raise ConfigError("prompt is empty.", "give at least one word to go on from.")
-    if config.samples < 1 or (config.greedy and config.samples > 1):
+    if config.samples < 1:
+        raise ConfigError(f"samples is {config.samples}, expected ≥ 1.", "samples=3 continues each prompt three times.")
+    if config.greedy and config.samples > 1:
         raise ConfigError(
-            f"samples is {config.samples} and greedy is {config.greedy}; expected samples ≥ 1, and 1 where greedy.",
-            "the likeliest tokens are the same every time.",
+            f"samples is {config.samples} and greedy is {config.greedy}, but greedy has one answer only.",
+            "the likeliest tokens are the same every time; leave one of them out.",
         )
     critic = load_critic(config.checkpoint)
     weights: Any = [1 / len(critic.objectives)] * len(critic.objectives)
@@ -88,7 +90,11 @@ def _run(config: Any) -> None:
         samples=config.samples,
         greedy=config.greedy,
     )
-    print("\n".join(texts))
+    if len(texts) == 1:
+        print(texts[0])
+        return
+    for index, text in enumerate(texts):  # stories have lines of their own, so only a heading tells them apart
+        print(f"--- prompt {index // config.samples + 1}, sample {index % config.samples + 1}\n{text}")
 
 
 def main() -> None:

@@ -68,11 +68,22 @@ def generate(
 
     Raises:
         CriticError: if no critic is given or attached, or it is attached to another policy.
-        DecodingError, WeightsError: see `MavisTilt`.
+        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are no tensors or padded on the right.
     """
     critic = critic if critic is not None else attached_critic(policy)
     tilt = MavisTilt(weights, critic, beta=beta, target_kl=target_kl, top_k=top_k, temperature=temperature)
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+    if not isinstance(inputs, Mapping | Tensor):
+        raise DecodingError(
+            f"inputs is a {type(inputs).__name__}, expected what the tokenizer returns, or token ids.",
+            "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+        )
+    mask = arguments.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        raise DecodingError(
+            "inputs is padded on the right, so that responses would go on from padding.",
+            "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+        )
     clash = sorted(set(arguments) & set(generate_arguments))
     if clash:
         raise DecodingError(f"{clash[0]} is given twice, in inputs and by name.", "give it once.")

@@ -32,9 +32,14 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would flash up for a twentieth of a second
     policy = AutoModelForCausalLM.from_pretrained(
         path(), dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
+    if shown:
+        logging.enable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path(), local_files_only=True)
     return policy.eval().requires_grad_(False), tokenizer

@@ -61,7 +61,7 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     shutil.copytree(trained.parent, tmp_path / "run")
     ran = mavis("train", *small, "output=run", "beta=2")
-    assert_refused(ran, "holds a run with a different settings. Hint: name a new output folder")
+    assert_refused(ran, "holds a run with other settings.beta. Hint: name a new output folder")
 
 
 def test_other_options_of_an_objective_in_the_same_folder_are_refused(
@@ -70,7 +70,7 @@ def test_other_options_of_an_objective_in_the_same_folder_are_refused(
     shutil.copytree(trained.parent, tmp_path / "run")
     ran = mavis("train", *small, "output=run", "objectives.brevity.scale=10")
     assert_refused(
-        ran, "holds a run whose objectives are configured otherwise: brevity. Hint: name a new output folder"
+        ran, "holds a run whose objectives are configured otherwise: brevity.scale. Hint: name a new output folder"
     )
 
 
@@ -161,9 +161,12 @@ def test_a_policy_that_is_cut_short_is_refused(mavis: Any, tiny_folder: Path, tm
 def test_a_prompt_is_continued(mavis: Any, trained: Path) -> None:
     ran = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=3")
     assert ran.code == 0, ran.err
-    lines = ran.out.splitlines()
-    assert len(lines) == 3
-    assert all(line.startswith("the dog") for line in lines)
+    headings, texts = ran.out.splitlines()[::2], ran.out.splitlines()[1::2]
+    assert headings == [f"--- prompt 1, sample {i}" for i in (1, 2, 3)]
+    assert all(text.startswith("the dog") for text in texts)
+    alone = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog").out
+    assert alone.startswith("the dog")
+    assert "---" not in alone
 
 
 def test_generating_writes_nothing_anywhere(mavis: Any, trained: Path, tmp_path: Path) -> None:
@@ -337,7 +340,7 @@ def test_the_demo_leaves_a_critic_a_report_stories_and_a_command_that_works(
     assert name == "mavis"
     again = mavis(*command)
     assert again.code == 0, again.err
-    assert len(again.out.splitlines()) == 3
+    assert again.out.count("--- prompt 1, sample") == 3
 
 
 def test_the_demo_takes_one_objective(

@@ -110,3 +110,35 @@ def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> Non
 def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "prompt=Hi", "weights={positive: 1.0, 'positive': 0.5}"]) == 2
     assert "weights names objective 'positive' twice. Hint: give each one weight." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "bta=2"], "there is no setting 'bta'. Hint: did you mean 'beta'?"),
+        (["train", "critic.hiden=8"], "there is no setting 'critic.hiden'. Hint: did you mean 'critic.hidden'?"),
+        (["train", "objctive=[brevity]"], "there is no setting 'objctive'. Hint: did you mean 'objective'?"),
+        (["train", "policy=embeded"], "policy has no option 'embeded'. Hint: did you mean 'embedded'?"),
+        (
+            ["train", "objective=brevity,positive"],
+            "objective is given several values. Hint: write objective=[brevity,positive] for all of them",
+        ),
+        (["train", "beta=[2,"], "'beta=[2,' cannot be read: "),
+    ],
+)
+def test_an_override_that_cannot_be_is_told_in_one_line(mavis: Any, arguments: list[str], said: str) -> None:
+    ran = mavis(*arguments)
+    assert ran.code == 2
+    assert ran.err.startswith(f"mavis: {said}")
+    assert " Hint: " in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_breaking_off_is_told_in_one_line(mavis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mavis.cli.app.prepare", broken_off)
+    ran = mavis("train")
+    assert ran.code == 130
+    assert ran.err == "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.\n"

@@ -189,6 +189,16 @@ def test_threads_may_share_a_critic_that_nobody_attached(llama: Any, make_critic
     assert critic.attached_policy is None
 
 
+def test_inputs_that_no_response_could_follow_are_refused(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    steer: dict[str, Any] = {"critic": make_critic(llama), "weights": [1.0, 0.3], "beta": 2.0}
+    right = {name: tensor.flip(1) for name, tensor in prompts.items()}
+    with pytest.raises(DecodingError, match=r"padded on the right.*padding_side='left'"):
+        mavis.generate(llama, right, **steer)
+    for text in ("Once upon a time", ["Once", "upon"]):
+        with pytest.raises(DecodingError, match=rf"inputs is a {type(text).__name__}, expected what the tokenizer"):
+            mavis.generate(llama, text, **steer)
+
+
 def test_what_has_no_neutral_value_is_refused_by_name(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
     policy = copy.deepcopy(llama)
     policy.generation_config.top_h = 0.4
