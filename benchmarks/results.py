@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mavis.files import write_json
+from mavis.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("mavis", "torch", "transformers", "tokenizers", "numpy", "safetensors")
@@ -38,9 +38,21 @@ def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         "rows": [dict(row) for row in rows],
     }
     path = HERE / "results" / f"{name}.json"
-    write_json(path, content)
+    with atomic_file(path) as temporary:
+        temporary.write_text(_by_lines(content), encoding="utf-8")
     print(json.dumps(content, allow_nan=False, ensure_ascii=False), flush=True)
     return path
+
+
+def _by_lines(content: Mapping[str, Any]) -> str:
+    """Write JSON with a line for each entry and for each row, so that a change can be read."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+    entries = [f"  {line(name)}: {line(value)}" for name, value in content.items() if name != "rows"]
+    rows = ",\n".join(f"    {line(row)}" for row in content["rows"])
+    return "{\n" + ",\n".join([*entries, f'  "rows": [\n{rows}\n  ]']) + "\n}\n"
 
 
 def commit() -> str:
