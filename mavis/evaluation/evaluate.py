@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mavis.critics import HiddenStateCritic
 from mavis.decoding import MavisTilt
 from mavis.errors import ConfigError, DataError, EvaluationError
 from mavis.evaluation.front import hypervolume, non_dominated
+from mavis.evaluation.row import RowMaker
 from mavis.evaluation.speed import compare_speed
-from mavis.evaluation.statistics import distinct_2, mean_and_stderr
 from mavis.evaluation.values import value_calibration
 from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
 from mavis.math.preference import simplex_grid
-from mavis.rewards import Objective, score
+from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, RolloutSettings, collect
-from mavis.rollouts.replay import Sequences, replay
 
 LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
 """Where the optimal frontier is drawn; 0 is put before it."""
@@ -128,7 +126,14 @@ def evaluate(
         collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
     )
     speed = _speed(policy, tokenizer, critic, prompts, settings)
-    scored = _Scorer(policy, critic, dict(held_out or {}), settings, len(prompts))
+    scored = RowMaker(
+        policy,
+        critic,
+        dict(held_out or {}),
+        prompts=len(prompts),
+        samples=settings.samples,
+        temperature=settings.sampling.temperature,
+    )
     normalised = critic.normalise(torch.tensor(reference["rewards"], dtype=torch.float64))
     per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
 
@@ -206,91 +211,6 @@ def _gather(stage: str, say: Callable[[str, int, int], None], total: int, shards
             columns.setdefault(name, []).extend(values)
         say(stage, len(columns["prompt"]), total)
     return columns
-
-
-class _Scorer:
-    """Turns a group of responses, equally many for each prompt and those of one prompt together, into a row."""
-
-    def __init__(
-        self,
-        policy: Any,
-        critic: HiddenStateCritic,
-        held_out: dict[str, Objective],
-        settings: EvaluationSettings,
-        prompts: int,
-    ) -> None:
-        self.policy, self.critic, self.held_out, self.prompts = policy, critic, held_out, prompts
-        self.temperature, self.samples = settings.sampling.temperature, settings.samples
-
-    def row(
-        self,
-        columns: dict[str, list[Any]],
-        where: slice,
-        weights: Tensor | None,
-        beta: float,
-        speed: dict[str, Any],
-    ) -> dict[str, Any]:
-        group = {name: values[where] for name, values in columns.items()}
-        names = self.critic.objectives
-        rewards = self.critic.normalise(torch.tensor(group["rewards"], dtype=torch.float64)).numpy()
-        summary = [self._summary(column) for column in rewards.T]
-        kl, kl_stderr = self._summary([sum(row) for row in group["kl"]])
-        lengths = [len(row) for row in group["response_ids"]]
-        row: dict[str, Any] = {
-            "weights": dict(zip(names, weights.tolist() if weights is not None else [0.0] * len(names), strict=True)),
-            "beta": float(beta),
-            "rewards": dict(zip(names, (mean for mean, _ in summary), strict=True)),
-            "rewards_stderr": dict(zip(names, (stderr for _, stderr in summary), strict=True)),
-            "kl": kl,
-            "kl_stderr": kl_stderr,
-            "efficiency": None,
-            "responses": len(lengths),
-            "length": float(np.mean(lengths)),
-            "distinct_2": distinct_2(self._first_of_each_prompt(group["response"])),
-            "perplexity": self._perplexity(group),
-            "tokens_per_second": speed.get("tilted" if beta else "plain", {}).get("tokens_per_second"),
-        }
-        if self.held_out:
-            raw = score(self.held_out, group["prompt"], group["response"])
-            figures = [self._summary(column) for column in raw.T]
-            row["held_out"] = dict(zip(self.held_out, (mean for mean, _ in figures), strict=True))
-            row["held_out_stderr"] = dict(zip(self.held_out, (stderr for _, stderr in figures), strict=True))
-        return row
-
-    def _first_of_each_prompt(self, texts: list[str]) -> list[str]:
-        """As many responses per prompt as a point of the sweep has: more text has a smaller share of new bigrams."""
-        each = len(texts) // self.prompts
-        return [text for start in range(0, len(texts), each) for text in texts[start : start + self.samples]]
-
-    def _summary(self, values: ArrayLike) -> tuple[float, float | None]:
-        """Mean over the given prompts and its standard error, which is that of the sampling: the prompts are no sample.
-
-        stderr² = Σ_p var_p / n / P²,   n responses to each of P prompts
-        """
-        by_prompt = np.asarray(values, dtype=np.float64).reshape(self.prompts, -1)
-        summaries = [mean_and_stderr(row) for row in by_prompt]
-        errors = [error for _, error in summaries if error is not None]
-        stderr = math.sqrt(sum(error**2 for error in errors)) / self.prompts if len(errors) == self.prompts else None
-        return float(by_prompt.mean()), stderr
-
-    def _perplexity(self, group: dict[str, list[Any]], most: int = 192) -> float | None:
-        """exp of the mean −log π_ref per response token, on at most so many responses, evenly spaced."""
-        step = math.ceil(len(group["prompt_ids"]) / most)
-        pairs = [(p, r) for p, r in zip(group["prompt_ids"][::step], group["response_ids"][::step], strict=True) if r]
-        total, count = 0.0, 0
-        table = torch.zeros(self.critic.fingerprint.vocab_size, 1)
-        for at in range(0, len(pairs), 64):
-            prompts, responses = zip(*pairs[at : at + 64], strict=True)
-            steps = replay(
-                self.policy,
-                Sequences.pack(prompts, responses),
-                table,
-                top_k=None,
-                temperature=self.temperature,
-            )
-            total += float(steps.reference_logprobs.double().sum())
-            count += int(steps.is_response.sum())
-        return float(np.exp(-total / count)) if count else None
 
 
 def _weighted(row: dict[str, Any], weights: Tensor, critic: HiddenStateCritic) -> float:
