@@ -34,32 +34,39 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     prompts = read_prompts(config.data.prompts)
     options = config.improvement
     settings = ImprovementSettings(
+        composition=options.composition,
         iterations=options.iterations,
         rollouts=options.rollouts,
+        reuse=options.reuse,
         beta=config.beta,
         zeta=options.zeta,
+        min_beta=options.min_beta,
+        max_beta=options.max_beta,
         later_rate=options.later_rate,
         calibration_samples=options.calibration_samples,
         sampling=sampling_settings(config, options.shard_size),
         fit=FitSettings(**options.fit),
     )
-    critic = HiddenStateCritic.for_policy(policy, list(objectives), **config.critic, seed=config.seed)
+    critic = HiddenStateCritic.for_policy(
+        policy, list(objectives), **config.critic, composition=options.composition, seed=config.seed
+    )
     claim_objectives(config, list(objectives), folder)
     with progress_bars() as progress:
         reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
     show_table(
-        f"iterations at beta {config.beta:g}; rewards in standard deviations of the reference policy",
+        f"iterations, {options.composition} composition; rewards in standard deviations of the reference policy",
         [
             {
                 "iteration": report.iteration,
-                "objective": name,
+                "goal": name,
                 "reward": report.rewards[name],
                 "KL (nats)": report.kl[name],
                 "J = reward − KL/β": report.goal[name],
-                "explained by the fit": report.explained[name],
+                "± its error": report.goal_error[name],
+                "explained by the fit": report.explained.get(name),
             }
             for report in reports
-            for name in critic.objectives
+            for name in report.goal
         ],
     )
     return critic

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from mavis.critics.calibration import Calibration
 from mavis.critics.capture import Capture
 from mavis.critics.fingerprint import Fingerprint
-from mavis.errors import CriticError
+from mavis.errors import CriticError, closest
+
+Composition = Literal["independent", "conditioned"]
+"""How objectives' values become a tilt: each of its own policy, or all of the policy that λ makes."""
 
 _borrowing = threading.Lock()
 
@@ -27,16 +31,21 @@ class Critic(nn.Module, ABC):
     Args:
         objectives: M distinct names, in the order of every tensor's last dimension.
         fingerprint: the policy this critic is for.
+        composition: how the objectives' values become a tilt.
 
     Raises:
-        CriticError: if there is no objective, or a name is empty or comes twice.
+        CriticError: if there is no objective, a name is empty or comes twice, or the composition is unknown.
     """
 
     kind: ClassVar[str]
     reward_mean: Tensor
     reward_std: Tensor
+    trained_up_to: Tensor
+    """The largest |λ| = Σ_m λ_m of the rollouts that a conditioned critic was trained on; 0 if not known."""
 
-    def __init__(self, objectives: Sequence[str], fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, objectives: Sequence[str], fingerprint: Fingerprint, composition: Composition = "independent"
+    ) -> None:
         super().__init__()
         names = [objectives] if isinstance(objectives, str) else list(objectives)
         if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
@@ -45,10 +54,14 @@ class Critic(nn.Module, ABC):
                 "pass e.g. objectives=['positive', 'dialogue'].",
             )
         self.objectives: tuple[str, ...] = tuple(names)
+        if composition not in get_args(Composition):
+            raise CriticError(f"composition is {composition!r}.", closest(str(composition), get_args(Composition)))
+        self.composition: Composition = composition
         self.fingerprint = fingerprint
         self.calibration: Calibration | None = None
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
+        self.register_buffer("trained_up_to", torch.zeros((), dtype=torch.float64))
         self._capture: Capture | None = None
         self._borrowers = 0
 
@@ -56,7 +69,8 @@ class Critic(nn.Module, ABC):
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """Compute the tilt of every candidate.
 
-            tilt(s, a) = Σ_m λ_m Q_m(s, a)
+            independent:  tilt(s, a) = Σ_m λ_m Q_m(s, a)
+            conditioned:  tilt(s, a) = Σ_m λ_m Q_m(s, a; λ) − K(s, a; λ)
 
         Args:
             prefix_ids: (B, L) integer, the ids the logits processor is called with.
@@ -72,16 +86,42 @@ class Critic(nn.Module, ABC):
         """
 
     @abstractmethod
-    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
+    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """Compute Q_m(s, a), the value behind the tilt, for every candidate and objective.
 
         Args:
             prefix_ids: (B, L) integer, the ids the logits processor is called with.
             candidate_ids: (B, K) integer, or None for every token in order (K = V).
+            lam: (B, M) float32, of the policy whose values are asked for; None is the reference policy. A critic of the
+                `independent` composition does not read it.
 
         Returns:
             (B, K, M) float32, on the normalised reward scale.
         """
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the heads read λ."""
+        return self.composition == "conditioned"
+
+    def check_range(self, lam: Tensor) -> None:
+        """Warn where a conditioned critic is asked for a λ that it was not trained on.
+
+        Args:
+            lam: (R, M), λ = β·w.
+        """
+        most = float(self.trained_up_to)
+        if not self.conditioned or not most:
+            return
+        outside = (lam < 0).any(dim=1) | (lam.abs().sum(dim=1) > most * (1 + 1e-6))
+        if bool(outside.any()):
+            row = [round(x, 4) for x in lam[outside][0].tolist()]
+            warnings.warn(
+                f"lambda = beta · weights is {row}, but the critic was trained on lambda ≥ 0 with a sum of at most "
+                f"{most:g}; beyond that its values are guesses.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -18,6 +18,12 @@ _NOT_MATCHED_HINT = (
     "classifier-free guidance, assisted and prompt-lookup decoding, early exit, inputs_embeds and states kept outside "
     "past_key_values are not supported."
 )
+_OTHER_TOKENS = "the scores' token ids are not the ones that the latest forward pass of the policy has read."
+_UNKNOWN_ROWS = (
+    "the critic has a memory, but not of every row: some go on from ids that no earlier step has ended with."
+)
+_PADDED_RIGHT = "the prompts are padded on the right, so that responses would go on from padding."
+_HINTS = {_PADDED_RIGHT: "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."}
 
 
 @dataclass(slots=True)
@@ -27,11 +33,15 @@ class Forward:
     Args:
         ids: (B, S) token ids that went in.
         start: position of the first of them, which is the length of the cache before the pass.
+        mask: (B, start + S) of the tokens that are not padding, as the pass was given it, or None.
+        cached: whether the pass wrote to a cache.
         hidden: (B, S', H) states that reached the output embedding: the last S' ≤ S positions.
     """
 
     ids: Tensor
     start: int
+    mask: Tensor | None = None
+    cached: bool = False
     hidden: Tensor | None = None
 
 
@@ -77,8 +87,9 @@ class Capture:
             (B, H), in the policy's dtype and on its device.
 
         Raises:
-            DecodingError: if this thread has no forward pass, or none that made a state for these rows. Ids that live
-                on an accelerator are compared there without waiting; a mismatch is raised at a following step.
+            DecodingError: if this thread has no forward pass, or none that made a state for these rows, or the rows are
+                padded on the right. Ids that live on an accelerator are compared there without waiting; a mismatch is
+                raised at a following step.
         """
         self.settle(wait=False)
         forward: Forward | None = getattr(self._thread, "forward", None)
@@ -99,48 +110,87 @@ class Capture:
                 _NOT_MATCHED_HINT,
             )
         self._compare(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
+        mask = forward.mask
+        if forward.start == 0 and mask is not None and mask.dim() == 2 and mask.shape[1] == taken:
+            self._later((mask[:, index] == 0).any(), _PADDED_RIGHT)
         return forward.hidden[:, in_hidden]
+
+    def place(self, prefix_ids: Tensor) -> tuple[Tensor, bool | None]:
+        """Say where in a response the rows are whose states were just asked for.
+
+        Args:
+            prefix_ids: (B, L) integer, for which `states` has returned.
+
+        Returns:
+            How many of each row's ids are tokens, (B,) integer; and whether its last token ends a prompt: True after
+            a pass that began a cache, False after one that read a single token to go on from a cache, None where it
+            cannot be told from the pass.
+        """
+        forward: Forward = self._thread.forward
+        length, taken = prefix_ids.shape[1], forward.ids.shape[1]
+        begins = None if not forward.cached or (forward.start and taken > 1) else forward.start == 0
+        if forward.mask is None or forward.mask.shape[-1] != forward.start + taken or forward.mask.dim() != 2:
+            return torch.full_like(prefix_ids[:, 0], length), begins
+        return forward.mask.sum(dim=1) - (forward.start + taken - length), begins
+
+    def lost(self, answer: Tensor) -> None:
+        """Raise, now or when the answer has arrived, if rows turn out to be unknown.
+
+        Args:
+            answer: () bool, True if some are.
+
+        Raises:
+            DecodingError: if so.
+        """
+        self._later(answer, _UNKNOWN_ROWS)
 
     def _compare(self, expected: Tensor, caught: Tensor) -> None:
         if caught.device.type == "cpu" and expected.device.type == "cpu":
             if not torch.equal(expected, caught):
-                raise _other_tokens()
+                raise DecodingError(_OTHER_TOKENS, _NOT_MATCHED_HINT)
+            return
+        self._later((expected.to(caught.device) != caught).any(), _OTHER_TOKENS)
+
+    def _later(self, bad: Tensor, said: str) -> None:
+        """Raise an error if a scalar is True: at once on the CPU, elsewhere when the answer has arrived."""
+        if bad.device.type == "cpu":
+            if bool(bad):
+                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
             return
         # A comparison that the host waits for would stall every step; the answer is read when it has arrived.
-        differs = (expected.to(caught.device) != caught).any()
-        event = torch.cuda.Event() if caught.device.type == "cuda" else None
-        answer = differs.to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if bad.device.type == "cuda" else None
+        answer = bad.to("cpu", non_blocking=True)
         if event is not None:
-            event.record(torch.cuda.current_stream(caught.device))
-        self._pending().append((answer, event))
+            event.record(torch.cuda.current_stream(bad.device))
+        self._pending().append((answer, event, said))
 
     def settle(self, *, wait: bool) -> None:
-        """Raise if this thread's ids were found to differ from the caught ones.
+        """Raise if something that was wrong in this thread has been found out by now.
 
         Args:
             wait: for answers that are still on their way from an accelerator; else only those that have arrived count.
 
         Raises:
-            DecodingError: if they differ.
+            DecodingError: if the ids differ from the caught ones, or rows are unknown.
         """
         pending = self._pending()
         while pending and (wait or pending[0][1] is None or pending[0][1].query()):
-            answer, event = pending.pop(0)
+            answer, event, said = pending.pop(0)
             if wait and event is not None:
                 event.synchronize()
             if bool(answer):
                 pending.clear()
-                raise _other_tokens()
+                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
 
     @property
     def restarted(self) -> bool:
         """Whether this thread's latest forward pass began anew after one that went on from a cache."""
         return bool(getattr(self._thread, "restarted", False))
 
-    def _pending(self) -> list[tuple[Tensor, Any]]:
+    def _pending(self) -> list[tuple[Tensor, Any, str]]:
         if not hasattr(self._thread, "pending"):
             self._thread.pending = []
-        pending: list[tuple[Tensor, Any]] = self._thread.pending
+        pending: list[tuple[Tensor, Any, str]] = self._thread.pending
         return pending
 
     def _on_policy(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,7 +205,7 @@ class Capture:
             follows = previous is not None and ids.shape[1] == 1 and len(ids) == len(previous.ids)
             start = previous.start + previous.ids.shape[1] if follows and previous is not None else int(start)
         self._thread.restarted = start == 0 and previous is not None and previous.start > 0
-        self._thread.forward = Forward(ids=ids, start=start)
+        self._thread.forward = Forward(ids, start, mask=kwargs.get("attention_mask"), cached=cache is not None)
         _latest.capture = self
 
     def _on_output(self, module: Any, args: tuple[Any, ...]) -> None:
@@ -213,13 +263,6 @@ def attached_critic(policy: Any | None) -> Any:
             "name the one to use: MavisTilt(weights, critic).",
         )
     return captures[0].owner
-
-
-def _other_tokens() -> DecodingError:
-    return DecodingError(
-        "the scores' token ids are not the ones that the latest forward pass of the policy has read.",
-        _NOT_MATCHED_HINT,
-    )
 
 
 _attached: weakref.WeakKeyDictionary[Any, list[Capture]] = weakref.WeakKeyDictionary()

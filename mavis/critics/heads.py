@@ -1,4 +1,4 @@
-"""The small network of a hidden-state critic: one head per objective."""
+"""The small network of a hidden-state critic: one head per output, some of which may read λ."""
 
 from __future__ import annotations
 
@@ -8,56 +8,68 @@ from torch.nn import functional as F
 
 
 class ValueHeads(nn.Module):
-    """M independent two-layer heads, laid side by side so that one matrix product serves them all.
+    """O independent two-layer heads, laid side by side so that one matrix product serves them all.
 
-        z = layer_norm(h);  x_m = silu(W_m z + b_m);  (A_m, V_m) = U_m x_m + c_m
+        x_o = silu(W_o z + b_o);  (A_o, V_o) = U_o x_o + c_o
+
+    Heads that read λ scale and shift what goes into the silu, which leaves it as it is where λ = 0:
+
+        x_o = silu((1 + γ_o) ∘ (W_o z + b_o) + δ_o),  (γ_o, δ_o) = C_o φ(λ),  φ(λ) = (λ / (1 + |λ|), log(1 + |λ|))
 
     The last layer starts at zero, so a new critic predicts 0 everywhere and tilts nothing.
 
     Args:
-        input_size: H, size of the hidden state.
-        objectives: M.
+        input_size: I, size of what the heads read.
+        outputs: O, the number of heads.
         hidden: width D of each head.
         rank: r, size of a token's vector.
+        conditions: M, size of the λ that the heads read; 0 for heads that read none.
+
+    Source: the scale and shift are the FiLM of Perez et al. (AAAI 2018).
     """
 
-    def __init__(self, input_size: int, objectives: int, hidden: int, rank: int) -> None:
+    def __init__(self, input_size: int, outputs: int, hidden: int, rank: int, conditions: int = 0) -> None:
         super().__init__()
-        self.objectives, self.hidden, self.rank = objectives, hidden, rank
-        first = nn.Linear(input_size, objectives * hidden)
-        # Laid out as (H, M·D): for the few rows of a decoding step this product is half as dear as the transposed one.
+        self.outputs, self.hidden, self.rank = outputs, hidden, rank
+        first = nn.Linear(input_size, outputs * hidden)
+        # Laid out as (I, O·D): for the few rows of a decoding step this product is half as dear as the transposed one.
         self.inner = nn.Parameter(first.weight.detach().T.contiguous())
         self.inner_bias = nn.Parameter(first.bias.detach())
-        self.outer = nn.Parameter(torch.zeros(objectives, hidden, rank + 1))
-        self.bias = nn.Parameter(torch.zeros(objectives, rank + 1))
+        self.condition = nn.Parameter(torch.zeros(conditions + 1, 2 * outputs * hidden)) if conditions else None
+        self.outer = nn.Parameter(torch.zeros(outputs, hidden, rank + 1))
+        self.bias = nn.Parameter(torch.zeros(outputs, rank + 1))
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Compute (A_m, V_m) of every objective.
+    def forward(self, inputs: Tensor, lam: Tensor | None = None) -> Tensor:
+        """Compute (A_o, V_o) of every head.
 
         Args:
-            states: (..., H), floating.
+            inputs: (..., I) float32.
+            lam: (..., M) float32, λ = β·w, with as many leading dimensions, which may be 1; None where heads read none.
 
         Returns:
-            (..., M, r + 1) float32: A_m in the first r places, V_m in the last.
+            (..., O, r + 1) float32: A_o in the first r places, V_o in the last.
         """
-        inner = self._inner(states)
-        return torch.einsum("...md,mdr->...mr", inner, self.outer) + self.bias
+        return torch.einsum("...od,odr->...or", self._inner(inputs, lam), self.outer) + self.bias
 
-    def mixed(self, states: Tensor, lam: Tensor) -> Tensor:
-        """Compute Σ_m λ_m (A_m, V_m) without forming the single objectives.
+    def mixed(self, inputs: Tensor, coefficients: Tensor, lam: Tensor | None = None) -> Tensor:
+        """Compute Σ_o c_o (A_o, V_o) without forming the single heads' outputs.
 
         Args:
-            states: (B, H), floating.
-            lam: (B, M), λ = β·w in 1 / reward.
+            inputs: (B, I) float32.
+            coefficients: (B, O) float32, the c_o.
+            lam: (B, M) float32, what the heads read; None where they read none.
 
         Returns:
             (B, r + 1) float32.
         """
-        weighted = self._inner(states) * lam[:, :, None]
-        return torch.addmm(lam @ self.bias, weighted.flatten(1), self.outer.flatten(0, 1))
+        weighted = self._inner(inputs, lam) * coefficients[:, :, None]
+        return torch.addmm(coefficients @ self.bias, weighted.flatten(1), self.outer.flatten(0, 1))
 
-    def _inner(self, states: Tensor) -> Tensor:
-        # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
-        normed = F.layer_norm(states.float(), states.shape[-1:])
-        inner = torch.addmm(self.inner_bias, normed.flatten(0, -2), self.inner)
-        return F.silu(inner).view(*states.shape[:-1], self.objectives, self.hidden)
+    def _inner(self, inputs: Tensor, lam: Tensor | None) -> Tensor:
+        inner = torch.addmm(self.inner_bias, inputs.flatten(0, -2), self.inner).view(*inputs.shape[:-1], -1)
+        if self.condition is not None:
+            assert lam is not None
+            size = lam.abs().sum(-1, keepdim=True)
+            scale, shift = (torch.cat([lam / (1 + size), size.log1p()], dim=-1) @ self.condition).chunk(2, dim=-1)
+            inner = torch.addcmul(inner + shift, inner, scale)
+        return F.silu(inner).unflatten(-1, (self.outputs, self.hidden))

@@ -178,6 +178,7 @@ class MavisTilt(LogitsProcessor):
             if self._beta is None:
                 self._check_calibration(critic)
             kept = self._rows = (critic, lambda_rows(self._weights, critic, self._beta, self._target_kl))
+            critic.check_range(kept[1])
         return kept[1]
 
     def _check_calibration(self, critic: Critic) -> None:

@@ -26,10 +26,12 @@ def value_calibration(
 ) -> list[dict[str, Any]]:
     """Compare Q_m(s_t, a_t) with the return that followed, where objective m alone was weighed.
 
-        observed = R_m − (1/β) Σ_{t'>t} KL_{t'}
+        independent:  observed = R_m − (1/β) Σ_{t'>t} KL_{t'}
+        conditioned:  observed = R_m, and Q_m is asked for λ = β·e_m
 
-    One step per response is compared, at a quarter, a half and three quarters of its length in turn. A head is right at
-    the β it was trained for, where slope 1 is expected; elsewhere the table shows how it drifts.
+    One step per response is compared, at a quarter, a half and three quarters of its length in turn. An independent
+    head is right at the β it was trained for, where slope 1 is expected; elsewhere the table shows how it drifts. A
+    conditioned head should be right at every β.
 
     Args:
         policy: the reference policy.
@@ -51,7 +53,7 @@ def value_calibration(
             rows = [i for i in alone if sweep["beta"][i] == beta] if beta else list(range(len(reference["beta"])))
             rows = [i for i in rows if columns["response_ids"][i]]
             rows = rows[:: math.ceil(len(rows) / _MOST_RESPONSES)]
-            predicted, observed = _pairs(policy, critic, columns, rows, m, 1 / beta if beta else 0.0, sampling)
+            predicted, observed = _pairs(policy, critic, columns, rows, m, beta, sampling)
             table = asdict(calibration_table(predicted, observed))
             found.append({"objective": name, "beta": beta} | table)
     return found
@@ -63,11 +65,14 @@ def _pairs(
     columns: dict[str, list[Any]],
     rows: list[int],
     objective: int,
-    zeta: float,
+    beta: float,
     sampling: RolloutSettings,
 ) -> tuple[list[float], list[float]]:
     predicted: list[float] = []
     observed: list[float] = []
+    zeta = 1 / beta if beta and not critic.conditioned else 0.0
+    lam = torch.zeros(len(critic.objectives))
+    lam[objective] = beta
     dummy = torch.zeros(critic.fingerprint.vocab_size, 1)
     for at in range(0, len(rows), 64):
         index = rows[at : at + 64]
@@ -84,7 +89,9 @@ def _pairs(
         step = ((lengths - 1) * quarter // 4).clamp_min(0)
         which = torch.arange(len(index), device=step.device)
         with torch.no_grad():
-            values = critic.values_of_states(steps.states[which, step], steps.action_ids[which, step][:, None])
+            inputs = critic.inputs_of_responses(steps.states)[which, step]
+            asked = lam.to(inputs.device).expand(len(inputs), -1)
+            values = critic.values_of_inputs(inputs, steps.action_ids[which, step][:, None], asked)
         predicted.extend(values[:, 0, objective].tolist())
         observed.extend(returns[which.cpu(), step.cpu()].tolist())
     return predicted, observed

@@ -19,18 +19,18 @@ class WorldConfig(PreTrainedConfig):
     """Sizes of a world.
 
     Args:
-        vocab_size: V.
+        tokens: V; padding is one more.
         caps: where the counters stop.
         steps: T.
     """
 
     model_type = "mavis_world"
 
-    def __init__(self, vocab_size: int = 2, caps: Sequence[int] = (1,), steps: int = 1, **others: Any) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, tokens: int = 2, caps: Sequence[int] = (1,), steps: int = 1, **others: Any) -> None:
+        self.tokens, self.vocab_size = tokens, tokens + 1
         self.caps = list(caps)
         self.steps = steps
-        self.hidden_size = vocab_size + steps + 1 + sum(cap + 1 for cap in self.caps)
+        self.hidden_size = tokens + steps + 1 + sum(cap + 1 for cap in self.caps)
         self.num_hidden_layers = self.num_attention_heads = 1
         super().__init__(**others)
 
@@ -49,10 +49,10 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: WorldConfig) -> None:
         super().__init__(config)
-        # One row more than there are tokens: padding, which is zero everywhere.
-        self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.vocab_size)
-        self.counters = nn.Embedding(config.vocab_size + 1, len(config.caps))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Padding is zero everywhere, and is never drawn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.tokens)
+        self.counters = nn.Embedding(config.vocab_size, len(config.caps))
+        self.lm_head = nn.Linear(config.hidden_size, config.tokens, bias=False)
         self.post_init()
 
     @classmethod
@@ -122,12 +122,28 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
         """Encode every state: (T, S, V, H) by step, counts and last token."""
         sizes = [torch.arange(cap + 1) for cap in self.config.caps]
         counts = torch.cartesian_prod(*sizes).reshape(-1, len(sizes))
-        shape = self.config.steps, len(counts), self.config.vocab_size
+        shape = self.config.steps, len(counts), self.config.tokens
         return self.encode(
             torch.arange(shape[2]).expand(shape),
             torch.arange(shape[0])[:, None, None].expand(shape),
             counts[None, :, None, :].expand(*shape, -1),
         )
+
+    @torch.no_grad()
+    def tilts(self, critic: Any, lam: Tensor) -> Tensor:
+        """Ask a critic of this policy for its tilt in every state, which `evaluate_tilt` takes.
+
+        Args:
+            critic: a hidden-state critic without memory; a state says all that there is to know here.
+            lam: (M,), λ = β·w.
+
+        Returns:
+            (T, S, V, V) float64 by step, counts, last token and token.
+        """
+        grid = self.state_grid()
+        inputs = critic.inputs_of_responses(grid.flatten(0, 2)[:, None])[:, 0]
+        tilt: Tensor = critic.tilt_of_inputs(inputs, None, lam.float().expand(len(inputs), -1))
+        return tilt.double().view(*grid.shape[:3], -1)
 
 
 def world_tokenizer(world: World) -> PreTrainedTokenizerFast:

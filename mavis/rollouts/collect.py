@@ -165,6 +165,26 @@ def collect(
         yield _read_shard(path, len(shard.prompts))
 
 
+def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:
+    """Read the shards of a plan that has been collected.
+
+    Args:
+        plan: the rows.
+        folder: where the shards are.
+        settings: how they were sampled.
+
+    Returns:
+        The datasets that `collect` yielded.
+
+    Raises:
+        DataError: if a shard is missing or cannot be read.
+    """
+    return [
+        _read_shard(Path(folder) / f"shard-{index:05d}", len(shard.prompts))
+        for index, shard in enumerate(plan.shards(settings.shard_size))
+    ]
+
+
 def _critic_digest(critic: Critic | None) -> str | None:
     if critic is None:
         return None

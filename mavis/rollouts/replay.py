@@ -108,10 +108,11 @@ def replay(
     states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
+    inputs_of_heads = critic.inputs_of_responses(states) if critic is not None else states
     at_once = max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * logits.shape[2]))
     parts = [
         _figures(
-            states[rows].flatten(0, 1),
+            inputs_of_heads[rows].flatten(0, 1),
             logits[rows].flatten(0, 1).float(),
             action_ids[rows].flatten(),
             table,
@@ -136,7 +137,7 @@ def replay(
 
 
 def _figures(
-    states: Tensor,
+    inputs: Tensor,
     logits: Tensor,
     action_ids: Tensor,
     table: Tensor,
@@ -154,7 +155,7 @@ def _figures(
         logprobs = torch.log_softmax(kept, dim=-1)
     else:
         assert lam is not None
-        logprobs = tilted_logprobs(kept, critic.tilt_of_states(states, kept_ids, lam))
+        logprobs = tilted_logprobs(kept, critic.tilt_of_inputs(inputs, kept_ids, lam))
     probs = logprobs.exp()
     if kept_ids is None:
         expected = probs @ table

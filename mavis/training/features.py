@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,12 @@ class Features:
     Args:
         states: (N, T, H), in the policy's dtype, on the CPU.
         action_ids: (N, T) integer.
-        expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that sampled.
-        kl: (N, T) float32, nats, 0 after the end.
+        expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that is being evaluated.
+        kl: (N, T) float32, KL of that policy to the reference in nats, 0 after the end.
         is_response: (N, T) bool.
         rewards: (N, M) float32, normalised.
-        counts_for: (N, M) bool, True where a rollout was sampled by the policy whose objective m is being evaluated.
+        lam: (N, M) float32, the λ of the policy that is being evaluated, which a conditioned critic reads.
+        counts_for: (N, M) bool, True where that policy is the one whose value of objective m is asked for.
     """
 
     states: Tensor
@@ -37,6 +38,7 @@ class Features:
     kl: Tensor
     is_response: Tensor
     rewards: Tensor
+    lam: Tensor
     counts_for: Tensor
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ def extract(
     *,
     tilted: bool,
 ) -> Features:
-    """Replay shards of rollouts.
+    """Replay shards of rollouts, under the policy that their λ names.
 
     Args:
         policy: the reference policy.
@@ -64,7 +66,8 @@ def extract(
         embeddings: (V, E) float32, the e_a of `token_embeddings`.
         critic: gives the normalisation and, where `tilted`, the policy that sampled.
         settings: that the rollouts were sampled with.
-        tilted: whether the critic, as it is now, tilted the rollouts; else the reference policy made them.
+        tilted: whether the policy to be evaluated is the one that the critic, as it is now, tilts; else it is the
+            reference policy. Any other may have sampled the rollouts.
 
     Returns:
         The features of all rollouts that have at least one response token.
@@ -90,20 +93,20 @@ def extract(
                     states=steps.states.cpu(),
                     action_ids=steps.action_ids.cpu(),
                     expected=steps.expected.cpu(),
-                    kl=_per_step(rows["kl"], steps.kl.shape[1]),
+                    kl=steps.kl.cpu(),
                     is_response=steps.is_response.cpu(),
                     rewards=critic.normalise(torch.tensor(rows["rewards"], dtype=torch.float64)).float(),
-                    counts_for=weights != 0 if tilted else torch.ones_like(weights, dtype=torch.bool),
+                    lam=lam.float(),
+                    counts_for=weights != 0
+                    if tilted and not critic.conditioned
+                    else torch.ones_like(weights, dtype=torch.bool),
                 )
             )
-    return _joined(parts)
+    return joined(parts)
 
 
-def _per_step(rows: list[list[float]], length: int) -> Tensor:
-    return torch.stack([F.pad(torch.tensor(row, dtype=torch.float32), (0, length - len(row))) for row in rows])
-
-
-def _joined(parts: list[Features]) -> Features:
+def joined(parts: Sequence[Features]) -> Features:
+    """Lay the rollouts of several sets side by side, the shorter ones padded."""
     longest = max(part.kl.shape[1] for part in parts)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -113,5 +116,5 @@ def _joined(parts: list[Features]) -> Features:
     per_step = ("states", "action_ids", "expected", "kl", "is_response")
     return Features(
         **{name: torch.cat([padded(getattr(part, name)) for part in parts]) for name in per_step},
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "counts_for")},
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "lam", "counts_for")},
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError
+from mavis.math.mixture import kl_unit
 from mavis.math.returns import later_sum, soft_returns
 from mavis.training.features import Features
 
@@ -82,6 +83,7 @@ def fit(
     settings: FitSettings,
     *,
     seed: int,
+    held_out: Tensor | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> FitReport:
     """Fit the heads of a critic to soft returns, in place.
@@ -89,17 +91,23 @@ def fit(
         G_{t,m} = R_m − ζ Σ_{t'>t} KL_{t'}
         min Σ_{t,m} (Q_m(s_t, a_t) + Σ_{t'>t} A_m(s_{t'}, a_{t'}) − G_{t,m})²,  A_m = Q_m(s, a) − E_{a'∼π} Q_m(s, a')
 
+    The heads of a conditioned critic read the λ of the policy that sampled and learn its plain rewards, ζ = 0, and in
+    the same way the KL that it still spent, in units of κ(λ):
+
+        G_{t,M+1} = Σ_{t'>t} KL_{t'} / κ(λ)
+
     The token process is deterministic, so a return is its value plus the advantages still to come, exactly; their mean
     is 0 by construction, so counting them changes no target's expectation. With `monte_carlo` they are left out. Since
     Q is linear in u_a, the expectation needs only E_{a∼π}[e_a], which the features hold.
 
     Args:
-        critic: its heads are the start and the result; its normalisation and candidates stay.
+        critic: its heads and memory are the start and the result; its normalisation stays.
         features: the rollouts.
         embeddings: (V, E) float32, the e_a.
-        zeta: ζ ≥ 0 in reward per nat.
+        zeta: ζ ≥ 0 in reward per nat; a conditioned critic, which learns the KL apart, does not use it.
         settings: how.
         seed: of the split and the order.
+        held_out: (N,) bool, the rollouts that only choose the epoch; None draws `settings.held_out` of them.
         on_epoch: called with each epoch's number and held-out error.
 
     Returns:
@@ -116,30 +124,28 @@ def fit(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=critic.token_table.device.type == "cpu")
-    network = predictor = _Predictor(critic, embeddings, settings.target)
-    optimiser = torch.optim.AdamW(
-        network.trained_parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    network = predictor = _Predictor(critic, embeddings, 0.0 if critic.conditioned else zeta, settings.target)
+    optimiser = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     network, optimiser = accelerator.prepare(network, optimiser)
     order = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(features), generator=order)
-    held = min(max(1, round(settings.held_out * len(features))), len(features) - 1)
-    held_out, training = features.rows(shuffled[:held]), shuffled[held:]
+    if held_out is None:
+        held_out = draw_held_out(len(features), settings.held_out, order)
+    watched, training = features.rows(held_out.nonzero()[:, 0]), (~held_out).nonzero()[:, 0]
     batches = math.ceil(len(training) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
 
-    losses = [_error(network, held_out, zeta, settings, accelerator.device)[0].mean().item()]
+    losses = [_error(network, watched, settings, accelerator.device)[0].mean().item()]
     best, best_state = 0, _state(critic)
     for epoch in range(1, settings.epochs + 1):
         for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
             batch = _to(features.rows(index), accelerator.device)
-            squared, weight = network(batch, zeta)
+            squared, weight = network(batch)
             optimiser.zero_grad()
             accelerator.backward(squared.sum() / weight.sum().clamp_min(1))
             accelerator.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-        losses.append(_error(network, held_out, zeta, settings, accelerator.device)[0].mean().item())
+        losses.append(_error(network, watched, settings, accelerator.device)[0].mean().item())
         if losses[-1] < losses[best]:
             best, best_state = epoch, _state(critic)
         if on_epoch is not None:
@@ -147,57 +153,74 @@ def fit(
     critic.load_state_dict(best_state)
     critic.refresh_token_table(embeddings)
     predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
-    error, variance = _error(network, held_out, zeta, settings, accelerator.device)
+    error, variance = _error(network, watched, settings, accelerator.device)
     explained = [
         1 - wrong / spread if spread > 1e-5 else None
         for wrong, spread in zip(error.tolist(), variance.tolist(), strict=True)
-    ]
+    ][: len(critic.objectives)]
     return FitReport(dict(zip(critic.objectives, explained, strict=True)), best, losses)
+
+
+def draw_held_out(rollouts: int, share: float, source: torch.Generator) -> Tensor:
+    """Choose the rollouts that only choose the epoch: (N,) bool with at least one of each kind."""
+    chosen = torch.zeros(rollouts, dtype=torch.bool)
+    count = min(max(1, round(share * rollouts)), rollouts - 1)
+    chosen[torch.randperm(rollouts, generator=source)[:count]] = True
+    return chosen
 
 
 class _Predictor(nn.Module):
     """The squared error of every step's prediction of its return."""
 
-    def __init__(self, critic: HiddenStateCritic, embeddings: Tensor, target: Target) -> None:
+    def __init__(self, critic: HiddenStateCritic, embeddings: Tensor, zeta: float, target: Target) -> None:
         super().__init__()
-        self.heads, self.projection, self.target = critic.heads, critic.projection, target
+        self.critic, self.zeta, self.target = critic, zeta, target
         self.register_buffer("embeddings", embeddings, persistent=False)
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [*self.heads.parameters(), *self.projection.parameters()]
-
-    def forward(self, batch: Features, zeta: float) -> tuple[Tensor, Tensor]:
-        """Return squared errors and weights, (B, T, M) each; errors are already weighted."""
-        heads = self.heads(batch.states)
-        slope, value = heads[..., :-1], heads[..., -1]
-        embeddings = self.embeddings
+    def forward(self, batch: Features) -> tuple[Tensor, Tensor]:
+        """Return squared errors and weights, (B, T, O) each; errors are already weighted."""
+        critic, embeddings = self.critic, self.embeddings
         assert isinstance(embeddings, Tensor)
-        actions = self.projection(embeddings[batch.action_ids])
-        prediction = value + torch.einsum("btmr,btr->btm", slope, actions)
-        weight = (batch.is_response[:, :, None] & batch.counts_for[:, None, :]).float()
+        heads = critic.heads(critic.inputs_of_responses(batch.states), batch.lam[:, None])
+        slope, value = heads[..., :-1], heads[..., -1]
+        actions = critic.projection(embeddings[batch.action_ids])
+        prediction = value + torch.einsum("btor,btr->bto", slope, actions)
         if self.target == "decomposition":
-            surprise = actions - self.projection(batch.expected)
-            advantage = torch.einsum("btmr,btr->btm", slope, surprise) * batch.is_response[:, :, None]
+            surprise = actions - critic.projection(batch.expected)
+            advantage = torch.einsum("btor,btr->bto", slope, surprise) * batch.is_response[:, :, None]
             prediction = prediction + later_sum(advantage)
-        error = prediction - soft_returns(batch.rewards, batch.kl, zeta)
-        return error.square() * weight, weight
+        returns, weight = self.returns(batch)
+        return (prediction - returns).square() * weight, weight
+
+    def returns(self, batch: Features) -> tuple[Tensor, Tensor]:
+        """Compute what the heads are to predict and what each prediction weighs, (B, T, O) each."""
+        returns = soft_returns(batch.rewards, batch.kl, self.zeta)
+        weight = (batch.is_response[:, :, None] & batch.counts_for[:, None, :]).float()
+        if not self.critic.conditioned:
+            return returns, weight
+        # A nat of K counts in the tilt as much as 1/|λ| of a reward: so much does its error weigh.
+        size = batch.lam.abs().sum(1)[:, None, None]
+        later_kl = later_sum(batch.kl)[:, :, None] / kl_unit(batch.lam)[:, None].clamp_min(1e-6)
+        share = batch.is_response[:, :, None] * (size / (1 + size)).square()
+        return torch.cat([returns, later_kl], dim=-1), torch.cat([weight, share], dim=-1)
 
 
 @torch.no_grad()
 def _error(
-    network: nn.Module, features: Features, zeta: float, settings: FitSettings, device: torch.device
+    network: nn.Module, features: Features, settings: FitSettings, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean squared error and the variance of the returns, per objective, (M,) each."""
-    squared = weights = first = second = torch.zeros(features.rewards.shape[1], device=device)
+    """Return the mean squared error and the variance of the returns, per output, (O,) each."""
+    predictor: Any = getattr(network, "module", network)
+    squared = weights = first = second = torch.zeros((), device=device)
     for index in torch.arange(len(features)).split(settings.batch_size):
         batch = _to(features.rows(index), device)
-        error, weight = network(batch, zeta)
-        returns = soft_returns(batch.rewards, batch.kl, zeta)
+        error, weight = network(batch)
+        returns, _ = predictor.returns(batch)
         squared = squared + error.sum((0, 1))
         weights = weights + weight.sum((0, 1))
         first = first + (returns * weight).sum((0, 1))
         second = second + (returns.square() * weight).sum((0, 1))
-    weights = weights.clamp_min(1)
+    weights = weights.clamp_min(1e-6)
     return squared / weights, second / weights - (first / weights).square()
 
 

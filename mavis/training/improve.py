@@ -9,19 +9,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mavis.critics import HiddenStateCritic, load_critic
+from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint, output_embedding
 from mavis.critics.hidden_state import token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import claimed, read_json, write_json
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, RolloutSettings, collect
+from mavis.rollouts.collect import Plan, RolloutSettings, collect, stored
 from mavis.training.calibrate import calibrate
-from mavis.training.features import extract
-from mavis.training.fit import FitSettings, fit
+from mavis.training.features import Features, extract, joined
+from mavis.training.fit import FitSettings, draw_held_out, fit
+
+# Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
+_CORNERS = 0.3
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,18 @@ class ImprovementSettings:
     """How a critic is improved.
 
     Args:
+        composition: what is improved: each objective under its own policy (`independent`, the paper's), or the
+            weighted goal of every λ under the policy of that λ (`conditioned`).
         iterations: rounds of rollouts and fit, ≥ 1; the first evaluates the reference policy.
-        rollouts: responses per iteration, ≥ 4; shared out equally over the objectives from iteration 1 on.
-        beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward.
-        zeta: ζ ≥ 0, price of a nat in reward; None is 1/β.
+        reuse: whether later iterations also learn from the rollouts of earlier ones, as if they told of the policy that
+            is now evaluated. With return decomposition they do: a return is the value plus the advantages still to
+            come whatever policy chose the tokens.
+        rollouts: responses per iteration, ≥ 4; `independent` shares them out equally over the objectives from
+            iteration 1 on, `conditioned` draws a λ for each.
+        beta: `independent`: strength of the tilt that later iterations evaluate, > 0, in 1 / reward.
+        zeta: `independent`: ζ ≥ 0, price of a nat in reward; None is 1/β.
+        min_beta: `conditioned`: the smallest β that is drawn, > 0.
+        max_beta: `conditioned`: the largest; the logarithm of β is drawn evenly.
         later_rate: share of the fit's learning rate that rounds after the first use, > 0. Their heads start nearly
             right and see fewer rollouts each, so that full steps would put more noise in than they take out.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
@@ -43,10 +56,14 @@ class ImprovementSettings:
         ConfigError: if a setting is out of range.
     """
 
+    composition: Composition = "independent"
     iterations: int = 2
     rollouts: int = 4096
+    reuse: bool = True
     beta: float = 4.0
     zeta: float | None = None
+    min_beta: float = 0.5
+    max_beta: float = 8.0
     later_rate: float = 0.1
     calibration_samples: int = 64
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
@@ -67,6 +84,16 @@ class ImprovementSettings:
             raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.1.")
         if self.zeta is not None and not 0 <= self.zeta < math.inf:
             raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
+        if self.reuse and self.fit.target == "monte_carlo":
+            raise ConfigError(
+                "reuse is True, but plain Monte Carlo returns tell only of the policy that sampled them.",
+                "set reuse to False, or the fit's target to decomposition.",
+            )
+        if not 0 < self.min_beta <= self.max_beta < math.inf:
+            raise ConfigError(
+                f"min_beta is {self.min_beta} and max_beta {self.max_beta}; expected 0 < min_beta ≤ max_beta.",
+                "the defaults are 0.5 and 8.",
+            )
         if self.calibration_samples < 0:
             raise ConfigError(
                 f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
@@ -80,9 +107,11 @@ class IterationReport:
     Args:
         iteration: counted from 0.
         rollouts: responses that were sampled.
-        rewards: per objective, mean normalised reward of the rollouts sampled for it.
-        kl: per objective, mean KL to the reference of those rollouts, nats per sequence.
-        goal: per objective, J = reward − KL/β of those rollouts.
+        rewards: mean weighted reward w·R, normalised, of the rollouts sampled for each goal; the goals are the
+            objectives alone, and under `conditioned` also MIXTURES, whose weights were drawn.
+        kl: mean KL to the reference of those rollouts, nats per sequence.
+        goal: J_w = w·R − KL/β of those rollouts.
+        goal_error: the standard error of that mean.
         explained: per objective, share of the returns' variance that the fitted heads explain on held-out rollouts;
             None where those do not vary.
         losses: held-out error before the first epoch and after each.
@@ -94,10 +123,14 @@ class IterationReport:
     rewards: dict[str, float]
     kl: dict[str, float]
     goal: dict[str, float]
+    goal_error: dict[str, float]
     explained: dict[str, float | None]
     losses: list[float]
     critic: str
 
+
+MIXTURES = "mixtures"
+"""What a report calls the rollouts whose weights lie between the objectives."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -114,12 +147,19 @@ def improve(
     *,
     progress: Progress | None = None,
 ) -> Iterator[IterationReport]:
-    """Improve a critic by the paper's iteration, one report per round; the critic is trained in place.
+    """Improve a critic round by round, with a report for each; the critic is trained in place.
 
-    In round 0 the reference policy samples and every head learns its own objective's value. In each later round
-    objective m is sampled under its own tilted policy, and its head learns what that policy earns:
+    In round 0 the reference policy samples and every head learns its own objective's value. In each later round the
+    rollouts come from tilted policies, and the heads learn what those earn: `independent` is the paper's iteration, in
+    which every objective has its own policy,
 
         π_m ∝ π_ref exp(β Q_m),   Q_m(s_t, a_t) ← E_{π_m}[R_m − ζ Σ_{t'>t} KL_{t'}]
+
+    and `conditioned` is soft policy iteration for all weights and strengths at once, λ = β·w drawn for each rollout:
+
+        π_λ ∝ π_ref exp(Σ_m λ_m Q_m(·; λ) − K(·; λ)),   Q_m(s_t, a_t; λ) ← E_{π_λ}[R_m],   K ← E_{π_λ}[Σ_{t'>t} KL_{t'}]
+
+    With `reuse`, every rollout of an earlier round is read again for a policy of this one, drawn as this round's are.
 
     Everything is written to `folder` as it is finished: the start, rollouts by shard, a critic and a report by
     iteration, and at the end the calibrated critic in `folder/critic`. The same call on the same folder goes on where
@@ -139,13 +179,13 @@ def improve(
         One report per iteration, finished ones of an earlier run included.
 
     Raises:
-        ConfigError: if the objectives are not the critic's.
+        ConfigError: if the objectives or the composition are not the critic's.
         DataError: if the folder belongs to a run with other settings.
         CriticError: if the critic is for another shape of policy, or an objective never varies.
 
-    Source: MAVIS, arXiv 2508.13415.
+    Source: MAVIS, arXiv 2508.13415; its fixed point is not the optimum of a mixture, that of `conditioned` is.
     """
-    _check(critic, objectives, prompts)
+    _check(critic, objectives, prompts, settings.composition)
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
     critic.fingerprint = Fingerprint.of(policy)
@@ -162,7 +202,7 @@ def improve(
             yield IterationReport(**read_json(place / "report.json"))
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
-        sampling = replace(settings.sampling, seed=settings.sampling.seed + iteration)
+        sampling = _sampling(iteration, settings)
         shards, stage = [], f"iteration {iteration}: rollouts"
         say(stage, 0, len(plan.prompts))
         for shard in collect(
@@ -180,8 +220,22 @@ def improve(
         if iteration == 0:
             rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]
             critic.set_normalisation(torch.cat(rewards))
-        told = _told(shards, f"iteration {iteration}: replay", say)
-        features = extract(policy, told, embeddings, critic, sampling, tilted=iteration > 0)
+            critic.trained_up_to.fill_(settings.max_beta if critic.conditioned else 0.0)
+        rounds = [shards]
+        if settings.reuse:
+            rounds += [_read_again(run, iteration, j, prompts, critic, settings) for j in range(iteration)]
+        told = _told(rounds, f"iteration {iteration}: replay", say)
+        parts = [extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0) for shards in told]
+        if iteration == 0 and critic.conditioned:  # whatever λ they are told, the policy is the reference
+            weights, betas = _draw(len(parts[0]), len(critic.objectives), settings, [sampling.seed])
+            parts[0] = replace(parts[0], lam=(betas[:, None] * weights).float())
+        means = _means(critic, parts[0], settings.beta)
+        held_out = [  # the same of every round, whichever round reads it
+            draw_held_out(len(part), settings.fit.held_out, torch.Generator().manual_seed(_sampling(j, settings).seed))
+            for part, j in zip(parts, [iteration, *range(iteration)], strict=False)
+        ]
+        features = joined(parts)
+        del parts
         stage = f"iteration {iteration}: fit"
         say(stage, 0, settings.fit.epochs)
         fitted = fit(
@@ -193,13 +247,14 @@ def improve(
                 settings.fit, learning_rate=settings.fit.learning_rate * (settings.later_rate if iteration else 1.0)
             ),
             seed=sampling.seed,
+            held_out=torch.cat(held_out),
             on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
         )
         critic.save(place / "critic")
         report = IterationReport(
             iteration=iteration,
             rollouts=len(plan.prompts),
-            **_means(critic, features.rewards, features.kl.sum(1), features.counts_for, settings.beta),
+            **means,
             explained=fitted.explained,
             losses=fitted.losses,
             critic=str(place / "critic"),
@@ -221,12 +276,44 @@ def improve(
     critic.save(run / "critic")
 
 
-def _told(shards: Sequence[Any], stage: str, say: Progress) -> Iterator[Any]:
-    """Pass shards on, saying how many have been worked on."""
-    say(stage, 0, len(shards))
-    for done, shard in enumerate(shards, start=1):
-        yield shard
-        say(stage, done, len(shards))
+def _told(rounds: Sequence[Sequence[Any]], stage: str, say: Progress) -> Iterator[Iterator[Any]]:
+    """Pass the shards of all rounds on, saying how many have been worked on."""
+    total, done = sum(map(len, rounds)), 0
+    say(stage, 0, total)
+
+    def one(shards: Sequence[Any]) -> Iterator[Any]:
+        nonlocal done
+        for shard in shards:
+            yield shard
+            done += 1
+            say(stage, done, total)
+
+    return map(one, rounds)
+
+
+def _sampling(iteration: int, settings: ImprovementSettings) -> RolloutSettings:
+    return replace(settings.sampling, seed=settings.sampling.seed + iteration)
+
+
+def _read_again(
+    run: Path,
+    iteration: int,
+    earlier: int,
+    prompts: Sequence[str],
+    critic: HiddenStateCritic,
+    settings: ImprovementSettings,
+) -> list[Any]:
+    """Read the rollouts of an earlier iteration, each with the λ of a policy of this one."""
+    objectives = len(critic.objectives)
+    plan, sampling = _plan(earlier, prompts, objectives, settings), _sampling(earlier, settings)
+    shards = stored(plan, run / f"iteration-{earlier}" / "rollouts", sampling)
+    weights, betas = _policies(len(plan.prompts), objectives, settings, [settings.sampling.seed, iteration, earlier])
+    at, renamed = 0, []
+    for shard in shards:
+        rows = slice(at, at := at + len(shard))
+        shard = shard.remove_columns(["weights", "beta"]).add_column("weights", weights[rows].tolist())
+        renamed.append(shard.add_column("beta", betas[rows].tolist()))
+    return renamed
 
 
 def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> Plan:
@@ -237,17 +324,54 @@ def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: Imp
     rows = rows[: settings.rollouts]
     if iteration == 0:
         return Plan.reference(rows, objectives)
-    own = torch.eye(objectives, dtype=torch.float64)[torch.arange(len(rows)) % objectives]
-    return Plan(rows, own, torch.full((len(rows),), settings.beta, dtype=torch.float64))
+    return Plan(rows, *_policies(len(rows), objectives, settings, [settings.sampling.seed + iteration]))
 
 
-def _means(
-    critic: HiddenStateCritic, rewards: Tensor, kl: Tensor, counts_for: Tensor, beta: float
-) -> dict[str, dict[str, float]]:
-    share = counts_for.double() / counts_for.sum(0).clamp_min(1)
-    reward, distance = (rewards.double() * share).sum(0), (kl.double()[:, None] * share).sum(0)
-    named = {"rewards": reward, "kl": distance, "goal": reward - distance / beta}
-    return {name: dict(zip(critic.objectives, values.tolist(), strict=True)) for name, values in named.items()}
+def _policies(rows: int, objectives: int, settings: ImprovementSettings, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Choose the policies that are to be evaluated: weights (N, M) and β (N,)."""
+    if settings.composition == "conditioned":
+        return _draw(rows, objectives, settings, seed)
+    own = torch.eye(objectives, dtype=torch.float64)[torch.arange(rows) % objectives]
+    return own, torch.full((rows,), settings.beta, dtype=torch.float64)
+
+
+def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw weights (N, M) evenly from the simplex, or one of its corners for a share of them, and β (N,)."""
+    source = np.random.default_rng(seed)
+    weights = torch.from_numpy(source.dirichlet(np.ones(objectives), rows))
+    corners = torch.eye(objectives, dtype=torch.float64)[torch.from_numpy(source.integers(objectives, size=rows))]
+    alone = torch.from_numpy(source.random(rows)) < _CORNERS
+    betas = np.exp(source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows))
+    return torch.where(alone[:, None], corners, weights), torch.from_numpy(betas)
+
+
+def _means(critic: HiddenStateCritic, features: Features, beta: float) -> dict[str, dict[str, float]]:
+    rewards, kl = features.rewards.double(), features.kl.double().sum(1)
+    groups: list[tuple[str, Tensor, Tensor, Tensor]] = []  # name, rows, weighted reward, β
+    if critic.conditioned:
+        strength = features.lam.double().sum(1)
+        weights = features.lam / strength[:, None]
+        alone = weights.max(1).values > 1 - 1e-6
+        weighted = (weights * rewards).sum(1)
+        groups += [
+            (name, alone & (weights.argmax(1) == m), weighted, strength) for m, name in enumerate(critic.objectives)
+        ]
+        groups.append((MIXTURES, ~alone, weighted, strength))
+    else:
+        strength = torch.full_like(kl, beta)
+        groups += [
+            (name, features.counts_for[:, m], rewards[:, m], strength) for m, name in enumerate(critic.objectives)
+        ]
+    named: dict[str, dict[str, float]] = {"rewards": {}, "kl": {}, "goal": {}, "goal_error": {}}
+    for name, rows, reward, betas in groups:
+        if not bool(rows.any()):
+            continue
+        goal = reward[rows] - kl[rows] / betas[rows]
+        named["rewards"][name] = float(reward[rows].mean())
+        named["kl"][name] = float(kl[rows].mean())
+        named["goal"][name] = float(goal.mean())
+        named["goal_error"][name] = float(goal.std(correction=0)) / math.sqrt(len(goal))
+    return named
 
 
 def _adopt(critic: HiddenStateCritic, folder: Path) -> None:
@@ -273,7 +397,13 @@ def _check(
     critic: HiddenStateCritic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[str],
+    composition: Composition,
 ) -> None:
+    if composition != critic.composition:
+        raise ConfigError(
+            f"composition is {composition!r}, but the critic is {critic.composition!r}.",
+            f"build the critic with composition={composition!r}, or choose the other.",
+        )
     if tuple(objectives) != critic.objectives:
         raise ConfigError(
             f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",

@@ -50,12 +50,14 @@ def llama() -> Any:
 def make_critic() -> Callable[..., HiddenStateCritic]:
     """Build a critic whose heads differ from objective to objective and from state to state."""
 
-    def make(policy: Any, objectives: tuple[str, ...] = ("a", "b"), seed: int = 0) -> HiddenStateCritic:
-        critic = HiddenStateCritic.for_policy(policy, objectives, hidden=16, rank=8, seed=seed)
+    def make(policy: Any, objectives: tuple[str, ...] = ("a", "b"), seed: int = 0, **options: Any) -> HiddenStateCritic:
+        critic = HiddenStateCritic.for_policy(policy, objectives, hidden=16, rank=8, seed=seed, **options)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             critic.heads.outer.copy_(torch.randn(critic.heads.outer.shape, generator=generator))
             critic.heads.bias.copy_(torch.randn(critic.heads.bias.shape, generator=generator) * 0.3)
+            if critic.heads.condition is not None:
+                critic.heads.condition.copy_(torch.randn(critic.heads.condition.shape, generator=generator) * 0.5)
         return critic.eval()
 
     return make

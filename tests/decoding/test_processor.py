@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import mavis
 from mavis import HiddenStateCritic, MavisTilt
@@ -50,16 +51,24 @@ def tilted_by_hand(
     top_k: int | None,
     temperature: float = 1.0,
     banned: tuple[int, ...] = (),
+    prompt: int | None = None,
 ) -> torch.Tensor:
-    """Write the step out for one unpadded prefix, from a forward pass without cache: log π, (V,)."""
+    """Write the step out for one unpadded prefix, from a forward pass without cache: log π, (V,).
+
+    A critic that remembers needs the number of tokens in the prompt.
+    """
     with torch.no_grad():
         out = policy(input_ids=ids[mask.bool()][None], output_hidden_states=True)
         scores = out.logits[0, -1].double() / temperature
-        values = critic.values_of_states(out.hidden_states[-1][:, -1], None)[0].double()
+        states = out.hidden_states[-1][:, -1 if prompt is None else prompt - 1 :]
+        inputs, rows = critic.inputs_of_responses(states)[:, -1], torch.tensor([lam])
+        values = critic.values_of_inputs(inputs, None, rows)[0].double()
+        spent = critic.kl_to_come_of_inputs(inputs, None, rows)[0].double() if critic.conditioned else torch.zeros(())
     scores[list(banned)] = -torch.inf
     keep = scores.topk(top_k).indices if top_k else torch.arange(len(scores))
     tilted = torch.full_like(scores, -torch.inf)
-    tilted[keep] = scores[keep] + (values[keep] * torch.tensor(lam, dtype=torch.float64)).sum(-1)
+    tilt = (values * torch.tensor(lam, dtype=torch.float64)).sum(-1) - spent
+    tilted[keep] = scores[keep] + tilt[keep]
     return torch.log_softmax(tilted, 0)
 
 
@@ -87,10 +96,20 @@ def follow(policy: Any, inputs: Inputs, tilt: MavisTilt, steps: int = 6, **argum
     ids=["greedy", "sampling", "returned sequences", "beams", "sampled beams", "no cache"],
 )
 @pytest.mark.parametrize("top_k", [7, None])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"memory": 6}, {"composition": "conditioned"}, {"memory": 6, "composition": "conditioned"}],
+    ids=["plain", "memory", "conditioned", "conditioned memory"],
+)
 def test_every_row_of_a_ragged_batch_is_tilted_as_if_it_were_alone(
-    policy: Any, make_critic: MakeCritic, prompts: Inputs, arguments: dict[str, Any], top_k: int | None
+    policy: Any,
+    make_critic: MakeCritic,
+    prompts: Inputs,
+    arguments: dict[str, Any],
+    top_k: int | None,
+    kind: dict[str, Any],
 ) -> None:
-    critic = make_critic(policy)
+    critic = make_critic(policy, **kind)
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [-0.5, 1.0]])
     torch.manual_seed(0)
     with critic.attach(policy):
@@ -100,9 +119,108 @@ def test_every_row_of_a_ragged_batch_is_tilted_as_if_it_were_alone(
         generated = ids.shape[1] - prompts["input_ids"].shape[1]
         for row in range(len(ids)):
             lam = (1.5 * weights[row // copies]).tolist()
-            mask = torch.cat([prompts["attention_mask"][row // copies], torch.ones(generated, dtype=torch.long)])
-            expected = tilted_by_hand(policy, critic, ids[row], mask, lam, top_k)
+            asked = prompts["attention_mask"][row // copies]
+            mask = torch.cat([asked, torch.ones(generated, dtype=torch.long)])
+            expected = tilted_by_hand(policy, critic, ids[row], mask, lam, top_k, prompt=int(asked.sum()))
             torch.testing.assert_close(logprobs[row].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_generation_begins_a_new_memory(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    """Also where its prompt is what the last one ended with, where it is shorter, and where the batch is another."""
+    critic = make_critic(llama, memory=6)
+    first = {name: tensor[:1] for name, tensor in prompts.items()}
+    with critic.attach(llama):
+        tilt = MavisTilt([1.0, 0.4], critic, beta=1.5, top_k=None)
+        once = llama.generate(**first, do_sample=False, max_new_tokens=1, logits_processor=tilt)
+        more = {"input_ids": once, "attention_mask": torch.cat([first["attention_mask"], torch.ones(1, 1).long()], 1)}
+        for inputs in (first, more, first, prompts, more, first):
+            keep = follow(llama, inputs, tilt, steps=3)
+            for ids, logprobs in keep.seen:
+                for row, mask in enumerate(inputs["attention_mask"]):
+                    whole = torch.cat([mask, torch.ones(ids.shape[1] - len(mask), dtype=torch.long)])
+                    expected = tilted_by_hand(llama, critic, ids[row], whole, [1.5, 0.6], None, prompt=int(mask.sum()))
+                    torch.testing.assert_close(logprobs[row].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_that_looks_like_a_token_is_not_taken_for_one_by_the_memory(
+    llama: Any, make_critic: MakeCritic
+) -> None:
+    """Two rows with the same ids, of which one begins with padding, under beams that change places."""
+    critic = make_critic(llama, memory=6)
+    ids = torch.tensor([[0, 4, 5], [0, 4, 5]])
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+    tilt = MavisTilt([1.0, 0.4], critic, beta=1.5, top_k=None)
+    with critic.attach(llama):
+        keep = follow(llama, inputs, tilt, do_sample=False, num_beams=3)
+    for seen, logprobs in keep.seen:
+        for row in range(6):
+            mask = torch.cat([inputs["attention_mask"][row // 3], torch.ones(seen.shape[1] - 3, dtype=torch.long)])
+            expected = tilted_by_hand(llama, critic, seen[row], mask, [1.5, 0.6], None, prompt=3 - row // 3)
+            torch.testing.assert_close(logprobs[row].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_critic_with_a_memory_that_missed_the_beginning_says_so(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs
+) -> None:
+    critic = make_critic(llama, memory=6)
+    first = llama(**prompts, use_cache=True)
+    longer = torch.cat([prompts["input_ids"], torch.tensor([[3], [4], [5]])], dim=1)
+    mask = torch.cat([prompts["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    tilt = MavisTilt([1.0, 0.4], critic, beta=1.5)
+    with critic.attach(llama):
+        step = llama(
+            input_ids=longer[:, -1:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
+        )
+        with pytest.raises(DecodingError, match="the critic has a memory, but not of every row"):
+            tilt(longer, step.logits[:, -1])
+
+
+def test_asking_twice_about_a_step_moves_no_memory(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+    critic = make_critic(llama, memory=6)
+    ids, keep = prompts["input_ids"], []
+    with critic.attach(llama):
+        cache = None
+        mask = prompts["attention_mask"]
+        for _ in range(3):
+            step = llama(
+                input_ids=ids if cache is None else ids[:, -1:],
+                attention_mask=mask,
+                past_key_values=cache if cache is not None else DynamicCache(config=llama.config),
+                use_cache=True,
+            )
+            cache = step.past_key_values
+            keep.append([critic.values(ids, None) for _ in range(3)])
+            ids = torch.cat([ids, torch.full((3, 1), 7)], dim=1)
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+    for first, *others in keep:
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(keep[0][0], keep[1][0])
+
+
+def test_a_conditioned_critic_warns_once_beyond_what_it_was_trained_on(llama: Any, make_critic: MakeCritic) -> None:
+    critic = make_critic(llama, composition="conditioned")
+    MavisTilt([2.0, 100.0], critic, beta=4.0)  # nobody knows what it was trained on
+    critic.trained_up_to.fill_(8.0)
+    MavisTilt([0.5, 0.5], critic, beta=8.0)
+    with pytest.warns(UserWarning, match=r"lambda = beta · weights is \[4\.0, 5\.0\], .* sum of at most 8;"):
+        tilt = MavisTilt([0.8, 1.0], critic, beta=5.0)
+    with pytest.warns(UserWarning, match=r"is \[-1\.0, 2\.0\]"):
+        MavisTilt([-1.0, 2.0], critic, beta=1.0)
+    with critic.attach(llama), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama.generate(torch.tensor([[1, 5]]), max_new_tokens=3, logits_processor=tilt)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_that_are_padded_on_the_right_are_refused(
+    policy: Any, make_critic: MakeCritic, prompts: Inputs, use_cache: bool
+) -> None:
+    right = {name: tensor.flip(1) for name, tensor in prompts.items()}
+    critic = make_critic(policy)
+    with critic.attach(policy), pytest.raises(DecodingError, match=r"padded on the right.*padding_side='left'"):
+        policy.generate(
+            **right, max_new_tokens=2, use_cache=use_cache, logits_processor=MavisTilt([1.0, 0.3], critic, beta=1.0)
+        )
 
 
 def test_a_row_in_a_ragged_batch_of_eight_has_the_scores_it_has_alone_to_1e_5(

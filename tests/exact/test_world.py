@@ -85,6 +85,37 @@ def test_values_are_the_expected_rewards_and_kl_after_a_token(small: World) -> N
     torch.testing.assert_close((first @ evaluation.kl_to_come[0, 0] + step_kl).mean(), evaluation.kl)
 
 
+def test_rewards_and_kl_are_values_plus_later_advantages_whatever_chose_the_tokens(small: World) -> None:
+    """The identity by which rollouts of one policy teach the values of another: no token below is sampled."""
+    tilt = random_tilt(small)
+    found = evaluate_tilt(small, tilt)
+    tokens, _, counts = every_response(small)
+    at, returns, kl = torch.zeros(len(tokens), dtype=torch.long), [], []
+    advantages, surprises = [], []
+    for step in range(small.steps):
+        last, taken = tokens[:, step], tokens[:, step + 1]
+        logprobs = torch.log_softmax(small.logprobs[last] + tilt[step, at, last], dim=-1)
+        values, to_come = found.values[step, at], found.kl_to_come[step, at]  # (N, V, M), (N, V)
+        row = torch.arange(len(tokens))
+        returns.append(values[row, taken])
+        advantages.append(values[row, taken] - (logprobs.exp()[:, :, None] * values).sum(1))
+        kl.append((logprobs.exp() * (logprobs - small.logprobs[last])).sum(1))
+        surprises.append(to_come[row, taken] - (logprobs.exp() * to_come).sum(1))
+        at = small.next_counts[at, taken]
+    for step in range(small.steps):
+        torch.testing.assert_close(returns[step] + sum(advantages[step + 1 :]), small.rewards[counts])
+        to_come = found.kl_to_come[step][_counts_before(small, tokens, step), tokens[:, step + 1]]
+        later = sum(kl[step + 1 :], torch.zeros(len(tokens), dtype=torch.float64))
+        torch.testing.assert_close(to_come + sum(surprises[step + 1 :]), later)
+
+
+def _counts_before(world: World, tokens: Tensor, step: int) -> Tensor:
+    counts = torch.zeros(len(tokens), dtype=torch.long)
+    for earlier in range(step):
+        counts = world.next_counts[counts, tokens[:, earlier + 1]]
+    return counts
+
+
 def test_the_optimum_reweighs_every_response_by_its_reward(small: World) -> None:
     lam = torch.tensor([2.0, 1.0], dtype=torch.float64)
     tilt, best = optimum(small, lam)

@@ -78,8 +78,7 @@ def test_beams_carry_their_own_counts(world: World, policy: WorldPolicy, critic:
             do_sample=False,
             logits_processor=mavis.MavisTilt([1.0, -0.5], critic, beta=2.0, top_k=None),
         )
-    tilt = critic.tilt_of_states(policy.state_grid().flatten(0, 2), None, _lam(critic, [2.0, -1.0], policy))
-    tilt = tilt.double().view(world.steps, len(world.rewards), world.tokens, world.tokens)[:2]
+    tilt = policy.tilts(critic, torch.tensor([2.0, -1.0]))
     first = torch.log_softmax(world.logprobs[3] + tilt[0, 0, 3], dim=-1)
     after = short.next_counts[0]
     second = torch.log_softmax(world.logprobs + tilt[1, after, torch.arange(world.tokens)], dim=-1)
@@ -87,18 +86,13 @@ def test_beams_carry_their_own_counts(world: World, policy: WorldPolicy, critic:
     assert found[0, 1:].tolist() == [best // world.tokens, best % world.tokens]
 
 
-def _lam(critic: mavis.HiddenStateCritic, lam: list[float], policy: WorldPolicy) -> Tensor:
-    return torch.tensor(lam).expand(policy.state_grid().flatten(0, 2).shape[0], -1)
-
-
 def test_steered_responses_earn_and_spend_what_dynamic_programming_says(
     world: World, policy: WorldPolicy, critic: mavis.HiddenStateCritic
 ) -> None:
     """Two rewards and a KL within 4.5 standard errors: a false alarm in fewer than one of 10,000 runs."""
     lam = [1.5, -1.0]
-    tilt = critic.tilt_of_states(policy.state_grid().flatten(0, 2), None, _lam(critic, lam, policy))
-    shape = world.steps, len(world.rewards), world.tokens, world.tokens
-    exact = evaluate_tilt(world, tilt.double().view(shape))
+    tilt = policy.tilts(critic, torch.tensor(lam))
+    exact = evaluate_tilt(world, tilt)
     prompts = torch.arange(world.tokens).repeat_interleave(400)[:, None]
     torch.manual_seed(0)
     processor = mavis.MavisTilt(lam, critic, beta=1.0, top_k=None, record_kl=True)

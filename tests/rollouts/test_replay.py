@@ -45,13 +45,13 @@ def decode(tiny_policy: Any, tiny_tokenizer: Any) -> Callable[..., Decoded]:
         inputs = tiny_tokenizer(PROMPTS, return_tensors="pt", padding=True)
         tilt = MavisTilt(LAM, critic, beta=1.0, top_k=top_k, temperature=temperature, record_kl=True)
         read: list[Tensor] = []
-        tilt_of_states = critic.tilt_of_states
+        normed = critic._normed
 
-        def spy(states: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+        def spy(states: Tensor) -> Tensor:
             read.append(states.clone())
-            return tilt_of_states(states, candidate_ids, lam)
+            return normed(states)
 
-        critic.tilt_of_states = spy  # type: ignore[method-assign]
+        critic._normed = spy  # type: ignore[method-assign]
         torch.manual_seed(0)
         with critic.attach(tiny_policy):
             output = tiny_policy.generate(
@@ -63,7 +63,7 @@ def decode(tiny_policy: Any, tiny_tokenizer: Any) -> Callable[..., Decoded]:
                 max_new_tokens=STEPS,
                 logits_processor=tilt,
             )
-        del critic.tilt_of_states
+        del critic._normed
         prompts = [tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
         responses = []
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
@@ -135,7 +135,9 @@ def test_kl_log_probabilities_and_expectations_are_the_sums_they_stand_for(
             kept = reference[step].topk(top_k or 61).indices
             tilt = torch.zeros(len(kept), dtype=torch.float64)
             if tilted:
-                values = critic.values_of_states(steps.states[row, step][None], kept[None])[0].detach()
+                values = critic.values_of_inputs(
+                    critic.inputs_of_responses(steps.states[row][None, step : step + 1])[:, 0], kept[None]
+                )[0].detach()
                 tilt = (values.double() * LAM[row].double()).sum(-1)
             unnormalised = (reference[step, kept] + tilt).exp()
             probs = unnormalised / unnormalised.sum()

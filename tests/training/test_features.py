@@ -67,7 +67,7 @@ def test_features_are_the_replayed_steps_of_all_shards_in_their_order(
     assert features.kl.shape == (len(PROMPTS), longest)
     for row, (ids, kl) in enumerate(zip(rows["response_ids"], rows["kl"], strict=True)):
         assert features.action_ids[row, : len(ids)].tolist() == ids
-        assert features.kl[row].tolist() == pytest.approx(kl + [0.0] * (longest - len(ids)))
+        assert features.kl[row].tolist() == pytest.approx(kl + [0.0] * (longest - len(ids)), abs=1e-5)
         lam = torch.tensor([rows["weights"][row]]) * rows["beta"][row]
         steps = replay(
             tiny_policy,
@@ -84,6 +84,30 @@ def test_features_are_the_replayed_steps_of_all_shards_in_their_order(
         assert kl == pytest.approx(steps.kl[0].tolist(), abs=1e-5)
     expected = (torch.tensor(rows["rewards"]) - torch.tensor([1.0, -5.0])) / torch.tensor([2.0, 0.5])
     torch.testing.assert_close(features.rewards, expected)
+
+
+def test_rollouts_of_the_reference_are_read_as_those_of_the_policy_that_is_to_be_evaluated(
+    tiny_policy: Any, make_tiny_critic: MakeCritic, shards_of: Any
+) -> None:
+    critic, embeddings = make_tiny_critic(), token_embeddings(tiny_policy)
+    (shard, *_) = shards_of(None)
+    lam = torch.tensor([[0.5 + row, 2.0 - row] for row in range(len(shard))])
+    told = shard.remove_columns(["weights", "beta"]).add_column("weights", (lam / 4).tolist())
+    told = told.add_column("beta", [4.0] * len(shard))
+    features = extract(tiny_policy, [told], embeddings, critic, SETTINGS, tilted=True)
+    steps = replay(
+        tiny_policy,
+        Sequences.pack(shard["prompt_ids"][:], shard["response_ids"][:]),
+        embeddings,
+        critic=critic,
+        lam=lam,
+        top_k=SETTINGS.top_k,
+        temperature=SETTINGS.temperature,
+    )
+    torch.testing.assert_close(features.lam, lam)
+    torch.testing.assert_close(features.kl, steps.kl)
+    torch.testing.assert_close(features.expected, steps.expected)
+    assert not torch.allclose(features.kl.sum(1), torch.tensor([sum(row) for row in shard["kl"]]))
 
 
 def test_tilted_rollouts_count_for_the_objective_they_were_tilted_to_and_plain_ones_for_all(

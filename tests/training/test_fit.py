@@ -50,6 +50,7 @@ def make_features(rollouts: int = 400, objectives: int = 1, *, kl: float = 0.0, 
         kl=torch.full((rollouts, STEPS), kl),
         is_response=torch.ones(rollouts, STEPS, dtype=torch.bool),
         rewards=hits.sum(1, keepdim=True).float().expand(-1, objectives).contiguous(),
+        lam=torch.zeros(rollouts, objectives),
         counts_for=torch.ones(rollouts, objectives, dtype=torch.bool),
     )
 
@@ -65,7 +66,7 @@ def true_values(features: Features) -> Tensor:
 @torch.no_grad()
 def values(critic: HiddenStateCritic, features: Features) -> Tensor:
     """(N, T, V, M) what the critic predicts there."""
-    flat = critic.values_of_states(features.states.flatten(0, 1), None)
+    flat = critic.values_of_inputs(critic.inputs_of_responses(features.states).flatten(0, 1), None)
     return flat.unflatten(0, features.states.shape[:2])
 
 
@@ -291,3 +292,96 @@ def test_where_the_held_out_returns_are_all_equal_no_share_is_made_up() -> None:
         seed=0,
     )
     assert report.explained == {"count": None}
+
+
+# Heads that read λ
+
+
+def make_conditioned(seed: int = 0) -> HiddenStateCritic:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        critic = HiddenStateCritic(
+            ["count"],
+            Fingerprint("world", STATES, TOKENS, "none"),
+            embedding_size=TOKENS,
+            hidden=16,
+            rank=TOKENS,
+            composition="conditioned",
+        )
+    critic.refresh_token_table(EMBEDDINGS)
+    return critic
+
+
+def tilted_features(rollouts: int, seed: int) -> Features:
+    """Draw token 0 at every step with odds e^λ, λ a new one for every response; a step's KL is then known.
+
+    So Q(s_t, a; λ) = count + [a = 0] + (T − 1 − t) · p(λ) and K(s_t, a; λ) = (T − 1 − t) · KL(λ), exactly.
+    """
+    source = torch.Generator().manual_seed(seed)
+    lam = torch.rand(rollouts, 1, generator=source) * 3
+    probs = torch.cat([lam, torch.zeros(rollouts, 2)], dim=1).softmax(1)
+    actions = torch.multinomial(probs, STEPS, replacement=True, generator=source)
+    hits = (actions == 0).long()
+    states = F.one_hot(torch.arange(STEPS) * STEPS + hits.cumsum(1) - hits, STATES).float()
+    return Features(
+        states=states,
+        action_ids=actions,
+        expected=probs[:, None, :].expand(-1, STEPS, -1).contiguous(),
+        kl=_step_kl(lam).expand(-1, STEPS).contiguous(),
+        is_response=torch.ones(rollouts, STEPS, dtype=torch.bool),
+        rewards=hits.sum(1, keepdim=True).float(),
+        lam=lam,
+        counts_for=torch.ones(rollouts, 1, dtype=torch.bool),
+    )
+
+
+def _step_kl(lam: Tensor) -> Tensor:
+    logprobs = torch.cat([lam, torch.zeros(len(lam), 2)], dim=1).log_softmax(1)
+    return (logprobs.exp() * (logprobs + torch.tensor(3.0).log())).sum(1, keepdim=True)
+
+
+def test_heads_that_read_lambda_recover_the_values_and_the_kl_to_come_of_every_strength() -> None:
+    critic = make_conditioned()
+    report = fit(critic, tilted_features(3_000, 0), EMBEDDINGS, 5.0, SETTINGS, seed=0)  # ζ is not for them
+    states = torch.eye(STATES)[[0, 3, 4, 8]]  # (step, count): (0, 0), (1, 0), (1, 1), (2, 2)
+    steps, counts = torch.tensor([0, 1, 1, 2]), torch.tensor([0.0, 0.0, 1.0, 2.0])
+    for strength in (0.3, 1.0, 2.5):
+        lam = torch.full((4, 1), strength)
+        inputs = critic.inputs_of_responses(states[:, None])[:, 0]
+        with torch.no_grad():
+            found = critic.values_of_inputs(inputs, None, lam)[..., 0]
+            spent = critic.kl_to_come_of_inputs(inputs, None, lam)
+        often = float(torch.tensor([strength, 0.0, 0.0]).softmax(0)[0])
+        expected = (counts + (STEPS - 1 - steps) * often)[:, None] + EMBEDDINGS[0]
+        torch.testing.assert_close(found, expected, atol=0.15, rtol=0)
+        to_come = (STEPS - 1 - steps)[:, None] * _step_kl(lam)
+        torch.testing.assert_close(spent, to_come.expand(-1, TOKENS), atol=0.1, rtol=0)
+    assert list(report.explained) == ["count"]
+
+
+def test_rollouts_at_lambda_zero_teach_no_kl() -> None:
+    """The reference policy spends none, so its rollouts leave the head for it where it was: at 0."""
+    features = replace(make_features(100), lam=torch.zeros(100, 1))
+    critic = make_conditioned()
+    fit(critic, features, EMBEDDINGS, 0.0, replace(SETTINGS, epochs=2), seed=0)
+    inputs = critic.inputs_of_responses(features.states)[:, 0]
+    with torch.no_grad():
+        assert (critic.kl_to_come_of_inputs(inputs, None, torch.ones(100, 1)).abs() < 1e-6).all()
+
+
+def test_a_memory_is_trained_with_the_heads() -> None:
+    """States that say the last token only: what came before must be remembered."""
+    features = make_features(600)
+    before = F.pad(features.action_ids[:, :-1] + 1, (1, 0))  # 0 at the first step
+    steps = torch.arange(STEPS).expand_as(before)
+    blind = torch.cat([F.one_hot(before, TOKENS + 1), F.one_hot(steps, STATES - TOKENS - 1)], dim=-1).float()
+    features = replace(features, states=blind)
+    errors = {}
+    for memory in (0, 16):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            critic = HiddenStateCritic(
+                ["count"], Fingerprint("world", STATES, TOKENS, "none"), TOKENS, hidden=16, rank=TOKENS, memory=memory
+            )
+        errors[memory] = min(fit(critic, features, EMBEDDINGS, 0.0, SETTINGS, seed=0).losses)
+    assert errors[16] < errors[0] / 5

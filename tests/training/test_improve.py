@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,8 +22,9 @@ from mavis.critics import HiddenStateCritic, load_critic
 from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import ConfigError, CriticError, DataError, ObjectiveError
 from mavis.rollouts import RolloutSettings
-from mavis.training.fit import FitSettings
-from mavis.training.improve import ImprovementSettings, IterationReport, improve
+from mavis.training.features import Features
+from mavis.training.fit import FitReport, FitSettings, fit
+from mavis.training.improve import MIXTURES, ImprovementSettings, IterationReport, improve
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = ImprovementSettings(
@@ -41,8 +43,9 @@ class Stop(Exception):
 
 @pytest.fixture
 def new_critic(tiny_policy: Any) -> Callable[..., HiddenStateCritic]:
-    def make(*objectives: str) -> HiddenStateCritic:
-        return HiddenStateCritic.for_policy(tiny_policy, objectives or ("good", "brevity"), hidden=8, rank=4)
+    def make(*objectives: str, **options: Any) -> HiddenStateCritic:
+        names = objectives or ("good", "brevity")
+        return HiddenStateCritic.for_policy(tiny_policy, names, hidden=8, rank=4, **options)
 
     return make
 
@@ -269,6 +272,44 @@ def test_what_is_learnt_earns_more_of_each_objective_and_more_in_the_end(
         assert 0 < second.kl[name] < 5
 
 
+@pytest.mark.parametrize("composition", ["independent", "conditioned"])
+def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own(
+    start: Any, new_critic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composition: Any
+) -> None:
+    given: list[tuple[Features, torch.Tensor]] = []
+
+    def listening(critic: Any, features: Features, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
+        given.append((features, held_out))
+        return fit(critic, features, *others, held_out=held_out, **options)
+
+    monkeypatch.setattr(sys.modules["mavis.training.improve"], "fit", listening)
+    list(start(new_critic(composition=composition), tmp_path / "reuse", replace(SETTINGS, composition=composition)))
+    assert [len(features) for features, _ in given] == [24, 48, 72]
+    (first, held_first), (second, held_second), (third, held_third) = given
+    own = slice(24)
+    for again, before, held, held_before in (
+        (slice(24, 48), first, held_second, held_first),
+        (slice(24, 48), first, held_third, held_first),
+        (slice(48, 72), second, held_third, held_second),
+    ):
+        features = second if held is held_second else third
+        length = min(before.action_ids.shape[1], features.action_ids.shape[1])
+        assert torch.equal(features.action_ids[again, :length], before.action_ids[own, :length])
+        assert torch.equal(features.rewards[again], before.rewards[own])
+        assert torch.equal(held[again], held_before[own])  # what chose an epoch is never trained on
+        if composition == "independent":
+            assert torch.equal(features.lam[again], 1.5 * torch.eye(2).repeat(12, 1))
+            assert torch.equal(features.counts_for[again], torch.eye(2).bool().repeat(12, 1))
+    if composition == "conditioned":
+        strengths = torch.stack([third.lam[rows].sum(1) for rows in (own, slice(24, 48), slice(48, 72))])
+        assert (strengths >= 0.5 - 1e-6).all()
+        assert (strengths <= 8.0 + 1e-6).all()
+        assert len(strengths.flatten().unique()) == 72
+    given.clear()
+    list(start(new_critic(), tmp_path / "own", replace(SETTINGS, reuse=False)))
+    assert [len(features) for features, _ in given] == [24, 24, 24]
+
+
 def test_a_single_objective_is_enough(start: Any, new_critic: Any, tiny_objectives: Any, tmp_path: Path) -> None:
     critic = new_critic("good")
     reports = list(start(critic, tmp_path, objectives={"good": tiny_objectives["good"]}))
@@ -329,7 +370,8 @@ def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends
         except Stop:
             breaks += 1
             assert critic.attached_policy is None
-    assert breaks == 3 * (3 + 3 + 3) + 4
+    # Two shards each to sample and two epochs; then two shards to replay, and those of all earlier rounds again.
+    assert breaks == 3 * (3 + 3) + (3 + 5 + 7) + 4
     assert_same_run(critic, reports, tmp_path, unbroken)
 
 
@@ -512,6 +554,7 @@ def test_an_objective_that_returns_infinity_says_for_which_response(
         ({"zeta": -0.1}, "zeta is -0.1"),
         ({"zeta": float("inf")}, "zeta is inf"),
         ({"calibration_samples": -1}, "calibration_samples is -1"),
+        ({"fit": FitSettings(target="monte_carlo")}, "reuse is True, but plain Monte Carlo returns tell only"),
         ({"rollouts": 3}, "rollouts 3"),
         ({"sampling": RolloutSettings(top_k=100)}, "top_k is 100, but the policy has 61 tokens"),
     ],
@@ -522,6 +565,58 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         next(start(new_critic(), tmp_path, replace(SETTINGS, **change)))
     assert not list(tmp_path.iterdir())
+
+
+# Conditioned
+
+
+CONDITIONED = replace(SETTINGS, composition="conditioned", min_beta=0.5, max_beta=4.0, rollouts=48)
+
+
+def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_range(
+    start: Any, new_critic: Any, tmp_path: Path
+) -> None:
+    critic = new_critic(composition="conditioned", memory=4)
+    reports = list(start(critic, tmp_path, CONDITIONED))
+    for report in reports:
+        assert list(report.goal) == ["good", "brevity", MIXTURES]
+        for figures in (report.rewards, report.kl, report.goal, report.goal_error):
+            assert list(figures) == list(report.goal)
+        assert list(report.explained) == ["good", "brevity"]
+    assert float(critic.trained_up_to) == 4.0
+    assert reports[0].kl[MIXTURES] > 0  # of the reference policy cut to its candidates
+    drawn = []
+    for iteration in (1, 2):
+        shards = sorted((tmp_path / f"iteration-{iteration}" / "rollouts").glob("shard-*"))
+        rows = [datasets.load_from_disk(str(shard)) for shard in shards]
+        weights = torch.cat([torch.tensor(shard["weights"][:], dtype=torch.float64) for shard in rows])
+        betas = torch.cat([torch.tensor(shard["beta"][:], dtype=torch.float64) for shard in rows])
+        assert weights.shape == (48, 2)
+        torch.testing.assert_close(weights.sum(1), torch.ones(48, dtype=torch.float64))
+        assert (weights >= 0).all()
+        alone = (weights == 1).any(1).double().mean()
+        assert 0.05 < alone < 0.6  # 0.3 of 48: outside by chance once in 10,000 runs
+        assert 0.5 <= betas.min() < betas.max() <= 4.0
+        drawn.append(weights)
+    assert not torch.equal(*drawn)
+
+
+def test_a_conditioned_run_goes_on_where_it_was_broken_off(start: Any, new_critic: Any, tmp_path: Path) -> None:
+    options = {"composition": "conditioned", "memory": 4}
+    unbroken = new_critic(**options)
+    expected = list(start(unbroken, tmp_path / "unbroken", CONDITIONED))
+    next(start(new_critic(**options), tmp_path / "broken", CONDITIONED))
+    critic = new_critic(**options)
+    reports = list(start(critic, tmp_path / "broken", CONDITIONED))
+    assert_same_run(critic, reports, tmp_path / "broken", (unbroken, expected, tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize(("asked", "has"), [("conditioned", "independent"), ("independent", "conditioned")])
+def test_a_critic_of_the_other_composition_is_refused(
+    start: Any, new_critic: Any, tmp_path: Path, asked: str, has: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"composition is '{asked}', but the critic is '{has}'"):
+        next(start(new_critic(composition=has), tmp_path, replace(SETTINGS, composition=asked)))
 
 
 def test_no_prompt_is_an_error(start: Any, new_critic: Any, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""How much of the optimum does each composition reach where the optimum is known? Exact values, no learning.
+
+    python benchmarks/bench_exact.py
+
+Every world is solved by dynamic programming for every weight and β. Iteration 0 tilts by the reference policy's values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from statistics import mean
+from typing import Literal
+
+import results
+import torch
+
+from mavis.exact import KINDS, World, iterate, share
+from mavis.math.preference import simplex_grid
+
+COMPOSITIONS: tuple[Literal["independent", "conditioned"], ...] = ("independent", "conditioned")
+
+
+def main() -> None:
+    """Run the study and write `results/exact.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--betas", nargs="+", type=float, default=[2.0, 5.0, 10.0])
+    parser.add_argument("--divisions", type=int, default=4, help="of the grid of weights")
+    parser.add_argument("--iterations", type=int, default=4, help="after the reference policy's values")
+    parser.add_argument("--name", default="exact", help="of the result file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for kind in KINDS:
+        for seed in arguments.seeds:
+            world = World.random(kind, seed)
+            for beta in arguments.betas:
+                for weights in simplex_grid(world.objectives, arguments.divisions):
+                    for composition in COMPOSITIONS:
+                        tilts = islice(iterate(world, weights, beta, composition), arguments.iterations + 1)
+                        rows += [
+                            {
+                                "kind": kind,
+                                "seed": seed,
+                                "beta": beta,
+                                "weights": weights.tolist(),
+                                "composition": composition,
+                                "iteration": iteration,
+                                "share": round(share(world, tilt, beta * weights), 6),
+                            }
+                            for iteration, tilt in enumerate(tilts)
+                        ]
+        for composition in COMPOSITIONS:
+            found = [
+                [
+                    row["share"]
+                    for row in rows
+                    if (row["kind"], row["composition"], row["iteration"]) == (kind, composition, i)
+                ]
+                for i in range(arguments.iterations + 1)
+            ]
+            print(
+                kind,
+                composition,
+                " ".join(f"{mean(shares):.3f} (min {min(shares):.3f})" for shares in found),
+                flush=True,
+            )
+    results.write(arguments.name, vars(arguments), rows)
+
+
+if __name__ == "__main__":
+    main()
