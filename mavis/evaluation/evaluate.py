@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics.headed import HeadedCritic
 from mavis.decoding import MavisTilt
 from mavis.errors import ConfigError, DataError, EvaluationError
 from mavis.evaluation.front import hypervolume, non_dominated
 from mavis.evaluation.row import RowMaker
 from mavis.evaluation.speed import compare_speed
 from mavis.evaluation.values import value_calibration
+from mavis.math.best_of_n import best_of_n
 from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
 from mavis.math.preference import simplex_grid
 from mavis.rewards import Objective
@@ -27,6 +28,9 @@ from mavis.rollouts.collect import Plan, RolloutSettings, collect
 
 LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
 """Where the optimal frontier is drawn; 0 is put before it."""
+
+BEST_OF = (2, 4, 8, 16)
+"""For how many responses best-of-n is told beside it; n times the forward passes of one."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class EvaluationSettings:
 def evaluate(
     policy: Any,
     tokenizer: Any,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[str],
     folder: str | os.PathLike[str],
@@ -99,14 +103,15 @@ def evaluate(
         Plain data: `rows`, one per weights and β (β = 0 first, the reference policy), with rewards on the normalised
         scale and their standard errors, KL, the frontier efficiency at the row's own KL, length in tokens,
         distinct-2, perplexity under the reference policy, held-out objectives and tokens per second; `efficiency` at
-        the target KLs by weights; `limits`, the optimal frontier by weights; `front`; `values`, the calibration of
-        the heads; `speed`.
+        the target KLs by weights; `limits`, the optimal frontier and best-of-n by weights; `front`; `values`, the
+        calibration of the heads; `speed`.
 
     Raises:
         ConfigError: if a setting is out of range or the objectives are not the critic's.
         DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
     """
     _check(prompts, critic, objectives)
+    settings.sampling.check(policy)
     say = progress or (lambda stage, done, total: None)
     place = Path(folder)
     grid = simplex_grid(len(objectives), settings.divisions)
@@ -185,7 +190,8 @@ def reference_rollouts(
     """
     repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
     plan = Plan.reference(repeated, len(objectives))
-    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", settings.sampling)
+    sampling = replace(settings.sampling, top_k=None)  # the limit is that of the whole policy
+    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling)
 
 
 def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
@@ -213,7 +219,7 @@ def _gather(stage: str, say: Callable[[str, int, int], None], total: int, shards
     return columns
 
 
-def _weighted(row: dict[str, Any], weights: Tensor, critic: HiddenStateCritic) -> float:
+def _weighted(row: dict[str, Any], weights: Tensor, critic: HeadedCritic) -> float:
     return float(sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True)))
 
 
@@ -229,7 +235,7 @@ def _efficiencies(
     rows: list[dict[str, Any]],
     per_prompt: Tensor,
     grid: Tensor,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     settings: EvaluationSettings,
 ) -> list[dict[str, Any]]:
     """Read each weight's sweep over β at the target KLs; the reference policy is the sweep's point at KL 0."""
@@ -254,7 +260,7 @@ def _efficiencies(
     return found
 
 
-def _limits(per_prompt: Tensor, grid: Tensor, critic: HiddenStateCritic) -> list[dict[str, Any]]:
+def _limits(per_prompt: Tensor, grid: Tensor, critic: HeadedCritic) -> list[dict[str, Any]]:
     limits = []
     for weights in grid:
         frontier = optimal_frontier(per_prompt @ weights, torch.cat([torch.zeros(1, dtype=torch.float64), LIMIT_BETAS]))
@@ -264,12 +270,17 @@ def _limits(per_prompt: Tensor, grid: Tensor, critic: HiddenStateCritic) -> list
                 "kl": frontier.kl.tolist(),
                 "reward": frontier.reward.tolist(),
                 "effective_sample_size": frontier.effective_sample_size.tolist(),
+                "best_of_n": [
+                    dict(zip(("n", "reward", "kl"), (n, *best_of_n(per_prompt @ weights, n)), strict=True))
+                    for n in BEST_OF
+                    if n <= per_prompt.shape[1]
+                ],
             }
         )
     return limits
 
 
-def _front(rows: list[dict[str, Any]], critic: HiddenStateCritic) -> dict[str, Any]:
+def _front(rows: list[dict[str, Any]], critic: HeadedCritic) -> dict[str, Any]:
     """The non-dominated rows and their volume above one standard deviation below the reference policy's mean."""
     rewards = np.array([[row["rewards"][name] for name in critic.objectives] for row in rows])
     reference_point = [-1.0] * len(critic.objectives)
@@ -283,7 +294,7 @@ def _front(rows: list[dict[str, Any]], critic: HiddenStateCritic) -> dict[str, A
 def _speed(
     policy: Any,
     tokenizer: Any,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     prompts: Sequence[str],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
@@ -322,7 +333,7 @@ def _speed(
 
 def _check(
     prompts: Sequence[str],
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     objectives: Mapping[str, Objective],
 ) -> None:
     if tuple(objectives) != critic.objectives:

@@ -43,7 +43,7 @@ _WIDTH, _DPI = 8.0, 150  # inches and dots per inch: 1200 pixels
 _FAINT, _SHADE = "#8a8a8a", "#f1f1f1"
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_OURS, _LIMIT, _TARGET = _PALETTE[0], _PALETTE[1], _PALETTE[2]
+_OURS, _LIMIT, _TARGET, _BEST = _PALETTE[:4]
 
 
 def plot_front(path: str | os.PathLike[str], rows: Sequence[Row], objectives: Sequence[str]) -> Figure:
@@ -86,9 +86,10 @@ def plot_frontier(
         path: where to; the ending names the format (`.png`, `.svg`, `.pdf`), PNG without one.
         rows: see above. The error bar of a row without `reward` is Σ_m |w_m| · stderr_m, the most it can be.
         limits: at most one dict per choice of weights, `{"weights": {...}, "kl": [...], "reward": [...],
-            "effective_sample_size": [...], "target_kl": 1.5, "efficiency": 0.6}`: the optimal frontier over a
-            sweep of β (lists of equal length) and, both optional, the KL at which the frontier efficiency was
-            read and its value, None where it could not be.
+            "effective_sample_size": [...], "best_of_n": [{"n": 4, "kl": 0.6, "reward": 0.9}, ...], "target_kl": 1.5,
+            "efficiency": 0.6}`: the optimal frontier over a sweep of β (lists of equal length) and, all optional,
+            what the best of n responses earns, the KL at which the frontier efficiency was read, and its value, None
+            where it could not be.
         min_effective_sample_size: below it the limit is drawn dashed, for it hangs on few rollouts.
 
     Returns:
@@ -159,6 +160,12 @@ def _draw_panel(
         axes.axvline(target, color=_TARGET, linewidth=1.3, linestyle=(0, (4, 2)), zorder=1, label="target KL")
     if limit:
         shown.append(_draw_limit(axes, limit, right, min_effective_sample_size))
+    best = [entry for entry in limit.get("best_of_n", ()) if float(entry["kl"]) <= right]
+    if best:
+        at = np.array([[entry["kl"], entry["reward"]] for entry in best], float)
+        name = "best of n, at n times the cost: n = " + ", ".join(str(entry["n"]) for entry in best)
+        axes.plot(*at.T, "x", color=_BEST, markersize=6, markeredgewidth=1.5, zorder=3, label=name)
+        shown.append(at[:, 1])
     low, high = min(map(np.min, shown)), max(map(np.max, shown))
     margin = 0.08 * (high - low) or 0.5
     axes.set(xlim=(-0.04 * right, right), ylim=(low - margin, high + margin))

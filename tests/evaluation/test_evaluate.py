@@ -200,6 +200,12 @@ def test_the_limits_are_the_best_reward_at_each_kl(
         logprobs, kl = best(reference_logprobs, rewards, 1.0)
         at_one = min(range(len(limit["kl"])), key=lambda i: abs(limit["kl"][i] - kl))
         assert limit["reward"][at_one] == pytest.approx(float((logprobs.exp() * rewards).sum(-1).mean()), abs=0.15)
+        below = [limit["reward"][0]]
+        for entry, n in zip(limit["best_of_n"], (2, 4, 8, 16), strict=True):
+            assert entry["n"] == n
+            assert 0 < entry["kl"] <= math.log(n) - (n - 1) / n + 1e-6  # less where rewards are equal
+            assert entry["reward"] > below[-1]
+            below.append(entry["reward"])
 
 
 def test_values_that_are_known_come_true(one_token: dict[str, Any]) -> None:

@@ -155,6 +155,17 @@ def test_frontier_titles_hold_the_efficiency(tmp_path: Path, divisions: int) -> 
     assert texts_overlap(figure) == []
 
 
+def test_best_of_n_is_drawn_where_the_panel_reaches(tmp_path: Path) -> None:
+    rows = sweep(["a", "b"], 1)
+    best = [{"n": 2, "kl": 0.1, "reward": 0.3}, {"n": 4, "kl": 0.2, "reward": 0.5}, {"n": 8, "kl": 99.0, "reward": 1.0}]
+    figure = plot_frontier(
+        tmp_path / "frontier.png", rows, [dict(limit) | {"best_of_n": best} for limit in limits(rows)]
+    )
+    for axes in figure.axes:
+        (drawn,) = (line for line in axes.lines if line.get_label() == "best of n, at n times the cost: n = 2, 4")
+        assert np.allclose(drawn.get_xydata(), [[0.1, 0.3], [0.2, 0.5]])
+
+
 def test_an_efficiency_that_could_not_be_read_is_not_a_number(tmp_path: Path) -> None:
     rows = sweep(["a", "b"], 1)
     figure = plot_frontier(tmp_path / "frontier.png", rows, limits(rows, efficiency=None))
