@@ -26,7 +26,6 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         tokenizer: its tokenizer.
         folder: of this run; the critic ends in `folder/critic`.
     """
-    from mavis.critics import HiddenStateCritic
     from mavis.training.fit import FitSettings
     from mavis.training.improve import ImprovementSettings, improve
 
@@ -47,9 +46,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         sampling=sampling_settings(config, options.shard_size),
         fit=FitSettings(**options.fit),
     )
-    critic = HiddenStateCritic.for_policy(
-        policy, list(objectives), **config.critic, composition=options.composition, seed=config.seed
-    )
+    critic = _critic(config, policy, tokenizer, list(objectives))
     claim_objectives(config, list(objectives), folder)
     with progress_bars() as progress:
         reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
@@ -70,6 +67,20 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         ],
     )
     return critic
+
+
+def _critic(config: Any, policy: Any, tokenizer: Any, objectives: list[str]) -> Any:
+    from mavis.critics import HiddenStateCritic, ValueModelCritic
+    from mavis.errors import ConfigError, closest
+
+    options: dict[str, Any] = dict(config.critic)
+    kind = options.pop("kind")
+    options |= {"composition": config.improvement.composition, "seed": config.seed}
+    if kind == HiddenStateCritic.kind:
+        return HiddenStateCritic.for_policy(policy, objectives, **options)
+    if kind == ValueModelCritic.kind:
+        return ValueModelCritic.for_policy(policy, objectives, tokenizer=tokenizer, **options)
+    raise ConfigError(f"critic.kind is {kind!r}.", closest(str(kind), [HiddenStateCritic.kind, ValueModelCritic.kind]))
 
 
 def _run(config: Any) -> None:

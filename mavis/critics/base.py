@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mavis.critics.calibration import Calibration
 from mavis.critics.capture import Capture
-from mavis.critics.fingerprint import Fingerprint
+from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.errors import CriticError, closest
 
 Composition = Literal["independent", "conditioned"]
@@ -241,7 +241,7 @@ class Critic(nn.Module, ABC):
 
     def _on_attach(self, policy: Any) -> None:
         """Move to where the policy's hidden states are."""
-        self.to(policy.get_output_embeddings().weight.device)
+        self.to(states_device(policy))
 
     def _states(self, prefix_ids: Tensor) -> Tensor:
         if self._capture is None:

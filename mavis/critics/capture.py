@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
+from mavis.critics.callers import inside_processor
 from mavis.critics.fingerprint import output_embedding
+from mavis.critics.forward import Forward, Place
 from mavis.errors import CriticError, DecodingError
 
 _NOT_MATCHED_HINT = (
-    "the tilt needs each step's scores to come from the attached policy's latest forward pass in this thread; "
-    "classifier-free guidance, assisted and prompt-lookup decoding, early exit, inputs_embeds and states kept outside "
-    "past_key_values are not supported."
+    "the tilt needs each step's scores to come from the latest forward pass, in this thread, of the policy that the "
+    "critic is attached to; attach before the policy is first compiled; inputs_embeds, learnt prompts and states that "
+    "are kept outside past_key_values and cache_params are not supported."
 )
 _OTHER_TOKENS = "the scores' token ids are not the ones that the latest forward pass of the policy has read."
 _UNKNOWN_ROWS = (
     "the critic has a memory, but not of every row: some go on from ids that no earlier step has ended with."
 )
 _PADDED_RIGHT = "the prompts are padded on the right, so that responses would go on from padding."
-_HINTS = {_PADDED_RIGHT: "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."}
-
-
-@dataclass(slots=True)
-class Forward:
-    """One forward pass: which tokens at which positions made which hidden states.
-
-    Args:
-        ids: (B, S) token ids that went in.
-        start: position of the first of them, which is the length of the cache before the pass.
-        mask: (B, start + S) of the tokens that are not padding, as the pass was given it, or None.
-        cached: whether the pass wrote to a cache.
-        hidden: (B, S', H) states that reached the output embedding: the last S' ≤ S positions.
-    """
-
-    ids: Tensor
-    start: int
-    mask: Tensor | None = None
-    cached: bool = False
-    hidden: Tensor | None = None
+_HINTS = {
+    _PADDED_RIGHT: "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+    _UNKNOWN_ROWS: "let the tilt see every step, from the prompt on; a prompt that is read in chunks must not end with "
+    "a chunk of one token.",
+}
 
 
 class Capture:
@@ -58,12 +46,16 @@ class Capture:
 
     def __init__(self, policy: Any, owner: Any) -> None:
         embedding = output_embedding(policy)
+        # A wrapper (PEFT's, a compiled module) hands `generate` on to the model inside, so that one's passes are seen.
+        model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
         self.policy = weakref.ref(policy)
         self.owner = owner  # held, because the hooks of a critic that is gone could be removed by nobody
         self._thread = threading.local()
-        self._hooks = [
-            policy.register_forward_pre_hook(self._on_policy, with_kwargs=True),
-            embedding.register_forward_pre_hook(self._on_output),
+        self._hooks: list[Any] = []
+        # A compiler would record what a hook finds, but each pass has its own thread and its own callers.
+        self._hooks += [
+            model.register_forward_pre_hook(_untraced(self._on_policy), with_kwargs=True),
+            embedding.register_forward_pre_hook(_untraced(self._on_output)),
         ]
         _attached.setdefault(policy, []).append(self)
 
@@ -96,42 +88,50 @@ class Capture:
         if forward is None or forward.hidden is None:
             raise DecodingError(
                 "critic is attached, but no forward pass of its policy was caught in this thread.",
-                "attach to the model itself, not to a wrapper whose generate runs an inner one; and before compiling.",
+                _NOT_MATCHED_HINT,
             )
         rows, length = prefix_ids.shape
-        taken = forward.ids.shape[1]
         index = length - 1 - forward.start
-        in_hidden = index - (taken - forward.hidden.shape[1])
-        if rows != forward.ids.shape[0] or index >= taken or in_hidden < 0:
+        in_hidden = index - (forward.taken - forward.hidden.shape[1])
+        if rows != len(forward.ids) or index >= forward.taken or in_hidden < 0:
             raise DecodingError(
                 f"the scores are for {rows} rows at position {length - 1}, but the latest forward pass made states for "
-                f"{forward.ids.shape[0]} rows at positions {forward.start + taken - forward.hidden.shape[1]} to "
-                f"{forward.start + taken - 1}.",
+                f"{len(forward.ids)} rows at positions {forward.end - forward.hidden.shape[1]} to {forward.end - 1}.",
                 _NOT_MATCHED_HINT,
             )
         self._compare(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
-        mask = forward.mask
-        if forward.start == 0 and mask is not None and mask.dim() == 2 and mask.shape[1] == taken:
-            self._later((mask[:, index] == 0).any(), _PADDED_RIGHT)
+        padded = forward.is_padding(index)
+        if padded is not None:
+            self._later(padded.any(), _PADDED_RIGHT)
+        forward.asked = index if forward.asked is None else min(index, forward.asked)
         return forward.hidden[:, in_hidden]
 
-    def place(self, prefix_ids: Tensor) -> tuple[Tensor, bool | None]:
+    def place(self, prefix_ids: Tensor) -> Place:
         """Say where in a response the rows are whose states were just asked for.
+
+        Args:
+            prefix_ids: (B, L) integer, for which `states` has returned.
+        """
+        forward: Forward = self._thread.forward
+        return forward.place(prefix_ids.shape[1])
+
+    @property
+    def cache(self) -> Any | None:
+        """What this thread's latest forward pass wrote to, or None if that is nothing or gone."""
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        return forward.cache() if forward is not None and forward.cache is not None else None
+
+    def is_token(self, prefix_ids: Tensor) -> Tensor:
+        """Say which of the ids are tokens and which padding, for rows whose states were just asked for.
 
         Args:
             prefix_ids: (B, L) integer, for which `states` has returned.
 
         Returns:
-            How many of each row's ids are tokens, (B,) integer; and whether its last token ends a prompt: True after
-            a pass that began a cache, False after one that read a single token to go on from a cache, None where it
-            cannot be told from the pass.
+            (B, L) bool; all True if the pass was given no mask.
         """
         forward: Forward = self._thread.forward
-        length, taken = prefix_ids.shape[1], forward.ids.shape[1]
-        begins = None if not forward.cached or (forward.start and taken > 1) else forward.start == 0
-        if forward.mask is None or forward.mask.shape[-1] != forward.start + taken or forward.mask.dim() != 2:
-            return torch.full_like(prefix_ids[:, 0], length), begins
-        return forward.mask.sum(dim=1) - (forward.start + taken - length), begins
+        return forward.is_token(prefix_ids.shape[1]).expand(len(prefix_ids), -1)
 
     def lost(self, answer: Tensor) -> None:
         """Raise, now or when the answer has arrived, if rows turn out to be unknown.
@@ -194,18 +194,19 @@ class Capture:
         return pending
 
     def _on_policy(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        previous: Forward | None = getattr(self._thread, "forward", None)
-        self._thread.forward = None
-        if ids is None:
+        if not self._hooks or inside_processor():  # compiled code runs hooks that were removed after it was compiled
             return
-        cache = kwargs.get("past_key_values")
-        start = cache.get_seq_length() if cache is not None else 0
-        if isinstance(start, Tensor):  # a static cache counts on its device, and asking it would make the host wait
-            follows = previous is not None and ids.shape[1] == 1 and len(ids) == len(previous.ids)
-            start = previous.start + previous.ids.shape[1] if follows and previous is not None else int(start)
-        self._thread.restarted = start == 0 and previous is not None and previous.start > 0
-        self._thread.forward = Forward(ids, start, mask=kwargs.get("attention_mask"), cached=cache is not None)
+        if "block_table" in kwargs:
+            raise DecodingError(
+                "critic is attached, but the policy generates by continuous batching (cache_implementation='paged'), "
+                "which packs all sequences into one row and asks no logits processor that generate was given.",
+                "generate without it, or detach the critic first.",
+            )
+        previous: Forward | None = getattr(self._thread, "forward", None)
+        self._thread.forward = forward = Forward.of(args, kwargs, previous)
+        if forward is None:
+            return
+        self._thread.restarted = forward.start == 0 and previous is not None and previous.start > 0
         _latest.capture = self
 
     def _on_output(self, module: Any, args: tuple[Any, ...]) -> None:
@@ -263,6 +264,13 @@ def attached_critic(policy: Any | None) -> Any:
             "name the one to use: MavisTilt(weights, critic).",
         )
     return captures[0].owner
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep a hook out of compiled code; where a graph may not be broken for it, the compiler gives the reason."""
+    reason = "a critic reads the hidden states of every pass: compile with fullgraph=False, or detach the critic"
+    untraced: Callable[..., None] = torch.compiler.disable(hook, reason=reason)
+    return untraced
 
 
 _attached: weakref.WeakKeyDictionary[Any, list[Capture]] = weakref.WeakKeyDictionary()

@@ -15,6 +15,7 @@ from mavis.critics.base import Critic
 from mavis.critics.calibration import Calibration
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.hidden_state import HiddenStateCritic
+from mavis.critics.value_model import ValueModelCritic
 from mavis.errors import CriticError, closest
 from mavis.files import atomic_folder, write_json
 
@@ -67,7 +68,7 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
     """
     path = Path(folder)
     config = _read_config(path)
-    kinds: dict[str, Callable[..., Critic]] = {HiddenStateCritic.kind: HiddenStateCritic}
+    kinds: dict[str, Callable[..., Critic]] = {known.kind: known for known in (HiddenStateCritic, ValueModelCritic)}
     kind = config.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise CriticError(f"folder {str(path)!r} holds a critic of kind {kind!r}.", closest(str(kind), kinds))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,12 +102,54 @@ def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
     return int(weight.shape[1]), int(weight.shape[0])
 
 
+def states_device(policy: Any) -> torch.device:
+    """Say on which device the hidden states reach the output embedding.
+
+    Raises:
+        PolicyError: if the policy has no output embedding, or no weights.
+    """
+    embedding = output_embedding(policy)
+    # Weights that accelerate brings from elsewhere for each forward pass are on no device in between.
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        weight = getattr(embedding, "weight", None)  # of a quantised layer it is a method
+        device = weight.device if isinstance(weight, torch.Tensor) else policy.device
+    device = torch.device(device)
+    if device.type == "meta":
+        raise PolicyError(
+            f"policy {type(policy).__name__} is on device 'meta', where there are no weights.",
+            "load its weights, e.g. by from_pretrained.",
+        )
+    return device
+
+
+@contextmanager
+def weights_at_hand(module: torch.nn.Module) -> Iterator[None]:
+    """Bring a module's own weights back for a moment, where accelerate keeps them elsewhere between forward passes."""
+    if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            yield
+    else:
+        yield
+
+
 def _weights_hash(policy: Any) -> str:
-    samples = []
-    for parameter in policy.parameters():
-        flat = parameter.detach().reshape(-1)
-        if parameter.device.type == "meta" or not flat.numel():
-            continue
-        samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to("cpu").to(torch.bfloat16))
+    samples, seen = [], set[int]()
+    tied = getattr(policy, "all_tied_weights_keys", None) or {}
+    for path, module in policy.named_modules():
+        fresh = []
+        for name, parameter in module.named_parameters(recurse=False):
+            # Offloading gives tied weights a stand-in each.
+            again = id(parameter) in seen or (parameter.device.type == "meta" and f"{path}.{name}".lstrip(".") in tied)
+            seen.add(id(parameter))
+            fresh += [] if again else [name]
+        with weights_at_hand(module):
+            for name in fresh:
+                flat = getattr(module, name).detach().reshape(-1)
+                if flat.device.type == "meta" or not flat.numel():
+                    continue
+                samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to("cpu").to(torch.bfloat16))
     joined = torch.cat(samples).float() if samples else torch.zeros(0)
     return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:16]

@@ -21,7 +21,7 @@ class ValueHeads(nn.Module):
     Args:
         input_size: I, size of what the heads read.
         outputs: O, the number of heads.
-        hidden: width D of each head.
+        hidden: width D of each head; 0 for linear heads, x_o = z, which can read no λ.
         rank: r, size of a token's vector.
         conditions: M, size of the λ that the heads read; 0 for heads that read none.
 
@@ -31,12 +31,13 @@ class ValueHeads(nn.Module):
     def __init__(self, input_size: int, outputs: int, hidden: int, rank: int, conditions: int = 0) -> None:
         super().__init__()
         self.outputs, self.hidden, self.rank = outputs, hidden, rank
-        first = nn.Linear(input_size, outputs * hidden)
-        # Laid out as (I, O·D): for the few rows of a decoding step this product is half as dear as the transposed one.
-        self.inner = nn.Parameter(first.weight.detach().T.contiguous())
-        self.inner_bias = nn.Parameter(first.bias.detach())
+        if hidden:
+            first = nn.Linear(input_size, outputs * hidden)
+            # Laid out as (I, O·D): for the few rows of a decoding step this product is half as dear as its transpose.
+            self.inner = nn.Parameter(first.weight.detach().T.contiguous())
+            self.inner_bias = nn.Parameter(first.bias.detach())
         self.condition = nn.Parameter(torch.zeros(conditions + 1, 2 * outputs * hidden)) if conditions else None
-        self.outer = nn.Parameter(torch.zeros(outputs, hidden, rank + 1))
+        self.outer = nn.Parameter(torch.zeros(outputs, hidden or input_size, rank + 1))
         self.bias = nn.Parameter(torch.zeros(outputs, rank + 1))
 
     def forward(self, inputs: Tensor, lam: Tensor | None = None) -> Tensor:
@@ -66,6 +67,8 @@ class ValueHeads(nn.Module):
         return torch.addmm(coefficients @ self.bias, weighted.flatten(1), self.outer.flatten(0, 1))
 
     def _inner(self, inputs: Tensor, lam: Tensor | None) -> Tensor:
+        if not self.hidden:
+            return inputs.unsqueeze(-2).expand(*inputs.shape[:-1], self.outputs, -1)
         inner = torch.addmm(self.inner_bias, inputs.flatten(0, -2), self.inner).view(*inputs.shape[:-1], -1)
         if self.condition is not None:
             assert lam is not None

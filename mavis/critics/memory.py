@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mavis.critics.forward import Place
+
 
 class Memory(nn.Module):
     """A recurrent network over the states of a response, begun at the prompt's last token.
@@ -65,9 +67,8 @@ class MemoryRows:
         self,
         memory: Memory,
         prefix_ids: Tensor,
-        lengths: Tensor,
         states: Tensor,
-        begins: bool | None,
+        place: Place,
         missing: Callable[[Tensor], None],
     ) -> Tensor:
         """Return the memory of every row after its latest state.
@@ -75,9 +76,8 @@ class MemoryRows:
         Args:
             memory: the network.
             prefix_ids: (B, L) integer, the ids that led to the states.
-            lengths: how many of them are tokens, (B,) integer.
             states: (B, H) float32.
-            begins: whether these states begin responses; None if they do unless all rows are known.
+            place: where in their responses the rows are.
             missing: told of a bool scalar that is True if a row that does not begin a response is not known; it raises,
                 at once or when the answer has arrived from an accelerator.
 
@@ -88,17 +88,17 @@ class MemoryRows:
         length = prefix_ids.shape[1]
         factors = self._factors_for(length, prefix_ids.device)
         products = prefix_ids * factors[:length]
-        now = products.sum(dim=1) + lengths * _OF_LENGTH
+        now = products.sum(dim=1) + place.lengths.to(prefix_ids.device) * _OF_LENGTH
         asked_before = levels.get(length)
-        if asked_before is not None and not begins and _equal(asked_before[0], now):
+        if asked_before is not None and not place.begins and _equal(asked_before[0], now):
             return asked_before[1]
         before = None
-        if not begins:
+        if not place.begins:
             earlier = now - products[:, -1] - _OF_LENGTH
-            before = self._find(levels.get(length - 1), earlier, begins, missing)
+            before = self._find(levels.get(length - 1), earlier, place.begins, missing)
         after = memory.step(states, before)
-        kept = levels.get(length - 1) if not begins else None
-        self._thread.levels = {length: (now, after)} | ({length - 1: kept} if kept is not None else {})
+        kept = {} if place.begins else {past: level for past, level in levels.items() if past >= place.oldest}
+        self._thread.levels = kept | {length: (now, after)}
         return after
 
     def _find(
@@ -126,11 +126,11 @@ class MemoryRows:
         """Give a number for each position, at least `length` of them."""
         kept = self._factors
         if len(kept) < length or kept.device != device:
-            kept = self._factors = _odd_numbers(torch.arange(max(1_024, 2 * length))).to(device)
+            kept = self._factors = odd_numbers(torch.arange(max(1_024, 2 * length))).to(device)
         return kept
 
 
-def _odd_numbers(positions: Tensor) -> Tensor:
+def odd_numbers(positions: Tensor) -> Tensor:
     """Give every position a number that looks random, by the steps of SplitMix64 (Steele et al., OOPSLA 2014)."""
     mixed = (positions + 2) * -7046029254386353131
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
@@ -138,7 +138,7 @@ def _odd_numbers(positions: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 31)) | 1
 
 
-_OF_LENGTH = int(_odd_numbers(torch.tensor(-1)))
+_OF_LENGTH = int(odd_numbers(torch.tensor(-1)))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

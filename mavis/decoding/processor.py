@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mavis.critics import Critic
+from mavis.critics.callers import assistance
 from mavis.critics.capture import generating_critic
 from mavis.decoding.weights import Weights, lambda_rows, strength_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
@@ -116,6 +117,16 @@ class MavisTilt(LogitsProcessor):
         Returns:
             (B, V) in the dtype of `scores`, which is not changed.
         """
+        assisting = assistance()
+        if assisting is not None and self.record_kl:
+            raise DecodingError(
+                "record_kl is True, but generate is assisted: it also asks about drafts, and which of them become part "
+                "of the response is not known here.",
+                "measure the KL without assistant_model and prompt_lookup_num_tokens; the responses' distribution is "
+                "the same.",
+            )
+        if assisting == "drafting":  # any draft will do: what becomes of it is decided by the policy's tilted scores
+            return scores
         critic = self.critic if self.critic is not None else generating_critic()
         if scores.shape[1] != critic.fingerprint.vocab_size:
             raise CriticError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics.headed import HeadedCritic
 from mavis.evaluation.statistics import calibration_table
 from mavis.math.returns import soft_returns
 from mavis.rollouts.collect import RolloutSettings
@@ -19,7 +19,7 @@ _MOST_RESPONSES = 240
 
 def value_calibration(
     policy: Any,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     reference: dict[str, list[Any]],
     sweep: dict[str, list[Any]],
     sampling: RolloutSettings,
@@ -61,7 +61,7 @@ def value_calibration(
 
 def _pairs(
     policy: Any,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     columns: dict[str, list[Any]],
     rows: list[int],
     objective: int,
@@ -78,7 +78,8 @@ def _pairs(
         index = rows[at : at + 64]
         lists = [[columns[name][i] for i in index] for name in ("prompt_ids", "response_ids", "kl", "rewards")]
         prompts, responses, kl_rows, rewards = lists
-        steps = replay(policy, Sequences.pack(prompts, responses), dummy, top_k=None, temperature=sampling.temperature)
+        sequences = Sequences.pack(prompts, responses)
+        steps = replay(policy, sequences, dummy, top_k=None, temperature=sampling.temperature)
         kl = torch.zeros(steps.kl.shape)
         for row, values in enumerate(kl_rows):
             kl[row, : len(values)] = torch.tensor(values)
@@ -89,7 +90,9 @@ def _pairs(
         step = ((lengths - 1) * quarter // 4).clamp_min(0)
         which = torch.arange(len(index), device=step.device)
         with torch.no_grad():
-            inputs = critic.inputs_of_responses(steps.states)[which, step]
+            device = steps.states.device
+            ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
+            inputs = critic.inputs_of_rollouts(ids, is_token, steps.states)[which, step]
             asked = lam.to(inputs.device).expand(len(inputs), -1)
             values = critic.values_of_inputs(inputs, steps.action_ids[which, step][:, None], asked)
         predicted.extend(values[:, 0, objective].tolist())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mavis.critics import HiddenStateCritic
 from mavis.critics.capture import forward_states
+from mavis.critics.headed import HeadedCritic
 from mavis.math.divergence import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
 
@@ -75,7 +75,7 @@ def replay(
     sequences: Sequences,
     embeddings: Tensor,
     *,
-    critic: HiddenStateCritic | None = None,
+    critic: HeadedCritic | None = None,
     lam: Tensor | None = None,
     top_k: int | None,
     temperature: float = 1.0,
@@ -108,7 +108,7 @@ def replay(
     states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
-    inputs_of_heads = critic.inputs_of_responses(states) if critic is not None else states
+    inputs_of_heads = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
     at_once = max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * logits.shape[2]))
     parts = [
         _figures(
@@ -141,7 +141,7 @@ def _figures(
     logits: Tensor,
     action_ids: Tensor,
     table: Tensor,
-    critic: HiddenStateCritic | None,
+    critic: HeadedCritic | None,
     lam: Tensor | None,
     top_k: int | None,
     temperature: float,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics.headed import HeadedCritic
 from mavis.rollouts.collect import RolloutSettings
 from mavis.rollouts.replay import Sequences, replay
 
@@ -22,9 +22,12 @@ class Features:
     """N replayed rollouts.
 
     Args:
-        states: (N, T, H), in the policy's dtype, on the CPU.
+        prompt_ids: (N, P) integer, padded on the left.
+        is_prompt: (N, P) bool, False on padding.
+        states: (N, T, H), in the policy's dtype, on the CPU; H is 0 for a critic that does not read them.
         action_ids: (N, T) integer.
-        expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that is being evaluated.
+        expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that is being evaluated; E is 0 where plain Monte
+            Carlo returns are asked for, which do not need it.
         kl: (N, T) float32, KL of that policy to the reference in nats, 0 after the end.
         is_response: (N, T) bool.
         rewards: (N, M) float32, normalised.
@@ -32,6 +35,8 @@ class Features:
         counts_for: (N, M) bool, True where that policy is the one whose value of objective m is asked for.
     """
 
+    prompt_ids: Tensor
+    is_prompt: Tensor
     states: Tensor
     action_ids: Tensor
     expected: Tensor
@@ -53,10 +58,11 @@ def extract(
     policy: Any,
     shards: Iterable[Any],
     embeddings: Tensor,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     settings: RolloutSettings,
     *,
     tilted: bool,
+    expectations: bool = True,
 ) -> Features:
     """Replay shards of rollouts, under the policy that their λ names.
 
@@ -68,6 +74,8 @@ def extract(
         settings: that the rollouts were sampled with.
         tilted: whether the policy to be evaluated is the one that the critic, as it is now, tilts; else it is the
             reference policy. Any other may have sampled the rollouts.
+        expectations: whether to compute the expected embeddings that return decomposition needs. Without them the KL
+            is the recorded one, of the policy that sampled.
 
     Returns:
         The features of all rollouts that have at least one response token.
@@ -79,22 +87,33 @@ def extract(
             rows = shard[at : at + _ROWS_PER_PASS]
             weights = torch.tensor(rows["weights"], dtype=torch.float64)
             lam = torch.tensor(rows["beta"], dtype=torch.float64)[:, None] * weights
-            steps = replay(
-                policy,
-                Sequences.pack(rows["prompt_ids"], rows["response_ids"]),
-                embeddings,
-                critic=critic if tilted else None,
-                lam=lam.float(),
-                top_k=settings.top_k,
-                temperature=settings.temperature,
-            )
+            sequences = Sequences.pack(rows["prompt_ids"], rows["response_ids"])
+            prompts = sequences.ids.shape[1] - sequences.is_response.shape[1]
+            if expectations:
+                steps = replay(
+                    policy,
+                    sequences,
+                    embeddings,
+                    critic=critic if tilted else None,
+                    lam=lam.float(),
+                    top_k=settings.top_k,
+                    temperature=settings.temperature,
+                )
+                states, expected, kl = steps.states.cpu(), steps.expected.cpu(), steps.kl.cpu()
+            else:
+                kl = _per_step(rows["kl"], sequences.is_response.shape[1])
+                states = expected = kl.new_zeros(*kl.shape, 0)
+                if critic.reads_states:
+                    states = replay(policy, sequences, embeddings[:, :0], top_k=None).states.cpu()
             parts.append(
                 Features(
-                    states=steps.states.cpu(),
-                    action_ids=steps.action_ids.cpu(),
-                    expected=steps.expected.cpu(),
-                    kl=steps.kl.cpu(),
-                    is_response=steps.is_response.cpu(),
+                    prompt_ids=sequences.ids[:, :prompts],
+                    is_prompt=sequences.is_token[:, :prompts],
+                    states=states if critic.reads_states else states[..., :0],
+                    action_ids=sequences.ids[:, prompts:],
+                    expected=expected,
+                    kl=kl,
+                    is_response=sequences.is_response,
                     rewards=critic.normalise(torch.tensor(rows["rewards"], dtype=torch.float64)).float(),
                     lam=lam.float(),
                     counts_for=weights != 0
@@ -107,14 +126,22 @@ def extract(
 
 def joined(parts: Sequence[Features]) -> Features:
     """Lay the rollouts of several sets side by side, the shorter ones padded."""
-    longest = max(part.kl.shape[1] for part in parts)
+    columns: dict[str, Tensor] = {}
+    for name in vars(parts[0]):
+        tensors = [getattr(part, name) for part in parts]
+        if name not in ("rewards", "lam", "counts_for"):
+            longest = max(tensor.shape[1] for tensor in tensors)
+            before = name in ("prompt_ids", "is_prompt")
+            tensors = [_padded(tensor, longest, before) for tensor in tensors]
+        columns[name] = torch.cat(tensors)
+    return Features(**columns)
 
-    def padded(tensor: Tensor) -> Tensor:
-        missing = longest - tensor.shape[1]
-        return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing)) if missing else tensor
 
-    per_step = ("states", "action_ids", "expected", "kl", "is_response")
-    return Features(
-        **{name: torch.cat([padded(getattr(part, name)) for part in parts]) for name in per_step},
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "lam", "counts_for")},
-    )
+def _padded(tensor: Tensor, length: int, before: bool) -> Tensor:
+    missing = length - tensor.shape[1]
+    where = (missing, 0) if before else (0, missing)
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + where) if missing else tensor
+
+
+def _per_step(rows: list[list[float]], length: int) -> Tensor:
+    return torch.stack([F.pad(torch.tensor(row, dtype=torch.float32), (0, length - len(row))) for row in rows])

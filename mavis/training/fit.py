@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError
 from mavis.math.mixture import kl_unit
 from mavis.math.returns import later_sum, soft_returns
@@ -27,6 +27,7 @@ class FitSettings:
         epochs: passes over the rollouts, ≥ 1; the one with the smallest held-out error is kept.
         batch_size: rollouts per step, ≥ 1.
         learning_rate: the peak, reached after a tenth of the steps and falling to 0 along a cosine.
+        trunk_rate: share of it that the trunk of a value model learns with, > 0.
         weight_decay: of AdamW.
         held_out: share of the rollouts that only choose the epoch, 0 < share < 1.
         target: `decomposition` subtracts the later advantages from every return, which leaves its mean and takes away
@@ -39,6 +40,7 @@ class FitSettings:
     epochs: int = 6
     batch_size: int = 32
     learning_rate: float = 3e-3
+    trunk_rate: float = 0.1
     weight_decay: float = 1e-2
     held_out: float = 0.1
     target: Target = "decomposition"
@@ -52,10 +54,12 @@ class FitSettings:
                 "0 < held_out < 1 and the others ≥ 1.",
                 "the defaults are 0.1, 6 and 32.",
             )
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
+        rates = self.learning_rate, self.trunk_rate
+        if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.weight_decay < math.inf:
             raise ConfigError(
-                f"learning_rate is {self.learning_rate} and weight_decay {self.weight_decay}; expected > 0 and ≥ 0.",
-                "the defaults are 3e-3 and 1e-2.",
+                f"learning_rate is {self.learning_rate}, trunk_rate {self.trunk_rate} and weight_decay "
+                f"{self.weight_decay}; expected > 0, > 0 and ≥ 0.",
+                "the defaults are 3e-3, 0.1 and 1e-2.",
             )
 
 
@@ -76,7 +80,7 @@ class FitReport:
 
 
 def fit(
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     features: Features,
     embeddings: Tensor,
     zeta: float,
@@ -114,18 +118,26 @@ def fit(
         The report.
 
     Raises:
-        ConfigError: if there are fewer than four rollouts.
+        ConfigError: if there are fewer than four rollouts, or decomposition is asked for a readout that would have to
+            read every candidate at every step.
 
     Source: soft policy evaluation of MAVIS (arXiv 2508.13415); the decomposition of a return into advantages is the
     one of Direct Advantage Estimation (Pan et al., NeurIPS 2022).
     """
     if len(features) < 4:
         raise ConfigError(f"there are {len(features)} rollouts to fit to.", "sample at least a few hundred.")
+    if settings.target == "decomposition" and critic.projection is None:
+        raise ConfigError(
+            "target is 'decomposition', but the readout 'candidates' would have to read every candidate at every step.",
+            "set target to monte_carlo and reuse to False, or choose the token readout.",
+        )
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=critic.token_table.device.type == "cpu")
+    accelerator = Accelerator(cpu=critic.reward_mean.device.type == "cpu")
     network = predictor = _Predictor(critic, embeddings, 0.0 if critic.conditioned else zeta, settings.target)
-    optimiser = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(
+        _groups(critic, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     network, optimiser = accelerator.prepare(network, optimiser)
     order = torch.Generator().manual_seed(seed)
     if held_out is None:
@@ -134,9 +146,11 @@ def fit(
     batches = math.ceil(len(training) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
 
+    critic.eval()
     losses = [_error(network, watched, settings, accelerator.device)[0].mean().item()]
     best, best_state = 0, _state(critic)
     for epoch in range(1, settings.epochs + 1):
+        critic.train()
         for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
             batch = _to(features.rows(index), accelerator.device)
             squared, weight = network(batch)
@@ -145,6 +159,7 @@ def fit(
             accelerator.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
+        critic.eval()
         losses.append(_error(network, watched, settings, accelerator.device)[0].mean().item())
         if losses[-1] < losses[best]:
             best, best_state = epoch, _state(critic)
@@ -169,10 +184,17 @@ def draw_held_out(rollouts: int, share: float, source: torch.Generator) -> Tenso
     return chosen
 
 
+def _groups(critic: HeadedCritic, settings: FitSettings) -> list[dict[str, Any]]:
+    slow = critic.trunk_parameters()
+    others = {id(parameter) for parameter in slow}
+    groups: list[dict[str, Any]] = [{"params": [p for p in critic.parameters() if id(p) not in others]}]
+    return [*groups, {"params": slow, "lr": settings.learning_rate * settings.trunk_rate}] if slow else groups
+
+
 class _Predictor(nn.Module):
     """The squared error of every step's prediction of its return."""
 
-    def __init__(self, critic: HiddenStateCritic, embeddings: Tensor, zeta: float, target: Target) -> None:
+    def __init__(self, critic: HeadedCritic, embeddings: Tensor, zeta: float, target: Target) -> None:
         super().__init__()
         self.critic, self.zeta, self.target = critic, zeta, target
         self.register_buffer("embeddings", embeddings, persistent=False)
@@ -181,11 +203,15 @@ class _Predictor(nn.Module):
         """Return squared errors and weights, (B, T, O) each; errors are already weighted."""
         critic, embeddings = self.critic, self.embeddings
         assert isinstance(embeddings, Tensor)
-        heads = critic.heads(critic.inputs_of_responses(batch.states), batch.lam[:, None])
-        slope, value = heads[..., :-1], heads[..., -1]
-        actions = critic.projection(embeddings[batch.action_ids])
-        prediction = value + torch.einsum("btor,btr->bto", slope, actions)
+        ids = torch.cat([batch.prompt_ids, batch.action_ids], dim=1)
+        is_token = torch.cat([batch.is_prompt, batch.is_response], dim=1)
+        heads = critic.heads(critic.inputs_of_rollouts(ids, is_token, batch.states), batch.lam[:, None])
+        slope, prediction = heads[..., :-1], heads[..., -1]
+        if critic.projection is not None:
+            actions = critic.projection(embeddings[batch.action_ids])
+            prediction = prediction + torch.einsum("btor,btr->bto", slope, actions)
         if self.target == "decomposition":
+            assert critic.projection is not None
             surprise = actions - critic.projection(batch.expected)
             advantage = torch.einsum("btor,btr->bto", slope, surprise) * batch.is_response[:, :, None]
             prediction = prediction + later_sum(advantage)
@@ -228,7 +254,7 @@ def _to(features: Features, device: torch.device) -> Features:
     return Features(**{name: tensor.to(device) for name, tensor in vars(features).items()})
 
 
-def _state(critic: HiddenStateCritic) -> dict[str, Tensor]:
+def _state(critic: HeadedCritic) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
 
 

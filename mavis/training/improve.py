@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mavis.critics import HiddenStateCritic, load_critic
+from mavis.critics import load_critic
 from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint, output_embedding
-from mavis.critics.hidden_state import token_embeddings
+from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import claimed, read_json, write_json
 from mavis.rewards import Objective
@@ -139,7 +139,7 @@ Progress = Callable[[str, int, int], None]
 def improve(
     policy: Any,
     tokenizer: Any,
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[str],
     folder: str | os.PathLike[str],
@@ -225,7 +225,11 @@ def improve(
         if settings.reuse:
             rounds += [_read_again(run, iteration, j, prompts, critic, settings) for j in range(iteration)]
         told = _told(rounds, f"iteration {iteration}: replay", say)
-        parts = [extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0) for shards in told]
+        decomposed = settings.fit.target == "decomposition"
+        parts = [
+            extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0, expectations=decomposed)
+            for shards in told
+        ]
         if iteration == 0 and critic.conditioned:  # whatever λ they are told, the policy is the reference
             weights, betas = _draw(len(parts[0]), len(critic.objectives), settings, [sampling.seed])
             parts[0] = replace(parts[0], lam=(betas[:, None] * weights).float())
@@ -300,7 +304,7 @@ def _read_again(
     iteration: int,
     earlier: int,
     prompts: Sequence[str],
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     settings: ImprovementSettings,
 ) -> list[Any]:
     """Read the rollouts of an earlier iteration, each with the λ of a policy of this one."""
@@ -345,7 +349,7 @@ def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Seque
     return torch.where(alone[:, None], corners, weights), torch.from_numpy(betas)
 
 
-def _means(critic: HiddenStateCritic, features: Features, beta: float) -> dict[str, dict[str, float]]:
+def _means(critic: HeadedCritic, features: Features, beta: float) -> dict[str, dict[str, float]]:
     rewards, kl = features.rewards.double(), features.kl.double().sum(1)
     groups: list[tuple[str, Tensor, Tensor, Tensor]] = []  # name, rows, weighted reward, β
     if critic.conditioned:
@@ -374,11 +378,11 @@ def _means(critic: HiddenStateCritic, features: Features, beta: float) -> dict[s
     return named
 
 
-def _adopt(critic: HiddenStateCritic, folder: Path) -> None:
+def _adopt(critic: HeadedCritic, folder: Path) -> None:
     critic.load_state_dict(load_critic(folder).state_dict())
 
 
-def _claim(run: Path, critic: HiddenStateCritic, prompts: Sequence[str], settings: ImprovementSettings) -> None:
+def _claim(run: Path, critic: HeadedCritic, prompts: Sequence[str], settings: ImprovementSettings) -> None:
     claim = {
         "settings": asdict(settings),
         "objectives": list(critic.objectives),
@@ -394,7 +398,7 @@ def _claim(run: Path, critic: HiddenStateCritic, prompts: Sequence[str], setting
 
 
 def _check(
-    critic: HiddenStateCritic,
+    critic: HeadedCritic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[str],
     composition: Composition,

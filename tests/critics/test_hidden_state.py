@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mavis
 from mavis import HiddenStateCritic
 from mavis.critics import Calibration
-from mavis.critics.hidden_state import token_embeddings
+from mavis.critics.headed import token_embeddings
 from mavis.errors import CriticError, PolicyError
 
 

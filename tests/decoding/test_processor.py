@@ -16,6 +16,7 @@ from mavis import HiddenStateCritic, MavisTilt
 from mavis.errors import CriticError, DecodingError, WeightsError
 
 MakeCritic = Callable[..., HiddenStateCritic]
+ByHand = Callable[..., torch.Tensor]
 Inputs = dict[str, torch.Tensor]
 
 
@@ -40,36 +41,6 @@ class Keep(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.seen.append((input_ids, scores))
         return scores
-
-
-def tilted_by_hand(
-    policy: Any,
-    critic: HiddenStateCritic,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    lam: list[float],
-    top_k: int | None,
-    temperature: float = 1.0,
-    banned: tuple[int, ...] = (),
-    prompt: int | None = None,
-) -> torch.Tensor:
-    """Write the step out for one unpadded prefix, from a forward pass without cache: log π, (V,).
-
-    A critic that remembers needs the number of tokens in the prompt.
-    """
-    with torch.no_grad():
-        out = policy(input_ids=ids[mask.bool()][None], output_hidden_states=True)
-        scores = out.logits[0, -1].double() / temperature
-        states = out.hidden_states[-1][:, -1 if prompt is None else prompt - 1 :]
-        inputs, rows = critic.inputs_of_responses(states)[:, -1], torch.tensor([lam])
-        values = critic.values_of_inputs(inputs, None, rows)[0].double()
-        spent = critic.kl_to_come_of_inputs(inputs, None, rows)[0].double() if critic.conditioned else torch.zeros(())
-    scores[list(banned)] = -torch.inf
-    keep = scores.topk(top_k).indices if top_k else torch.arange(len(scores))
-    tilted = torch.full_like(scores, -torch.inf)
-    tilt = (values * torch.tensor(lam, dtype=torch.float64)).sum(-1) - spent
-    tilted[keep] = scores[keep] + tilt[keep]
-    return torch.log_softmax(tilted, 0)
 
 
 def follow(policy: Any, inputs: Inputs, tilt: MavisTilt, steps: int = 6, **arguments: Any) -> Keep:
@@ -98,8 +69,28 @@ def follow(policy: Any, inputs: Inputs, tilt: MavisTilt, steps: int = 6, **argum
 @pytest.mark.parametrize("top_k", [7, None])
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"memory": 6}, {"composition": "conditioned"}, {"memory": 6, "composition": "conditioned"}],
-    ids=["plain", "memory", "conditioned", "conditioned memory"],
+    [
+        {},
+        {"memory": 6},
+        {"composition": "conditioned"},
+        {"memory": 6, "composition": "conditioned"},
+        {"readout": "token"},
+        {"readout": "candidates"},
+        {"readout": "candidates", "hidden": 0},
+        {"readout": "token", "composition": "conditioned"},
+        {"readout": "candidates", "composition": "conditioned"},
+    ],
+    ids=[
+        "plain",
+        "memory",
+        "conditioned",
+        "conditioned memory",
+        "token",
+        "candidates",
+        "linear candidates",
+        "conditioned token",
+        "conditioned candidates",
+    ],
 )
 def test_every_row_of_a_ragged_batch_is_tilted_as_if_it_were_alone(
     policy: Any,
@@ -108,6 +99,7 @@ def test_every_row_of_a_ragged_batch_is_tilted_as_if_it_were_alone(
     arguments: dict[str, Any],
     top_k: int | None,
     kind: dict[str, Any],
+    tilted_by_hand: ByHand,
 ) -> None:
     critic = make_critic(policy, **kind)
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [-0.5, 1.0]])
@@ -125,7 +117,9 @@ def test_every_row_of_a_ragged_batch_is_tilted_as_if_it_were_alone(
             torch.testing.assert_close(logprobs[row].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_new_generation_begins_a_new_memory(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+def test_a_new_generation_begins_a_new_memory(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, tilted_by_hand: ByHand
+) -> None:
     """Also where its prompt is what the last one ended with, where it is shorter, and where the batch is another."""
     critic = make_critic(llama, memory=6)
     first = {name: tensor[:1] for name, tensor in prompts.items()}
@@ -143,7 +137,7 @@ def test_a_new_generation_begins_a_new_memory(llama: Any, make_critic: MakeCriti
 
 
 def test_padding_that_looks_like_a_token_is_not_taken_for_one_by_the_memory(
-    llama: Any, make_critic: MakeCritic
+    llama: Any, make_critic: MakeCritic, tilted_by_hand: ByHand
 ) -> None:
     """Two rows with the same ids, of which one begins with padding, under beams that change places."""
     critic = make_critic(llama, memory=6)
@@ -267,7 +261,7 @@ def test_it_is_taken_bare_in_a_list_and_in_a_logits_processor_list(
 
 
 def test_a_beams_score_is_the_log_probability_of_its_tokens_under_the_tilted_policy(
-    llama: Any, make_critic: MakeCritic, prompts: Inputs
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, tilted_by_hand: ByHand
 ) -> None:
     critic = make_critic(llama)
     with critic.attach(llama):
@@ -295,7 +289,7 @@ def test_a_beams_score_is_the_log_probability_of_its_tokens_under_the_tilted_pol
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_at_a_temperature_the_final_distribution_is_the_papers(
-    llama: Any, make_critic: MakeCritic, prompts: Inputs, temperature: float
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, temperature: float, tilted_by_hand: ByHand
 ) -> None:
     critic = make_critic(llama)
     with critic.attach(llama):
@@ -316,7 +310,9 @@ def test_at_a_temperature_the_final_distribution_is_the_papers(
         torch.testing.assert_close(out.scores[0][row].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sampled_frequencies_are_the_exact_tilted_distribution(llama: Any, make_critic: MakeCritic) -> None:
+def test_sampled_frequencies_are_the_exact_tilted_distribution(
+    llama: Any, make_critic: MakeCritic, tilted_by_hand: ByHand
+) -> None:
     """A chi-square test on 20,000 first tokens; with a fixed seed it cannot flicker, with a fresh one it would raise a
     false alarm once in 100,000 runs."""
     critic = make_critic(llama)
@@ -395,7 +391,7 @@ def test_beta_zero_generates_exactly_what_the_plain_policy_does(
 
 
 def test_tokens_that_an_earlier_processor_banned_stay_banned_and_are_no_candidates(
-    llama: Any, make_critic: MakeCritic, prompts: Inputs
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, tilted_by_hand: ByHand
 ) -> None:
     critic = make_critic(llama)
     with critic.attach(llama):
@@ -595,36 +591,6 @@ def test_scores_that_no_caught_forward_pass_made_are_refused(
             tilt(ids, scores)
 
 
-def test_classifier_free_guidance_is_refused(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
-    critic = make_critic(llama)
-    with critic.attach(llama), pytest.raises(DecodingError, match="classifier-free guidance"):
-        llama.generate(
-            **prompts,
-            do_sample=False,
-            guidance_scale=1.5,
-            max_new_tokens=4,
-            logits_processor=MavisTilt([1.0, 0.5], critic, beta=2.0),
-        )
-
-
-def test_assisted_and_prompt_lookup_decoding_are_refused(llama: Any, make_critic: MakeCritic) -> None:
-    """They ask the processor about drafts before the policy has read them."""
-    import copy
-
-    critic = make_critic(llama)
-    prompt = torch.tensor([[1, 7, 3, 9, 7, 3, 9, 7, 3]])
-    for extra in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(llama)}):
-        with critic.attach(llama), pytest.raises(DecodingError, match=r"no forward pass|assisted and prompt-lookup"):
-            llama.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                max_new_tokens=20,
-                logits_processor=MavisTilt([1.0, 0.5], critic, beta=2.0),
-                **extra,
-            )
-
-
 def test_a_tilt_whose_critic_is_attached_to_no_policy_or_another_one_is_refused(
     llama: Any, make_critic: MakeCritic, prompts: Inputs
 ) -> None:
@@ -817,3 +783,59 @@ def test_a_processor_that_asks_the_output_embedding_itself_changes_nothing(
             for before in ([], [Lens()])
         ]
     assert torch.equal(outputs[0], outputs[1])
+
+
+# What a value model keeps
+
+
+@pytest.mark.parametrize("readout", ["token", "candidates"])
+def test_what_a_value_model_has_read_is_let_go_of_when_the_generation_is_over(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, readout: str
+) -> None:
+    critic: Any = make_critic(llama, readout=readout)
+    tilt = MavisTilt([1.0, 0.4], critic, beta=1.5, top_k=7)
+    with critic.attach(llama):
+        out = llama.generate(
+            **prompts, do_sample=False, max_new_tokens=3, logits_processor=tilt, return_dict_in_generate=True
+        )
+        kept = critic._reader._thread.kept
+        assert (
+            kept.length == prompts["input_ids"].shape[1] + 2
+        )  # no candidate, and not the last token, which none follows
+        del out
+        assert critic._reader._thread.kept is None
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_a_step_is_the_papers(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, temperature: float, objectives: int
+) -> None:
+    """Divide by T, keep the top k, add β Σ_m w_m V_m of every candidate read after the prefix, and normalise."""
+    critic: Any = make_critic(llama, ("a", "b")[:objectives], readout="candidates", hidden=0)
+    weights, beta, top_k = [0.8, 0.2][:objectives], 2.0, 6
+    tilt = MavisTilt(weights, critic, beta=beta, top_k=top_k, temperature=temperature)
+    torch.manual_seed(0)
+    with critic.attach(llama):
+        keep = follow(llama, prompts, tilt, do_sample=True, temperature=temperature)
+    for ids, processed in keep.seen:
+        generated = ids.shape[1] - prompts["input_ids"].shape[1]
+        for row, asked in enumerate(prompts["attention_mask"]):
+            prefix = ids[row][torch.cat([asked, torch.ones(generated, dtype=torch.long)]).bool()]
+            with torch.no_grad():
+                scores = llama(prefix[None]).logits[0, -1] / temperature
+                kept, candidates = scores.topk(top_k)
+                values = torch.stack(
+                    [
+                        critic.heads(
+                            torch.nn.functional.layer_norm(
+                                critic.trunk(torch.cat([prefix, token[None]])[None]).last_hidden_state[0, -1], (16,)
+                            )
+                        )[:, 0]
+                        for token in candidates
+                    ]
+                )
+                probs = (kept + beta * (values @ torch.tensor(weights))).softmax(-1)
+            ours = (processed[row] / temperature).softmax(-1)
+            torch.testing.assert_close(ours[candidates], probs, atol=1e-6, rtol=1e-5)
+            assert float(ours.sum()) == pytest.approx(1.0)

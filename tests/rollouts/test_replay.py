@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mavis.critics import HiddenStateCritic
-from mavis.critics.hidden_state import token_embeddings
+from mavis.critics.headed import token_embeddings
 from mavis.decoding import MavisTilt
 from mavis.rollouts.replay import Sequences, Steps, replay
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mavis.critics import HiddenStateCritic
-from mavis.critics.hidden_state import token_embeddings
+from mavis.critics.headed import token_embeddings
 from mavis.rollouts import Plan, RolloutSettings, collect
 from mavis.rollouts.replay import Sequences, replay
 from mavis.training.features import Features, extract

@@ -44,6 +44,8 @@ def make_features(rollouts: int = 400, objectives: int = 1, *, kl: float = 0.0, 
     before = hits.cumsum(1) - hits
     states = F.one_hot(torch.arange(STEPS) * STEPS + before, STATES).float()
     return Features(
+        prompt_ids=torch.zeros(rollouts, 1, dtype=torch.long),
+        is_prompt=torch.ones(rollouts, 1, dtype=torch.bool),
         states=states,
         action_ids=actions,
         expected=torch.full((rollouts, STEPS, TOKENS), 1 / TOKENS),
@@ -324,6 +326,8 @@ def tilted_features(rollouts: int, seed: int) -> Features:
     hits = (actions == 0).long()
     states = F.one_hot(torch.arange(STEPS) * STEPS + hits.cumsum(1) - hits, STATES).float()
     return Features(
+        prompt_ids=torch.zeros(rollouts, 1, dtype=torch.long),
+        is_prompt=torch.ones(rollouts, 1, dtype=torch.bool),
         states=states,
         action_ids=actions,
         expected=probs[:, None, :].expand(-1, STEPS, -1).contiguous(),

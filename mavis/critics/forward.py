@@ -1,0 +1,171 @@
+"""One forward pass of the policy, as a hook before it sees it: which tokens it reads, and where."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mavis.errors import DecodingError
+
+
+class Place(NamedTuple):
+    """Where in their responses the rows of a step are."""
+
+    lengths: Tensor
+    """How many of each row's ids are tokens, (B,) integer."""
+    begins: bool | None
+    """Whether their last token ends a prompt; None where it cannot be told from the pass."""
+    oldest: int
+    """The shortest prefix that a later step can go on from."""
+
+
+@dataclass(slots=True)
+class Forward:
+    """Which tokens at which positions made which hidden states.
+
+    Args:
+        ids: (B, S) token ids that go in.
+        start: position of the first of them, which is the length of the cache before the pass.
+        mask: what tells padding: (B, ≥ start + S), a mask of four dimensions, several of them by name, or None.
+        positions: (B or 1, S) integer, counted without padding, or None.
+        cache: what the pass writes to, or None.
+        hidden: (B, S', H) states that reached the output embedding: the last S' ≤ S positions.
+        asked: the first index into S whose states were asked for, or None.
+    """
+
+    ids: Tensor
+    start: int
+    mask: Any = None
+    positions: Tensor | None = None
+    cache: weakref.ref[Any] | None = None
+    hidden: Tensor | None = None
+    asked: int | None = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], previous: Forward | None) -> Forward | None:
+        """Read a pass off the arguments of the policy's `forward`.
+
+        Args:
+            args: the arguments by position.
+            kwargs: the arguments by name.
+            previous: the pass before, in the same thread.
+
+        Returns:
+            The pass, or None if it has no ids or how long its cache is cannot be told.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        cache = cache if cache is not None else kwargs.get("cache_params")  # what state-space models call it
+        follows = (
+            cache is not None and previous is not None and previous.cache is not None and previous.cache() is cache
+        )
+        before = previous if follows else None
+        start = _length(cache, before)
+        if start is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is None and before is not None and isinstance(before.mask, Tensor) and before.mask.dim() == 2:
+            mask = F.pad(before.mask, (0, ids.shape[1]), value=1)  # state-space models are told of padding only once
+        return cls(
+            ids,
+            start,
+            mask=mask,
+            positions=kwargs.get("position_ids"),
+            cache=weakref.ref(cache) if cache is not None else None,
+        )
+
+    @property
+    def taken(self) -> int:
+        """S, how many tokens of each row the pass reads."""
+        return self.ids.shape[1]
+
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.start + self.taken
+
+    @property
+    def cached(self) -> bool:
+        """Whether the pass writes to a cache."""
+        return self.cache is not None
+
+    def place(self, length: int) -> Place:
+        """Say where in their responses the rows are at a prefix whose states were asked for.
+
+        The first index of a pass that is asked about ends a prompt if all before it was read in this pass, or several
+        tokens on top of a cache. Drafts are asked about one after the other, from the one token that is no draft.
+
+        Args:
+            length: number of ids, of which the last is in this pass.
+        """
+        index = length - 1 - self.start
+        begins = index == self.asked and (self.start == 0 or index > 0)
+        return Place(
+            lengths=self._lengths(length),
+            begins=begins if self.cached else None,
+            oldest=self.start if self.cached else length - 1,
+        )
+
+    def is_padding(self, index: int) -> Tensor | None:
+        """Tell which rows have padding at an index of a pass that begins: (B,) bool, or None where no mask says so."""
+        masks = self.mask.values() if isinstance(self.mask, dict) else [self.mask]
+        mask = next((mask for mask in masks if isinstance(mask, Tensor)), None)
+        if self.start or mask is None:
+            return None
+        if mask.dim() == 2 and mask.shape[1] >= self.taken:
+            return mask[:, index] == 0
+        if mask.dim() == 4 and mask.shape[2] == self.taken:  # a token sees itself, padding does not
+            own = mask[:, 0, index, index]
+            return ~own if own.dtype == torch.bool else own != 0
+        return None
+
+    def is_token(self, length: int) -> Tensor:
+        """Tell tokens from padding among the first ids of every row: (B or 1, length) bool."""
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= self.end:
+            return mask[:, :length].bool()
+        if mask is not None and (self.positions is None or self.positions.shape[1] != self.taken):
+            raise DecodingError(
+                "the policy's attention mask is not by token and comes without position_ids, so that padding cannot be "
+                "told from tokens.",
+                "let generate build the masks.",
+            )
+        # Padding is on the left, so how many tokens there are says where they begin.
+        return torch.arange(length, device=self.ids.device) >= length - self._lengths(length)[:, None]
+
+    def _lengths(self, length: int) -> Tensor:
+        """Count the tokens among the first ids of every row, without waiting for an accelerator."""
+        mask, positions = self.mask, self.positions
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= self.end:
+            return mask[:, :length].sum(dim=1)
+        if mask is not None and positions is not None and positions.dim() == 2 and positions.shape[1] == self.taken:
+            return positions[:, length - 1 - self.start] + 1
+        return torch.full_like(self.ids[:1, 0], length)
+
+
+def _length(cache: Any | None, before: Forward | None) -> int | None:
+    """Count the tokens of each row that a cache holds; None if that cannot be told.
+
+    Args:
+        cache: what the pass writes to, or None.
+        before: the pass before, if it wrote to the same cache.
+    """
+    if cache is None:
+        return 0
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # the states of state-space models do not say how many tokens they have read
+        if before is not None:
+            return before.end
+        return None if cache.has_previous_state() else 0
+    if not isinstance(length, Tensor):
+        return int(length)
+    # A static cache counts on its device, and asking it would make the host wait.
+    return before.end if before is not None and length.device.type != "cpu" else int(length)

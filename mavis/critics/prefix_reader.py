@@ -1,0 +1,318 @@
+"""A small language model that reads prefixes and candidates while a policy generates, with a cache of its own."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mavis.critics.prefix_cache import PADDING, KeptPrefixes, StepMask
+from mavis.errors import CriticError, DecodingError
+
+_AT_ONCE = 512
+"""How many candidates one forward pass reads at most: the part of the mask that is theirs grows with their square."""
+_SUITABLE = "take a decoder of plain attention that reads position_ids, such as a Llama, Qwen2, Gemma or GPT-2."
+_SLIDING = "sliding_attention"
+_SHORT_WINDOW = 3
+"""The window with which a trunk is tried, so that a few tokens show which of its layers have one."""
+_UNDERSTOOD_WINDOWS = {
+    *("sliding_window", "use_sliding_window", "max_window_layers"),
+    *("sliding_window_pattern", "_sliding_window_pattern"),
+}
+_MOST_WRONG, _MOST_WRONG_ON_ACCELERATORS, _MOST_WRONG_IN_HALF_PRECISION = 1e-4, 5e-3, 0.05
+"""How much of their size a trunk's states may be off when it is tried; accelerators may round products to ten bits."""
+
+
+class PrefixReader:
+    """Reads prefixes with a trunk, every token once as far as possible, and candidates as if each stood alone.
+
+    What has been read is kept per thread, and the next call goes on from it: longer prefixes are read on, rows that
+    have changed places, doubled or dropped out are found again, prefixes that are shorter or end otherwise are cut to
+    what they share with known ones, and anything else is read anew. So is everything after a change of the trunk's
+    weights in place.
+
+    Args:
+        trunk: a decoder without output embedding; its attention is set to `sdpa`, or to `eager` if it has no `sdpa`
+            that takes the masks of candidates.
+
+    Raises:
+        CriticError: if the trunk's states cannot be computed step by step, which is tried.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        reason = _unsuitable(trunk)
+        if reason:
+            raise CriticError(f"trunk is a {type(trunk).__name__}, {reason}.", _SUITABLE)
+        self._trunk: Any = trunk
+        self._thread = threading.local()
+        self._weights = [weight for weight in trunk.parameters() if not weight.is_inference()]
+        self._embedding, self._positions = _tables(trunk)
+        self._attention = ""
+        self._windows: dict[str, int | None] = {}
+        self._find_masks()
+
+    def read(
+        self,
+        prefix_ids: Tensor,
+        is_token: Tensor,
+        candidate_ids: Tensor | None = None,
+        *,
+        missing: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Compute the trunk's last hidden states at the ends of prefixes, or at candidates that follow them.
+
+        Args:
+            prefix_ids: (B, L) integer, L ≥ 1.
+            is_token: (B, L) bool, False on the padding, which is on the left.
+            candidate_ids: (B, K) integer, K ≥ 1, or None.
+            missing: for a trunk on an accelerator, where the host would have to wait for a comparison of the ids with
+                those of the call before: rows that are as long or a token longer are taken to go on from these, and it
+                is told of a bool scalar that is True if some do not; it raises, at once or when the answer has arrived.
+                Without it the host waits, and whatever the rows are, they are read.
+
+        Returns:
+            (B, H) float32, or (B, K, H) with candidates.
+
+        Raises:
+            CriticError: if the trunk is in training mode or takes other masks now.
+            DecodingError: if the shapes do not fit, a row ends with padding, or there are more positions than learnt.
+        """
+        self._check_call(prefix_ids, is_token, candidate_ids)
+        if candidate_ids is not None and candidate_ids.shape[1] > _AT_ONCE:
+            parts = candidate_ids.split(_AT_ONCE, dim=1)
+            return torch.cat([self.read(prefix_ids, is_token, part, missing=missing) for part in parts], dim=1)
+        # A buffer made in inference mode could not be written to outside it, so none is.
+        with torch.inference_mode(False), torch.no_grad():
+            device = self._embedding.weight.device
+            is_token = is_token.to(device)
+            ids = torch.where(is_token, prefix_ids.to(device), PADDING)
+            kept = self._take(ids, None if device.type == "cpu" else missing)
+            length = ids.shape[1]
+            if candidate_ids is not None:
+                result = self._forward(kept, is_token, ids, candidate_ids.to(device))
+            else:
+                if kept.state is None and kept.length == length:
+                    kept.cut(length - 1)
+                if kept.length < length:
+                    self._forward(kept, is_token, ids, ids[:, :0])
+                assert kept.state is not None
+                result = kept.state.clone()
+            self._thread.kept = kept
+            return result
+
+    def release(self) -> None:
+        """Let go of what this thread has read."""
+        self._thread.kept = None
+
+    def release_all(self) -> None:
+        """Let go of what any thread has read."""
+        self._thread = threading.local()
+
+    def _take(self, ids: Tensor, missing: Callable[[Tensor], None] | None) -> KeptPrefixes:
+        """Take what is kept out of its place and make it a beginning of the prefixes.
+
+        It is put back when the call has succeeded: one that breaks off leaves nothing half-written behind.
+        """
+        kept: KeptPrefixes | None = getattr(self._thread, "kept", None)
+        self._thread.kept = None
+        embedding = self._embedding.weight
+        versions = sum([weight._version for weight in self._weights])
+        weights = (id(embedding), embedding.data_ptr(), embedding.dtype, embedding.device, versions)
+        if kept is not None and kept.weights != weights:
+            kept = None
+        if kept is not None and missing is not None and ids.shape[1] - kept.length in (0, 1):
+            kept.go_on_unseen(ids, missing)
+            return kept
+        if not bool((ids[:, -1] != PADDING).all()):
+            raise DecodingError(
+                "prefix_ids has rows that end with padding, expected the padding on the left.",
+                "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+            )
+        if kept is not None and kept.go_on(ids):
+            return kept
+        return KeptPrefixes(ids, {kind: StepMask(window) for kind, window in self._windows.items()}, weights)
+
+    def _forward(self, kept: KeptPrefixes, is_token: Tensor, ids: Tensor, candidate_ids: Tensor) -> Tensor:
+        """Read what is new of the prefixes, and candidates: (B, K, H) float32."""
+        length, candidates = ids.shape[1], candidate_ids.shape[1]
+        new = length - kept.length
+        tokens = is_token.sum(dim=1, keepdim=True)
+        # The last of a prefix is a token, so a sum gives its position; those of more come from counting them all.
+        of_new = tokens[:, :new] - 1 if new < 2 else (is_token.cumsum(dim=1)[:, -new:] - 1).clamp_(min=0)
+        unread = ids[:, kept.length :] * is_token[:, kept.length :]  # for padding the trunk gets an id that it knows
+        dtype = self._embedding.weight.dtype
+        masks = {kind: mask.mask(is_token, new, candidates, dtype) for kind, mask in kept.masks.items()}
+        hidden: Tensor = self._trunk(
+            input_ids=torch.cat([unread, candidate_ids], dim=1),
+            attention_mask=masks.get("", masks),
+            position_ids=torch.cat([of_new, tokens.expand(-1, candidates)], dim=1),
+            past_key_values=kept.cache,
+            use_cache=True,
+        )[0]
+        kept.cache.keep(length)
+        kept.length = length
+        if new:
+            kept.state = hidden[:, new - 1].to(torch.float32, copy=True)
+        return hidden[:, new:].float()
+
+    def _check_call(self, prefix_ids: Tensor, is_token: Tensor, candidate_ids: Tensor | None) -> None:
+        shape = tuple(prefix_ids.shape)
+        if len(shape) != 2 or not shape[1] or is_token.shape != shape or is_token.dtype != torch.bool:
+            raise DecodingError(
+                f"prefix_ids has shape {shape} and is_token {tuple(is_token.shape)} of {is_token.dtype}, expected "
+                "(B, L) for both, L ≥ 1, and bool.",
+                "pass the ids that the logits processor is called with, and attention_mask.bool() for them.",
+            )
+        shape = tuple(candidate_ids.shape) if candidate_ids is not None else (len(prefix_ids), 1)
+        if len(shape) != 2 or shape[0] != len(prefix_ids) or not shape[1]:
+            raise DecodingError(
+                f"candidate_ids has shape {shape}, expected ({len(prefix_ids)}, K) with K ≥ 1.",
+                "pass a row of candidates for every prefix, or None for the states of the prefixes themselves.",
+            )
+        longest = prefix_ids.shape[1] + (candidate_ids is not None)
+        if self._positions is not None and longest > self._positions:
+            raise DecodingError(
+                f"prefix_ids has {prefix_ids.shape[1]} positions, but the trunk has learnt {self._positions}, one of "
+                "which a candidate needs.",
+                "generate fewer tokens, or use a trunk with rotary positions.",
+            )
+        if self._trunk.training:
+            raise CriticError("trunk is in training mode, in which dropout changes its states.", "call critic.eval().")
+        if self._trunk.config._attn_implementation != self._attention:
+            raise CriticError(
+                f"trunk has attention {self._trunk.config._attn_implementation!r}, expected {self._attention!r}, which "
+                "the reader has set.",
+                "leave a trunk's attention as it is, or make a new reader.",
+            )
+
+    def _find_masks(self) -> None:
+        """Set the trunk's attention to one that takes the masks of candidates, and find out by trial which masks.
+
+        Raises:
+            CriticError: if none makes states equal to those of whole prefixes.
+        """
+        config: Any = self._trunk.config
+        before, window = config._attn_implementation, getattr(config, "sliding_window", None)
+        options: list[dict[str, int | None]] = [{"": None}] + ([{"": window}] if window else [])
+        if kinds := getattr(config, "layer_types", None):
+            options.append({kind: window if kind == _SLIDING else None for kind in kinds})
+        weight = self._embedding.weight
+        most = _MOST_WRONG if weight.device.type == "cpu" else _MOST_WRONG_ON_ACCELERATORS
+        most = most if weight.dtype.itemsize >= 4 else _MOST_WRONG_IN_HALF_PRECISION
+        reason = ""
+        with _in_evaluation_mode(self._trunk):
+            for attention in ("sdpa", "eager"):
+                tried = []
+                for windows in options:
+                    try:
+                        self._trunk.set_attn_implementation(attention)
+                        self._attention = config._attn_implementation
+                        tried.append((self._error(windows), windows))
+                    except Exception as failure:  # what a trunk of another kind raises, nobody knows
+                        reason = reason or f"which raises {type(failure).__name__}: {failure}"
+                    self.release()
+                error, self._windows = min(tried, key=lambda one: one[0], default=(float("inf"), {}))
+                if error <= most:
+                    return
+                if tried:
+                    reason = (
+                        f"whose states step by step differ from those of whole prefixes by {error:.1g} of their size"
+                    )
+        self._trunk.set_attn_implementation(before)
+        raise CriticError(f"trunk is a {type(self._trunk).__name__}, {reason}.", _SUITABLE)
+
+    def _error(self, windows: dict[str, int | None]) -> float:
+        """Read random prefixes step by step, with windows that are short, and say how wrong the states are.
+
+        Returns:
+            The root mean square of the difference from whole prefixes without cache and padding, as a share of theirs.
+        """
+        with _short_window(self._trunk.config):
+            self._windows = {kind: _SHORT_WINDOW if window else None for kind, window in windows.items()}
+            weight, generator = self._embedding.weight, torch.Generator().manual_seed(0)
+            ids = torch.randint(len(weight), (2, 8), generator=generator).to(weight.device)
+            candidates = torch.randint(len(weight), (2, 4), generator=generator).to(weight.device)
+            padding = (0, 3)
+            is_token = torch.arange(8, device=weight.device) >= torch.tensor(padding, device=weight.device)[:, None]
+            read, whole = [], []
+            for length, some in ((4, 2), (5, 2), (6, 2), (6, 4), (8, 4)):
+                prefixes, offered = ids[:, :length], candidates[:, :some]
+                read.append(self.read(prefixes, is_token[:, :length], offered))
+                read.append(self.read(prefixes, is_token[:, :length])[:, None])
+                states = [self._whole(prefixes[row, padding[row] :], offered[row]) for row in range(2)]
+                whole += [torch.stack([one[:, -1] for one in states]), torch.stack([one[:1, -2] for one in states])]
+            expected = torch.cat(whole, dim=1)
+            return float((torch.cat(read, dim=1) - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+    @torch.no_grad()
+    def _whole(self, prefix: Tensor, candidates: Tensor) -> Tensor:
+        """Read a prefix (L,) and each of its candidates (K,) anew and without cache: (K, L + 1, H) float32."""
+        ids = torch.cat([prefix.expand(len(candidates), -1), candidates[:, None]], dim=1)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        states: Tensor = self._trunk(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+        )[0]
+        return states.float()
+
+
+def _unsuitable(trunk: Any) -> str:
+    """Say why a trunk need not even be tried, or nothing: what a few tokens would not show is refused here."""
+    if not isinstance(trunk, PreTrainedModel):
+        return "which is no model of transformers"
+    if any(weight.is_meta for weight in trunk.parameters()):
+        return "whose weights are on the meta device"
+    if trunk.get_output_embeddings() is not None:
+        return "which has an output embedding, unlike its base model"
+    if any(getattr(module, "is_causal", True) is False for module in trunk.modules()):
+        return "whose attention is not causal"
+    takes = inspect.signature(trunk.forward).parameters
+    if missing := {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"} - set(takes):
+        return f"whose forward does not take {', '.join(sorted(missing))}"
+    config = trunk.config.to_dict()
+    if unknown := set(config.get("layer_types") or ()) - {"full_attention", _SLIDING}:
+        return f"which has layers of {', '.join(sorted(unknown))}"
+    for name, value in config.items():
+        if value and ("window" in name or "attention_chunk" in name) and name not in _UNDERSTOOD_WINDOWS:
+            return f"whose {name} of {value} is not known to be a matter of its masks"
+    rope = config.get("rope_parameters") or {}
+    for kind in [rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))]:
+        if kind in ("dynamic", "longrope"):
+            return f"whose rotary frequencies ({kind}) change with the length, so that keys cannot be kept"
+    return ""
+
+
+def _tables(trunk: Any) -> tuple[Any, int | None]:
+    """Return a trunk's input embedding, and of how many positions it has learnt a table, or None if it has none."""
+    embedding, most = trunk.get_input_embeddings(), getattr(trunk.config, "max_position_embeddings", None)
+    tables = [module for module in trunk.modules() if isinstance(module, nn.Embedding) and module is not embedding]
+    return embedding, most if most and any(most <= table.num_embeddings <= most + 2 for table in tables) else None
+
+
+@contextmanager
+def _in_evaluation_mode(trunk: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in trunk.modules()]
+    trunk.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """Shorten the window of a trunk, if it has one."""
+    window = getattr(config, "sliding_window", None)
+    if window:
+        config.sliding_window = _SHORT_WINDOW
+    try:
+        yield
+    finally:
+        if window:
+            config.sliding_window = window

@@ -1,0 +1,297 @@
+"""The paper's critic: a small language model of its own, with value heads on its last state."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+
+from mavis.critics.base import Composition
+from mavis.critics.fingerprint import Fingerprint
+from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
+from mavis.critics.prefix_reader import PrefixReader
+from mavis.errors import CriticError, closest
+from mavis.math.mixture import tilt_coefficients
+
+Readout = Literal["token", "candidates"]
+"""Where values are read: for all tokens at once at the prefix's last token, or at every candidate after the prefix."""
+
+
+class ValueModelCritic(HeadedCritic):
+    """Values from the last state of a small language model that all objectives share, the trunk.
+
+        candidates:  Q_m(s, a) = V_m(z(s ⊕ a))
+        token:       Q_m(s, a) = V_m(z(s)) + ⟨A_m(z(s)), u_a⟩
+
+    where z is the trunk's last hidden state, normed. `candidates` is the paper's form: the trunk reads every candidate,
+    each after the prefix and blind to the others. `token` reads one token a step, however many candidates there are.
+    The trunk keeps a cache of its own, which follows `generate` through beams, rollbacks and new prompts.
+
+    Args:
+        objectives: M distinct names.
+        fingerprint: the policy this critic is for; gives V.
+        backbone: the trunk's configuration, as plain data with its `model_type`.
+        readout: `token` or `candidates`.
+        embedding_size: E, width of the policy's input embedding.
+        hidden: width of each head; 0 for heads that are linear in z, as the paper's.
+        rank: r, size of u_a in the `token` readout.
+        composition: how the objectives' values become a tilt.
+
+    Raises:
+        CriticError: if a size, the readout or the composition is impossible, the trunk is no decoder or knows fewer
+            tokens than the policy, or a name is repeated.
+
+    Source: MAVIS (arXiv 2508.13415).
+    """
+
+    kind = "value_model"
+    reads_states = False
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        fingerprint: Fingerprint,
+        backbone: Mapping[str, Any],
+        readout: Readout = "token",
+        embedding_size: int = 1,
+        hidden: int = 128,
+        rank: int = 64,
+        composition: Composition = "independent",
+    ) -> None:
+        if readout not in get_args(Readout):
+            raise CriticError(f"readout is {readout!r}.", closest(str(readout), get_args(Readout)))
+        check_sizes(rank=rank)
+        config = _configuration(backbone)
+        super().__init__(
+            objectives,
+            fingerprint,
+            composition,
+            input_size=config.get_text_config().hidden_size,
+            embedding_size=embedding_size,
+            hidden=hidden,
+            rank=rank if readout == "token" else 0,
+        )
+        self.readout: Readout = readout
+        self._rank = rank
+        self._embedding_size = embedding_size
+        self.trunk: Any = AutoModel.from_config(config)
+        rows = self.trunk.get_input_embeddings().weight.shape[0]
+        if rows < fingerprint.vocab_size:
+            raise CriticError(
+                f"backbone knows {rows} tokens, but the policy writes {fingerprint.vocab_size}.",
+                "choose a backbone with the policy's own tokenizer.",
+            )
+        self._reader: PrefixReader | None = None
+        self._watched: Any = None
+
+    @classmethod
+    def for_policy(
+        cls,
+        policy: Any,
+        objectives: Sequence[str],
+        *,
+        backbone: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
+        readout: Readout = "token",
+        hidden: int = 128,
+        rank: int = 64,
+        composition: Composition = "independent",
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> ValueModelCritic:
+        """Build a critic that fits a policy; it predicts 0 until it is trained.
+
+        Args:
+            policy: a causal LM with input and output embeddings.
+            objectives: M distinct names.
+            backbone: the trunk: a folder or hub id of any `AutoModel` decoder, a configuration for one with random
+                weights, or None for a copy of the policy without its output embedding.
+            tokenizer: the policy's, to be compared with that of a backbone that is loaded.
+            readout: `token` or `candidates`.
+            hidden: width of each head; 0 for linear heads.
+            rank: size of a token's vector in the `token` readout.
+            composition: `independent` or `conditioned`.
+            trust_remote_code: whether a loaded backbone may bring code of its own.
+            seed: of the initial weights.
+
+        Raises:
+            PolicyError: if the policy has no output embedding.
+            CriticError: if the backbone cannot be loaded, has another vocabulary, or a size, the readout or the
+                composition is impossible.
+        """
+        trunk: Any = None
+        config: Any
+        if backbone is None:
+            trunk = policy.base_model
+            config = trunk.config
+            if any(weight.is_meta for weight in trunk.parameters()):
+                raise CriticError(
+                    "backbone is None, but the policy's weights are kept elsewhere and cannot be copied.",
+                    "name the folder or hub id that the policy was loaded from.",
+                )
+        elif isinstance(backbone, PreTrainedConfig):
+            config = backbone
+        else:
+            trunk = _loaded(backbone, trust_remote_code)
+            config = trunk.config
+            _check_tokenizer(backbone, tokenizer, trust_remote_code)
+        width = policy.get_input_embeddings().weight.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            critic = cls(
+                objectives, Fingerprint.of(policy), config.to_dict(), readout, width, hidden, rank, composition
+            )
+        if trunk is not None:
+            critic.trunk.load_state_dict(copy.deepcopy(trunk.state_dict()))
+        critic.refresh_token_table(token_embeddings(policy))
+        return critic.eval()
+
+    def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
+        """See `HeadedCritic.inputs_of_rollouts`; in the `candidates` readout the heads read each step's own token."""
+        steps = states.shape[1]
+        positions = (is_token.long().cumsum(1) - 1).clamp_min(0)
+        read = self.trunk(
+            input_ids=ids, attention_mask=is_token.long(), position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return self._normed(read[:, -steps:] if self.readout == "candidates" else read[:, -steps - 1 : -1])
+
+    def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+        """See `Critic.tilt`."""
+        if self.readout == "token":
+            return super().tilt(prefix_ids, candidate_ids, lam)
+        with torch.no_grad():
+            inputs = self._candidate_inputs(prefix_ids, candidate_ids)
+            coefficients = tilt_coefficients(lam) if self.conditioned else lam
+            each = inputs.shape[1]
+            mixed = self.heads.mixed(
+                inputs.flatten(0, 1), coefficients.repeat_interleave(each, dim=0), lam.repeat_interleave(each, dim=0)
+            )
+            return mixed.view(len(inputs), each)
+
+    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
+        """See `Critic.values`."""
+        if self.readout == "token":
+            return super().values(prefix_ids, candidate_ids, lam)
+        with torch.no_grad():
+            inputs = self._candidate_inputs(prefix_ids, candidate_ids)
+            if lam is None:
+                lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
+            return self.heads(inputs, lam[:, None])[..., 0][..., : len(self.objectives)]
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """See `HeadedCritic.trunk_parameters`."""
+        return list(self.trunk.parameters())
+
+    def settings(self) -> dict[str, Any]:
+        """See `Critic.settings`."""
+        return super().settings() | {
+            "backbone": _plain(self.trunk.config),
+            "readout": self.readout,
+            "embedding_size": self._embedding_size,
+            "rank": self._rank,
+        }
+
+    def detach(self) -> None:
+        """See `Critic.detach`."""
+        super().detach()
+        self._reader = self._watched = None
+
+    def _on_attach(self, policy: Any) -> None:
+        super()._on_attach(policy)
+        self._reader, self._watched = PrefixReader(self.eval().trunk), threading.local()
+
+    def _inputs(self, prefix_ids: Tensor) -> Tensor:
+        return self._normed(self._read(prefix_ids, None))
+
+    def _candidate_inputs(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
+        if candidate_ids is None:
+            every = torch.arange(self.fingerprint.vocab_size, device=prefix_ids.device)
+            candidate_ids = every.expand(len(prefix_ids), -1)
+        return self._normed(self._read(prefix_ids, candidate_ids))
+
+    def _read(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
+        self._states(prefix_ids)  # not for the states: that these rows are the attached policy's is checked there
+        assert self._capture is not None
+        assert self._reader is not None
+        # What was read is let go of together with the policy's own cache, whose end nothing else announces.
+        cache, reader = self._capture.cache, self._reader
+        watched: weakref.ref[Any] | None = getattr(self._watched, "cache", None)
+        if cache is not None and (watched is None or watched() is not cache):
+            self._watched.cache = weakref.ref(cache, lambda _: reader.release())
+        place = self._capture.place(prefix_ids)
+        missing = self._capture.lost if place.begins is False else None
+        return reader.read(prefix_ids, self._capture.is_token(prefix_ids), candidate_ids, missing=missing)
+
+    def _outputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None) -> Tensor:
+        if self.readout == "token":
+            return super()._outputs(inputs, candidate_ids, lam)
+        if lam is None:
+            lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
+        return self.heads(inputs, lam)[..., 0][:, None]  # the inputs have read the token
+
+    def _normed(self, states: Tensor) -> Tensor:
+        return F.layer_norm(states.float(), states.shape[-1:])
+
+
+def _configuration(backbone: Mapping[str, Any]) -> PreTrainedConfig:
+    plain = dict(backbone)
+    model_type = plain.pop("model_type", None)
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(model_type, **plain)
+    except (ValueError, TypeError) as error:
+        raise CriticError(
+            f"backbone has model_type {model_type!r}, which transformers does not know.",
+            "choose a model that AutoModel can build without code of its own.",
+        ) from error
+    config.dtype = torch.float32
+    return config
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """Turn a configuration into plain data, without where it came from."""
+    content = config.to_diff_dict() | {"model_type": config.model_type}
+    return {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
+
+
+def _loaded(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
+    name = str(source)
+    folder = Path(name).expanduser()
+    try:
+        return AutoModel.from_pretrained(
+            str(folder) if folder.exists() else name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
+        raise CriticError(
+            f"backbone is {name!r}, which cannot be loaded: {said}.",
+            "give a folder with config.json and *.safetensors, a hub id, or a configuration.",
+        ) from error
+
+
+def _check_tokenizer(source: str | os.PathLike[str], tokenizer: Any, trust_remote_code: bool) -> None:
+    if tokenizer is None:
+        return
+    folder = Path(str(source)).expanduser()
+    try:
+        other = AutoTokenizer.from_pretrained(
+            str(folder) if folder.exists() else str(source), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError):
+        return  # a folder without a tokenizer says nothing
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise CriticError(
+            f"backbone {str(source)!r} has another vocabulary than the policy's tokenizer.",
+            "its token ids would mean other words; choose a backbone with the policy's own tokenizer.",
+        )

@@ -1,0 +1,169 @@
+"""The value model: what it is built from, what its heads read, what its folder holds, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import mavis
+from mavis.critics import ValueModelCritic
+from mavis.errors import CriticError
+
+READOUTS = ("token", "candidates")
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def llama(vocabulary: int = 30, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **SIZES)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def words(count: int, prefix: str = "t") -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({f"{prefix}{i}": i for i in range(count)}, unk_token=f"{prefix}0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=f"{prefix}0")
+
+
+def talkative(policy: Any, **options: Any) -> ValueModelCritic:
+    critic = ValueModelCritic.for_policy(policy, ["a", "b"], **({"hidden": 8, "rank": 4} | options))
+    with torch.no_grad():
+        critic.heads.outer.normal_()
+        critic.heads.bias.normal_()
+    return critic
+
+
+IDS = torch.tensor([[0, 5, 7, 9, 11, 3], [2, 4, 8, 1, 6, 10]])
+IS_TOKEN = torch.tensor([[False, True, True, True, True, True], [True, True, True, True, True, False]])
+NO_STATES = torch.zeros(2, 3, 0)
+
+
+@pytest.fixture
+def policy() -> Any:
+    return llama()
+
+
+# What it is built from
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_an_untrained_critic_predicts_nothing(policy: Any, readout: Any) -> None:
+    critic = ValueModelCritic.for_policy(policy, ["a", "b"], readout=readout)
+    inputs = critic.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)[:, 0]
+    assert (critic.values_of_inputs(inputs, torch.zeros(2, 1, dtype=torch.long)) == 0).all()
+    assert not critic.training
+
+
+def test_without_a_backbone_the_trunk_begins_as_a_copy_of_the_policy(policy: Any) -> None:
+    critic = ValueModelCritic.for_policy(policy, ["a"])
+    ours, theirs = critic.trunk.state_dict(), policy.model.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name])
+        assert tensor.data_ptr() != theirs[name].data_ptr()
+    assert all(parameter.requires_grad for parameter in critic.trunk_parameters())
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
+
+
+def test_a_backbone_is_a_configuration_or_a_folder(policy: Any, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=32)
+    small = ValueModelCritic.for_policy(policy, ["a"], backbone=config, seed=1)
+    assert small.trunk.config.model_type == "gpt2"
+    assert small.heads.inner.shape[0] == 8
+    same = ValueModelCritic.for_policy(policy, ["a"], backbone=config, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
+    other = llama(seed=5)
+    other.save_pretrained(tmp_path / "other")
+    words(30).save_pretrained(tmp_path / "other")
+    loaded = ValueModelCritic.for_policy(policy, ["a"], backbone=tmp_path / "other", tokenizer=words(30))
+    assert torch.equal(loaded.trunk.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
+# What its heads read
+
+
+def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(policy: Any) -> None:
+    """Three response tokens each, of which the second row has two."""
+    states = {}
+    with torch.no_grad():
+        for row in range(2):
+            ids = IDS[row][IS_TOKEN[row]][None]
+            states[row] = policy.model(input_ids=ids).last_hidden_state[0]
+        normed = {row: torch.nn.functional.layer_norm(found, (16,)) for row, found in states.items()}
+        token = ValueModelCritic.for_policy(policy, ["a"]).inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)
+        candidates = ValueModelCritic.for_policy(policy, ["a"], readout="candidates").inputs_of_rollouts(
+            IDS, IS_TOKEN, NO_STATES
+        )
+    torch.testing.assert_close(token[0], normed[0][-4:-1])
+    torch.testing.assert_close(candidates[0], normed[0][-3:])
+    torch.testing.assert_close(token[1, :2], normed[1][-3:-1])
+    torch.testing.assert_close(candidates[1, :2], normed[1][-2:])
+
+
+# Its folder
+
+
+@pytest.mark.parametrize(
+    ("readout", "options"),
+    [("token", {}), ("candidates", {"hidden": 0}), ("token", {"composition": "conditioned"})],
+)
+def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
+    critic = talkative(policy, readout=readout, **options)
+    critic.save(tmp_path / "critic")
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    assert str(tmp_path) not in (tmp_path / "critic" / "config.json").read_text()
+    again = mavis.load_critic(tmp_path / "critic")
+    assert isinstance(again, ValueModelCritic)
+    assert again.settings() == critic.settings()
+    assert not again.training
+    with torch.no_grad():
+        found = [c.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)[:, 1] for c in (critic, again)]
+        ids = torch.tensor([[3], [9]])
+        assert torch.equal(*found)
+        assert torch.equal(*(c.values_of_inputs(i, ids) for c, i in zip((critic, again), found, strict=True)))
+
+
+def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Path) -> None:
+    talkative(policy).save(tmp_path / "critic")
+    path = tmp_path / "critic" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["backbone"]["model_type"] = "nothing"
+    path.write_text(json.dumps(config))
+    with pytest.raises(CriticError, match="is corrupt or truncated: backbone has model_type 'nothing'"):
+        mavis.load_critic(tmp_path / "critic")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"readout": "tokens"}, "readout is 'tokens'.*did you mean 'token'"),
+        ({"rank": 0}, "rank is 0, expected a whole number ≥ 1"),
+        ({"hidden": -1}, "hidden is -1, expected a whole number ≥ 0"),
+        ({"hidden": 0, "composition": "conditioned"}, "hidden is 0, but linear heads cannot read λ"),
+        ({"backbone": GPT2Config(vocab_size=29, n_embd=8, n_layer=1, n_head=2)}, "backbone knows 29 tokens, but .* 30"),
+        ({"backbone": "no/such/model"}, "backbone is 'no/such/model', which cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(policy: Any, options: Any, message: str) -> None:
+    with pytest.raises(CriticError, match=message):
+        ValueModelCritic.for_policy(policy, ["a"], **options)
+
+
+def test_a_policy_that_is_not_in_memory_cannot_be_copied() -> None:
+    with pytest.raises(CriticError, match="backbone is None, but the policy's weights are kept elsewhere"):
+        ValueModelCritic.for_policy(llama().to("meta"), ["a"])
+
+
+def test_a_backbone_with_another_vocabulary_is_refused(policy: Any, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "other")
+    words(30, prefix="w").save_pretrained(tmp_path / "other")
+    with pytest.raises(CriticError, match="has another vocabulary than the policy's tokenizer.*would mean other words"):
+        ValueModelCritic.for_policy(policy, ["a"], backbone=tmp_path / "other", tokenizer=words(30))
