@@ -5,7 +5,7 @@ top-k candidates at every step; `generate` sets the tilt and the policy's `gener
 and `evaluate` measures it.
 """
 
-from mavis.critics import Critic, HiddenStateCritic, load_critic
+from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, load_critic
 from mavis.decoding import MavisTilt, generate
 from mavis.errors import MavisError
 from mavis.evaluation import evaluate
@@ -14,9 +14,11 @@ from mavis.version import __version__
 
 __all__ = [
     "Critic",
+    "CriticGroup",
     "HiddenStateCritic",
     "MavisError",
     "MavisTilt",
+    "ValueModelCritic",
     "__version__",
     "evaluate",
     "generate",

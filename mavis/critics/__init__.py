@@ -3,7 +3,8 @@
 from mavis.critics.base import Attachment, Critic
 from mavis.critics.calibration import Calibration
 from mavis.critics.checkpoint import load_critic
+from mavis.critics.group import CriticGroup
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.value_model import ValueModelCritic
 
-__all__ = ["Attachment", "Calibration", "Critic", "HiddenStateCritic", "ValueModelCritic", "load_critic"]
+__all__ = ["Attachment", "Calibration", "Critic", "CriticGroup", "HiddenStateCritic", "ValueModelCritic", "load_critic"]

@@ -38,6 +38,8 @@ class Critic(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    catches_up: bool = True
+    """Whether steps may be left out: what it needs of them it finds when it is next asked."""
     reward_mean: Tensor
     reward_std: Tensor
     trained_up_to: Tensor
@@ -214,14 +216,22 @@ class Critic(nn.Module, ABC):
                 )
         try:
             yield
-            if self._capture is not None:
-                self._capture.settle(wait=True)
+            self.settle()
         finally:
             if borrowed:
                 with _borrowing:
                     self._borrowers -= 1
                     if self._borrowers == 0:
                         self.detach()
+
+    def settle(self) -> None:
+        """Raise if something that was wrong in this thread's generation has been found out since.
+
+        Raises:
+            DecodingError: if rows could not be matched to the policy's forward passes.
+        """
+        if self._capture is not None:
+            self._capture.settle(wait=True)
 
     @property
     def restarted(self) -> bool:

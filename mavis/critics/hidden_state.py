@@ -64,6 +64,7 @@ class HiddenStateCritic(HeadedCritic):
             rank=rank,
         )
         self.memory = Memory(fingerprint.hidden_size, memory) if memory else None
+        self.catches_up = self.memory is None
         self._memory_rows: MemoryRows | None = None
 
     @classmethod

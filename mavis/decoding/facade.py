@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from mavis.critics import Critic
+from mavis.critics import Critic, CriticGroup
 from mavis.critics.capture import attached_critic
 from mavis.decoding.processor import MavisTilt
 from mavis.decoding.weights import Weights
@@ -38,11 +38,12 @@ def generate(
     inputs: Mapping[str, Tensor] | Tensor,
     *,
     weights: Weights,
-    critic: Critic | None = None,
+    critic: Critic | Sequence[Critic] | None = None,
     beta: float | Sequence[float] | Tensor | None = None,
     target_kl: float | None = None,
     top_k: int | None = 40,
     temperature: float = 1.0,
+    entropy_gate: float | None = None,
     **generate_arguments: Any,
 ) -> Any:
     """Generate from a policy under preference weights.
@@ -55,11 +56,13 @@ def generate(
         policy: a causal LM that can `generate`.
         inputs: what its tokenizer returned (`input_ids` and `attention_mask`), padded on the left, or ids (B, L).
         weights: see `MavisTilt`.
-        critic: attached for this call if it is not attached yet; None takes the one attached to the policy.
+        critic: one, or several under one tilt; attached for this call if it is not attached yet; None takes the one
+            attached to the policy.
         beta: see `MavisTilt`.
         target_kl: see `MavisTilt`.
         top_k: see `MavisTilt`.
         temperature: T > 0, for the tilt and for `generate`.
+        entropy_gate: see `MavisTilt`.
         generate_arguments: anything else `policy.generate` takes, such as `max_new_tokens`, `num_beams`,
             `do_sample` (True unless given) or further logits processors, which run before the tilt.
 
@@ -70,8 +73,17 @@ def generate(
         CriticError: if no critic is given or attached, or it is attached to another policy.
         DecodingError, WeightsError: see `MavisTilt`; also for inputs that are no tensors or padded on the right.
     """
-    critic = critic if critic is not None else attached_critic(policy)
-    tilt = MavisTilt(weights, critic, beta=beta, target_kl=target_kl, top_k=top_k, temperature=temperature)
+    chosen: Any = CriticGroup(critic) if isinstance(critic, list | tuple) else critic
+    chosen = chosen if chosen is not None else attached_critic(policy)
+    tilt = MavisTilt(
+        weights,
+        chosen,
+        beta=beta,
+        target_kl=target_kl,
+        top_k=top_k,
+        temperature=temperature,
+        entropy_gate=entropy_gate,
+    )
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if not isinstance(inputs, Mapping | Tensor):
         raise DecodingError(
@@ -90,7 +102,7 @@ def generate(
     earlier = generate_arguments.pop("logits_processor", None)
     processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
     config, others = agreeing_config(policy, temperature, generate_arguments)
-    with critic.attached_to(policy):
+    with chosen.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mavis.critics import Critic
+from mavis.critics import Critic, CriticGroup
 from mavis.critics.callers import assistance
 from mavis.critics.capture import generating_critic
 from mavis.decoding.weights import Weights, lambda_rows, strength_rows
@@ -41,6 +41,7 @@ class _Generation:
     prompt_ids: Tensor
     length: int
     kl: list[Tensor] = field(default_factory=list)
+    steered: list[Tensor] = field(default_factory=list)
     has_ended: Tensor | None = None
 
     def ended(self, input_ids: Tensor, end_ids: list[int]) -> Tensor | None:
@@ -65,13 +66,16 @@ class MavisTilt(LogitsProcessor):
     Args:
         weights: a mapping from objective to weight, M numbers, a tensor (M,) or (R, M), or one mapping per prompt.
             With R rows each serves B/R consecutive rows of the batch. Finite; need not sum to one.
-        critic: an attached critic; None takes the one attached to the policy that is generating in this thread.
+        critic: an attached critic, or several, whose tilts are added and whose objectives are weighed together; None
+            takes the one attached to the policy that is generating in this thread.
         beta: tilt strength in 1 / reward, ≥ 0, one number or one per prompt; the *inverse* of the β of DPO and RLHF
             papers. None takes the critic's calibrated default.
         target_kl: distance to the reference in nats per sequence, instead of beta; > 0.
         top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate.
         temperature: T > 0 that `generate` will divide by afterwards.
         record_kl: keep every step's exact KL for `kl`.
+        entropy_gate: leave a row as it is at steps where the policy's own distribution at T has less than so many nats
+            of entropy, ≥ 0: there it is sure already. None tilts every step. See `steered`.
 
     Raises:
         DecodingError: for a bad beta, target_kl, top_k or temperature.
@@ -84,22 +88,28 @@ class MavisTilt(LogitsProcessor):
     def __init__(
         self,
         weights: Weights,
-        critic: Critic | None = None,
+        critic: Critic | Sequence[Critic] | None = None,
         *,
         beta: float | Sequence[float] | Tensor | None = None,
         target_kl: float | None = None,
         top_k: int | None = 40,
         temperature: float = 1.0,
         record_kl: bool = False,
+        entropy_gate: float | None = None,
     ) -> None:
+        if isinstance(critic, list | tuple):
+            critic = CriticGroup(critic)
         if critic is not None and not isinstance(critic, Critic):
             raise CriticError(
                 f"critic is a {type(critic).__name__}, expected a critic.", "use mavis.load_critic(folder)."
             )
         _check_settings(beta, target_kl, top_k, temperature)
-        self._weights, self.critic = weights, critic
+        _check_gate(entropy_gate)
+        self._weights = weights
+        self.critic: Critic | None = critic
         self._beta, self._target_kl = beta, target_kl
         self.top_k, self.temperature, self.record_kl = top_k, float(temperature), record_kl
+        self.entropy_gate = entropy_gate
         self._rows: tuple[Critic, Tensor] | None = None
         self._lambda: _Lambda | None = None
         self._thread = threading.local()
@@ -135,26 +145,37 @@ class MavisTilt(LogitsProcessor):
             )
         spread = self._spread(critic, scores)
         generation = self._follow(critic, input_ids)
-        ended = generation.ended(input_ids, _end_ids(critic)) if self.record_kl else None
+        recorded = self.record_kl or self.entropy_gate is not None
+        ended = generation.ended(input_ids, _end_ids(critic)) if recorded else None
         if spread.lam is None:
             if self.record_kl:
                 generation.kl.append(torch.zeros(len(scores), device=scores.device))
             return scores
         precise = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+        passed = spread.passed
+        if self.entropy_gate is not None:
+            sure = _entropy(precise, self.temperature) < self.entropy_gate
+            passed = sure if passed is None else passed | sure
+            generation.steered.append(_share(passed, ended))
+            # Elsewhere than on the CPU the host would have to wait to know.
+            if passed.device.type == "cpu" and critic.catches_up and bool(passed.all()):
+                if self.record_kl:
+                    generation.kl.append(torch.zeros(len(scores)))
+                return scores
         logits, ids = candidates(precise, self.top_k) if self.top_k is not None else (precise, None)
         tilt = critic.tilt(input_ids, ids, spread.lam)
         logprobs = tilted_logprobs(logits, tilt.to(logits.device), self.temperature)
         if self.record_kl:
             whole = torch.logsumexp(precise / self.temperature, dim=-1, keepdim=True)
             kl = step_kl(logprobs, logits / self.temperature - whole)
-            kl = kl if spread.passed is None else kl.masked_fill(spread.passed[:, 0], 0.0)
+            kl = kl if passed is None else kl.masked_fill(passed[:, 0], 0.0)
             generation.kl.append(kl if ended is None else kl.masked_fill(ended, 0.0))
         if self.temperature != 1.0:
             logprobs = logprobs * self.temperature
         if ids is not None:
             logprobs = torch.full_like(precise, -torch.inf).scatter_(1, ids, logprobs)
-        if spread.passed is not None:
-            logprobs = torch.where(spread.passed, precise, logprobs)
+        if passed is not None:
+            logprobs = torch.where(passed, precise, logprobs)
         return logprobs.to(scores.dtype)
 
     # `generate` takes the length of what it is given and iterates over it: a processor alone is a list of one.
@@ -182,6 +203,23 @@ class MavisTilt(LogitsProcessor):
                 "build the tilt with record_kl=True and generate first.",
             )
         return torch.stack(generation.kl, dim=1)
+
+    @property
+    def steered(self) -> Tensor:
+        """The share of each response's steps that were tilted in this thread's latest generation: (B,) in [0, 1].
+
+        Raises:
+            DecodingError: if the tilt was built without an entropy gate, which alone leaves steps out, or has not
+                generated yet.
+        """
+        generation = getattr(self._thread, "generation", self._generation)
+        if self.entropy_gate is None or generation is None or not generation.steered:
+            raise DecodingError(
+                f"steered was asked for, but entropy_gate is {self.entropy_gate} and "
+                f"{'nothing' if generation is None else 'a response'} was generated.",
+                "build the tilt with entropy_gate=0.1 or so and generate first.",
+            )
+        return torch.stack(generation.steered, dim=1).nanmean(dim=1)
 
     def _rows_for(self, critic: Critic) -> Tensor:
         kept = self._rows
@@ -269,6 +307,28 @@ def _check_groups(prompt_ids: Tensor, rows: int) -> None:
             f"weights has {rows} rows for {len(prompt_ids)} prompts: row {first} would serve batch rows "
             f"{first * size} to {(first + 1) * size - 1}, but their prompts differ.",
             "give one row of weights per prompt.",
+        )
+
+
+def _entropy(scores: Tensor, temperature: float) -> Tensor:
+    """Measure how unsure the policy is: (B, 1) in nats."""
+    return torch.special.entr(torch.softmax(scores / temperature, dim=-1)).sum(dim=-1, keepdim=True)
+
+
+def _share(passed: Tensor, ended: Tensor | None) -> Tensor:
+    """Tell the rows (B,) that are tilted from those that are not, 1 and 0, and from those that have ended, NaN."""
+    steered = (~passed[:, 0]).float()
+    return steered if ended is None else steered.masked_fill(ended, torch.nan)
+
+
+def _check_gate(entropy_gate: object) -> None:
+    if entropy_gate is None:
+        return
+    wrong = isinstance(entropy_gate, bool) or not isinstance(entropy_gate, int | float)
+    if wrong or not 0 <= entropy_gate < math.inf:  # type: ignore[operator]
+        raise DecodingError(
+            f"entropy_gate is {entropy_gate!r}, expected nats ≥ 0 or None.",
+            "0.1 leaves out steps that are all but sure.",
         )
 
 

@@ -1,0 +1,148 @@
+"""Several critics as one: one per objective, or of different kinds, each attached to the same policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mavis.critics.base import Attachment, Critic
+from mavis.errors import CriticError
+
+
+class CriticGroup(Critic):
+    """The objectives of several critics side by side; the tilt is the sum of theirs.
+
+        tilt(s, a) = Σ_critics Σ_m λ_m Q_m(s, a)
+
+    Args:
+        critics: for the same shape of policy, of the `independent` composition, with no objective in common. They may
+            be attached already, all to the same policy.
+
+    Raises:
+        CriticError: if there is none, two share an objective, one is conditioned (it knows nothing of the others'
+            objectives), or they are for different policies.
+    """
+
+    kind = "group"
+
+    def __init__(self, critics: Sequence[Critic]) -> None:
+        members = list(critics)
+        if not members or not all(isinstance(critic, Critic) for critic in members):
+            raise CriticError(
+                f"critic is {[type(critic).__name__ for critic in members]}, expected critics.", "e.g. [one, another]."
+            )
+        names = [name for critic in members for name in critic.objectives]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise CriticError(f"objective {twice[0]!r} belongs to two of the critics.", "leave one of them out.")
+        for critic in members:
+            if critic.conditioned:
+                raise CriticError(
+                    f"the critic of {', '.join(critic.objectives)} is conditioned, so its values hold for its own "
+                    "objectives' mixtures only.",
+                    "group critics of the independent composition, or train one conditioned critic for all objectives.",
+                )
+            shape = critic.fingerprint.hidden_size, critic.fingerprint.vocab_size
+            first = members[0].fingerprint
+            if shape != (first.hidden_size, first.vocab_size):
+                raise CriticError(
+                    f"the critics were made for different policies: hidden size and tokens are {shape} and "
+                    f"{(first.hidden_size, first.vocab_size)}.",
+                    "group critics of one policy.",
+                )
+        super().__init__(names, members[0].fingerprint)
+        self.critics = nn.ModuleList(members)
+        self.catches_up = all(critic.catches_up for critic in members)
+        self._slices: list[slice] = []
+        for critic in members:
+            start = self._slices[-1].stop if self._slices else 0
+            self._slices.append(slice(start, start + len(critic.objectives)))
+        self.reward_mean.copy_(torch.cat([critic.reward_mean.cpu() for critic in members]))
+        self.reward_std.copy_(torch.cat([critic.reward_std.cpu() for critic in members]))
+
+    def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+        """See `Critic.tilt`."""
+        tilts = [
+            critic.tilt(prefix_ids, candidate_ids, lam[:, columns])
+            for critic, columns in zip(self._members, self._slices, strict=True)
+        ]
+        return torch.stack(tilts).sum(0)
+
+    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
+        """See `Critic.values`."""
+        return torch.cat([critic.values(prefix_ids, candidate_ids) for critic in self._members], dim=-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Refuse: a group is put together where it is used.
+
+        Raises:
+            CriticError: always.
+        """
+        raise CriticError("a group of critics is not a critic folder.", "save each of its critics.")
+
+    def attach(self, policy: Any) -> Attachment:
+        """Attach every critic; see `Critic.attach`. If one cannot be, none stays attached."""
+        with ExitStack() as undo:
+            for critic in self._members:
+                critic.attach(policy)
+                undo.callback(critic.detach)
+            undo.pop_all()
+        return _GroupAttachment(self)
+
+    @contextmanager
+    def attached_to(self, policy: Any) -> Iterator[None]:
+        """Be attached to a policy for the time of a block; critics that are attached to it already stay so."""
+        with ExitStack() as ties:
+            for critic in self._members:
+                ties.enter_context(critic.attached_to(policy))
+            yield
+
+    def detach(self) -> None:
+        """See `Critic.detach`."""
+        for critic in self._members:
+            critic.detach()
+
+    def settle(self) -> None:
+        """See `Critic.settle`."""
+        for critic in self._members:
+            critic.settle()
+
+    @property
+    def restarted(self) -> bool:
+        """See `Critic.restarted`."""
+        return self._members[0].restarted
+
+    @property
+    def attached_policy(self) -> Any | None:
+        """The policy that every critic of the group is attached to, or None."""
+        policies = [critic.attached_policy for critic in self._members]
+        return policies[0] if all(policy is policies[0] for policy in policies) else None
+
+    @property
+    def _members(self) -> list[Any]:
+        return list(self.critics)
+
+
+class _GroupAttachment(Attachment):
+    """The tie between a group and a policy."""
+
+    def __init__(self, group: CriticGroup) -> None:
+        self._group = group
+
+    def detach(self) -> None:
+        """Detach every critic."""
+        self._group.detach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._group.settle()
+        finally:
+            self.detach()
