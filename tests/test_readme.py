@@ -31,7 +31,8 @@ def blocks(language: str) -> list[str]:
 def mavis(command: str, where: Path) -> str:
     words = shlex.split(command, comments=True)
     assert words[0] == "mavis"
-    extra = f"{FEWER[words[1]]} {SWEEP if '-m' in words else ''} threads=1".split()
+    few = "-m" in words or "critic=value_model" in words or "improvement=conditioned" in words
+    extra = f"{FEWER[words[1]]} {SWEEP if few else ''} threads=1".split()
     # The later of two equal settings would be an error, so what the README gives is kept.
     given = {word.partition("=")[0] for word in words}
     extra = list({word.partition("=")[0]: word for word in extra if word.partition("=")[0] not in given}.values())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics import load_critic
+from mavis.critics import ValueModelCritic, load_critic
 
 TELL = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
 
@@ -72,6 +72,33 @@ def test_other_options_of_an_objective_in_the_same_folder_are_refused(
     assert_refused(
         ran, "holds a run whose objectives are configured otherwise: brevity.scale. Hint: name a new output folder"
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("critic.readout=token", "critic.hidden=8", "critic.rank=4"),
+        ("critic.readout=candidates", "critic.hidden=0", "experiment=paper"),
+    ],
+    ids=["token", "candidates"],
+)
+def test_a_value_model_is_trained_and_used_like_any_critic(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    others = [item for item in small if not item.startswith("critic.")]
+    ran = mavis("train", *others, "critic=value_model", *options, "output=run")
+    assert ran.code == 0, ran.err
+    critic = load_critic(tmp_path / "run" / "critic")
+    assert isinstance(critic, ValueModelCritic)
+    assert critic.readout == options[0].partition("=")[2]
+    assert critic.calibration is not None
+    told = mavis("generate", *TELL, "checkpoint=run/critic", "prompt=the dog", "decoding.top_k=20")
+    assert told.code == 0, told.err
+    assert told.out.startswith("the dog")
+
+
+def test_a_critic_of_no_kind_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
+    assert_refused(mavis("train", *small, "critic.kind=value", "output=run"), "critic.kind is 'value'.")
 
 
 def test_one_objective_asked_for_trains_one_head(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
