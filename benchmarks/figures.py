@@ -58,15 +58,18 @@ def efficiency() -> str:
 def overhead() -> str:
     """The price of a tilt: tokens per second against plain `generate`."""
     content = read("decode")
+    ratios = {
+        (row["policy"], row["objectives"], row["top_k"], row["batch"]): f"{row['ratio']:.3f}" for row in content["rows"]
+    }
+    batches = sorted({batch for *_, batch in ratios})
     rows = [
         [
-            {"random": "random Llama 8 × 512, 32,000 tokens"}.get(row["policy"], row["policy"]),
-            str(row["batch"]),
-            str(row["objectives"]),
-            str(row["top_k"]),
-            f"{row['ratio']:.3f}",
+            {"random": "random Llama 8 × 512, 32,000 tokens"}.get(policy, policy),
+            str(objectives),
+            str(top_k),
+            *(ratios.get((policy, objectives, top_k, batch), "–") for batch in batches),
         ]
-        for row in content["rows"]
+        for policy, objectives, top_k in dict.fromkeys(key[:-1] for key in ratios)
     ]
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
@@ -74,7 +77,45 @@ def overhead() -> str:
         f"(`benchmarks/bench_decode.py`; "
         f"{content['config']['new_tokens']} tokens after {content['config']['context']}, medians of at least "
         f"{content['config']['repeats']} rounds in which each way runs between two plain runs):\n\n"
-        + table(["policy", "batch", "objectives", "candidates", "ratio"], rows)
+        + table(["policy", "objectives", "candidates", *(f"batch {batch}" for batch in batches)], rows)
+    )
+
+
+def optimum() -> str:
+    """Exact worlds: what is reached of what can be gained, with exact values and with learnt ones."""
+    exact, learnt = read("exact"), read("exact-learnt")
+    config = learnt["config"]
+    beta, last = config["beta"], config["iterations"]
+    shown = sorted({0, 1, 2, max(row["iteration"] for row in exact["rows"])})
+    groups: dict[tuple[str, str, int], list[float]] = {}
+    for row in exact["rows"]:
+        if row["beta"] == beta:
+            groups.setdefault((row["kind"], row["composition"], row["iteration"]), []).append(row["share"])
+
+    def cell(found: list[float]) -> str:
+        return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+    rows = [
+        [kind, composition, *(cell(groups[kind, composition, iteration]) for iteration in shown)]
+        for kind, composition in dict.fromkeys(key[:2] for key in groups)
+    ]
+    ends: dict[tuple[str, str], list[float]] = {}
+    for row in learnt["rows"]:
+        if row["weights"] == [0.5, 0.5] and row["iteration"] == last:
+            ends.setdefault((row["composition"], row["critic"]), []).append(row["share"])
+    told = [
+        [composition, f"{ends[composition, 'exact'][0]:.3f}", cell(ends[composition, "hidden_state"])]
+        for composition in dict.fromkeys(composition for composition, _ in ends)
+    ]
+    seeds = len({row["seed"] for row in exact["rows"]})
+    return (
+        "Share of the gain J* − J_ref that is reached in worlds that dynamic programming solves, with exact values at "
+        f"β = {beta:g}, by iteration: mean and range over {seeds} worlds of each kind and a grid of weights "
+        "(`benchmarks/bench_exact.py`):\n\n"
+        + table(["rewards", "composition", *(f"iteration {iteration}" for iteration in shown)], rows)
+        + f"\nThe same at equal weights with heads that were trained from {config['rollouts']:,} sampled responses per "
+        f"iteration, in one {config['kind']} world after {last} iterations: mean and range of {len(config['seeds'])} "
+        "seeds (`benchmarks/bench_exact_learnt.py`):\n\n" + table(["composition", "exact values", "learnt heads"], told)
     )
 
 
@@ -83,7 +124,7 @@ def main() -> int:
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    made = before + START + "\n" + efficiency() + "\n" + overhead() + "\n" + END + after
+    made = before + START + "\n" + efficiency() + "\n" + optimum() + "\n" + overhead() + "\n" + END + after
     if "--check" in sys.argv[1:]:
         if made != text:
             print("README.md does not hold the figures of benchmarks/results; run python benchmarks/figures.py")
