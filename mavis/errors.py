@@ -52,6 +52,15 @@ class EvaluationError(MavisError):
     """A quantity that the given evaluation data cannot support."""
 
 
+PAD_ON_THE_LEFT = "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."
+"""The hint for prompts that are padded on the wrong side, or are no tensors."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """Quote what a library says in one line, without its end: the rest is about its own options."""
+    return " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant.
 

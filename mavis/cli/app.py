@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.conf_path import conf_dir
-from mavis.errors import ConfigError, MavisError, PolicyError, closest
+from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
 
 
 def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -107,9 +107,8 @@ def load_policy(config: Any) -> tuple[Any, Any]:
             **shared,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        first_line = " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
         raise PolicyError(
-            f"policy.path is {config.path!r}, which cannot be loaded: {first_line}.",
+            f"policy.path is {config.path!r}, which cannot be loaded: {first_sentence(error)}.",
             "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
         ) from error
     if tokenizer.pad_token_id is None:

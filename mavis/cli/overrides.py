@@ -29,10 +29,10 @@ def check_overrides(command: str, overrides: Sequence[str]) -> None:
     if any(override.startswith("-") for override in overrides):
         return
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-        known = set(_names(OmegaConf.to_container(compose(config_name=command), resolve=False)))
         try:
             compose(config_name=command, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
+            known = set(_names(OmegaConf.to_container(compose(config_name=command), resolve=False)))
             said = " ".join(str(error).split())
             raise ConfigError(*_explained(said, overrides, known)) from error
 

@@ -6,8 +6,9 @@ import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Literal, get_args
 
@@ -185,13 +186,18 @@ class Critic(nn.Module, ABC):
         self.fingerprint.check(policy)
         self._on_attach(policy)
         self._capture = Capture(policy, self)
-        return Attachment(self, self._capture)
+        return Attachment(partial(self._let_go, self._capture), partial(self._capture.settle, wait=True))
 
     def detach(self) -> None:
         """Stop reading; leaves no hook behind and is harmless when nothing is attached."""
         if self._capture is not None:
             self._capture.close()
             self._capture = None
+
+    def _let_go(self, captured: Capture) -> None:
+        """Detach, unless the critic has been attached anew since."""
+        if self._capture is captured:
+            self.detach()
 
     @contextmanager
     def attached_to(self, policy: Any) -> Iterator[None]:
@@ -265,13 +271,12 @@ class Critic(nn.Module, ABC):
 class Attachment:
     """The tie between a critic and a policy; ends with `detach()` or the `with` block."""
 
-    def __init__(self, critic: Critic, capture: Capture) -> None:
-        self._critic, self._captured = critic, capture
+    def __init__(self, detach: Callable[[], None], settle: Callable[[], None]) -> None:
+        self._detach, self._settle = detach, settle
 
     def detach(self) -> None:
         """Remove the hooks, unless the critic has been attached anew since."""
-        if self._critic._capture is self._captured:
-            self._critic.detach()
+        self._detach()
 
     def __enter__(self) -> Attachment:
         return self
@@ -281,6 +286,6 @@ class Attachment:
     ) -> None:
         try:
             if error is None:
-                self._captured.settle(wait=True)
+                self._settle()
         finally:
             self.detach()

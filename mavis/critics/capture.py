@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 from mavis.critics.callers import inside_processor
 from mavis.critics.fingerprint import output_embedding
 from mavis.critics.forward import Forward, Place
-from mavis.errors import CriticError, DecodingError
+from mavis.errors import PAD_ON_THE_LEFT, CriticError, DecodingError
 
 _NOT_MATCHED_HINT = (
     "the tilt needs each step's scores to come from the latest forward pass, in this thread, of the policy that the "
@@ -27,7 +27,7 @@ _UNKNOWN_ROWS = (
 )
 _PADDED_RIGHT = "the prompts are padded on the right, so that responses would go on from padding."
 _HINTS = {
-    _PADDED_RIGHT: "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+    _PADDED_RIGHT: PAD_ON_THE_LEFT,
     _UNKNOWN_ROWS: "let the tilt see every step, from the prompt on; a prompt that is read in chunks must not end with "
     "a chunk of one token.",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ class CriticGroup(Critic):
                 critic.attach(policy)
                 undo.callback(critic.detach)
             undo.pop_all()
-        return _GroupAttachment(self)
+        return Attachment(self.detach, self.settle)
 
     @contextmanager
     def attached_to(self, policy: Any) -> Iterator[None]:
@@ -126,23 +125,3 @@ class CriticGroup(Critic):
     @property
     def _members(self) -> list[Any]:
         return list(self.critics)
-
-
-class _GroupAttachment(Attachment):
-    """The tie between a group and a policy."""
-
-    def __init__(self, group: CriticGroup) -> None:
-        self._group = group
-
-    def detach(self) -> None:
-        """Detach every critic."""
-        self._group.detach()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._group.settle()
-        finally:
-            self.detach()

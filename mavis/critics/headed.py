@@ -36,7 +36,7 @@ class HeadedCritic(Critic):
         input_size: I, size of z.
         embedding_size: E, width of the policy's input embedding.
         hidden: width of each head; 0 for linear heads, which read no λ.
-        rank: r, size of u_a; 0 leaves V alone, for a z that has read the token.
+        rank: r, size of u_a; 0 leaves V alone, for a z that has read the token: then K = 1 below, whatever the ids.
 
     Raises:
         CriticError: if a size or the composition is impossible, or a name is repeated.
@@ -114,6 +114,8 @@ class HeadedCritic(Critic):
         """
         coefficients = tilt_coefficients(lam) if self.conditioned else lam
         mixed = self.heads.mixed(inputs, coefficients, lam)
+        if self.projection is None:
+            return mixed
         if candidate_ids is None:
             return mixed @ self.token_table.T
         return torch.bmm(F.embedding(candidate_ids, self.token_table), mixed[:, :, None]).squeeze(2)
@@ -176,11 +178,17 @@ class HeadedCritic(Critic):
             "composition": self.composition,
         }
 
+    def _normed(self, states: Tensor) -> Tensor:
+        # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
+        return F.layer_norm(states.float(), states.shape[-1:])
+
     def _outputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None) -> Tensor:
         """Compute what every head says: (B, K, O)."""
         if lam is None:
             lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
         heads = self.heads(inputs, lam)
+        if self.projection is None:
+            return heads.transpose(1, 2)
         if candidate_ids is None:
             return (heads @ self.token_table.T).transpose(1, 2)
         return torch.bmm(F.embedding(candidate_ids, self.token_table), heads.transpose(1, 2))

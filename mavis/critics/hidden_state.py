@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint
@@ -142,7 +141,3 @@ class HiddenStateCritic(HeadedCritic):
         ids, place = prefix_ids.to(normed.device), self._capture.place(prefix_ids)
         remembered = self._memory_rows.advance(self.memory, ids, normed, place, self._capture.lost)
         return torch.cat([normed, remembered], dim=-1)
-
-    def _normed(self, states: Tensor) -> Tensor:
-        # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
-        return F.layer_norm(states.float(), states.shape[-1:])

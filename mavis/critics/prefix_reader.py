@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mavis.critics.prefix_cache import PADDING, KeptPrefixes, StepMask
-from mavis.errors import CriticError, DecodingError
+from mavis.errors import PAD_ON_THE_LEFT, CriticError, DecodingError
 
 _AT_ONCE = 512
 """How many candidates one forward pass reads at most: the part of the mask that is theirs grows with their square."""
@@ -132,7 +132,7 @@ class PrefixReader:
         if not bool((ids[:, -1] != PADDING).all()):
             raise DecodingError(
                 "prefix_ids has rows that end with padding, expected the padding on the left.",
-                "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+                PAD_ON_THE_LEFT,
             )
         if kept is not None and kept.go_on(ids):
             return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import weakref
@@ -12,15 +11,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
 from mavis.critics.prefix_reader import PrefixReader
-from mavis.errors import CriticError, closest
-from mavis.math.mixture import tilt_coefficients
+from mavis.errors import CriticError, closest, first_sentence
 
 Readout = Literal["token", "candidates"]
 """Where values are read: for all tokens at once at the prefix's last token, or at every candidate after the prefix."""
@@ -141,9 +138,11 @@ class ValueModelCritic(HeadedCritic):
         elif isinstance(backbone, PreTrainedConfig):
             config = backbone
         else:
-            trunk = _loaded(backbone, trust_remote_code)
+            folder = Path(backbone).expanduser()
+            source = str(folder) if folder.exists() else str(backbone)
+            trunk = _loaded(source, trust_remote_code)
             config = trunk.config
-            _check_tokenizer(backbone, tokenizer, trust_remote_code)
+            _check_tokenizer(source, tokenizer, trust_remote_code)
         width = policy.get_input_embeddings().weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -151,7 +150,7 @@ class ValueModelCritic(HeadedCritic):
                 objectives, Fingerprint.of(policy), config.to_dict(), readout, width, hidden, rank, composition
             )
         if trunk is not None:
-            critic.trunk.load_state_dict(copy.deepcopy(trunk.state_dict()))
+            critic.trunk.load_state_dict(trunk.state_dict())
         critic.refresh_token_table(token_embeddings(policy))
         return critic.eval()
 
@@ -170,12 +169,8 @@ class ValueModelCritic(HeadedCritic):
             return super().tilt(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            coefficients = tilt_coefficients(lam) if self.conditioned else lam
-            each = inputs.shape[1]
-            mixed = self.heads.mixed(
-                inputs.flatten(0, 1), coefficients.repeat_interleave(each, dim=0), lam.repeat_interleave(each, dim=0)
-            )
-            return mixed.view(len(inputs), each)
+            each = lam.repeat_interleave(inputs.shape[1], dim=0)
+            return self.tilt_of_inputs(inputs.flatten(0, 1), None, each).view(inputs.shape[:2])
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
@@ -183,9 +178,8 @@ class ValueModelCritic(HeadedCritic):
             return super().values(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            if lam is None:
-                lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
-            return self.heads(inputs, lam[:, None])[..., 0][..., : len(self.objectives)]
+            each = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
+            return self.values_of_inputs(inputs.flatten(0, 1), None, each).view(*inputs.shape[:2], -1)
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """See `HeadedCritic.trunk_parameters`."""
@@ -231,16 +225,6 @@ class ValueModelCritic(HeadedCritic):
         missing = self._capture.lost if place.begins is False else None
         return reader.read(prefix_ids, self._capture.is_token(prefix_ids), candidate_ids, missing=missing)
 
-    def _outputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None) -> Tensor:
-        if self.readout == "token":
-            return super()._outputs(inputs, candidate_ids, lam)
-        if lam is None:
-            lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
-        return self.heads(inputs, lam)[..., 0][:, None]  # the inputs have read the token
-
-    def _normed(self, states: Tensor) -> Tensor:
-        return F.layer_norm(states.float(), states.shape[-1:])
-
 
 def _configuration(backbone: Mapping[str, Any]) -> PreTrainedConfig:
     plain = dict(backbone)
@@ -262,36 +246,27 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
 
 
-def _loaded(source: str | os.PathLike[str], trust_remote_code: bool) -> nn.Module:
-    name = str(source)
-    folder = Path(name).expanduser()
+def _loaded(source: str, trust_remote_code: bool) -> nn.Module:
     try:
         return AutoModel.from_pretrained(
-            str(folder) if folder.exists() else name,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        said = " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
         raise CriticError(
-            f"backbone is {name!r}, which cannot be loaded: {said}.",
+            f"backbone is {source!r}, which cannot be loaded: {first_sentence(error)}.",
             "give a folder with config.json and *.safetensors, a hub id, or a configuration.",
         ) from error
 
 
-def _check_tokenizer(source: str | os.PathLike[str], tokenizer: Any, trust_remote_code: bool) -> None:
+def _check_tokenizer(source: str, tokenizer: Any, trust_remote_code: bool) -> None:
     if tokenizer is None:
         return
-    folder = Path(str(source)).expanduser()
     try:
-        other = AutoTokenizer.from_pretrained(
-            str(folder) if folder.exists() else str(source), trust_remote_code=trust_remote_code
-        )
+        other = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return  # a folder without a tokenizer says nothing
     if other.get_vocab() != tokenizer.get_vocab():
         raise CriticError(
-            f"backbone {str(source)!r} has another vocabulary than the policy's tokenizer.",
+            f"backbone {source!r} has another vocabulary than the policy's tokenizer.",
             "its token ids would mean other words; choose a backbone with the policy's own tokenizer.",
         )

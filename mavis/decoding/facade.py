@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from mavis.critics import Critic, CriticGroup
+from mavis.critics import Critic
 from mavis.critics.capture import attached_critic
 from mavis.decoding.processor import MavisTilt
 from mavis.decoding.weights import Weights
-from mavis.errors import DecodingError
+from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 
 # What a model's own generation_config would do to the scores beside the tilt, and the value that does nothing.
 # `generate` fills None from that configuration again, so a neutral value has to be explicit.
@@ -73,11 +73,9 @@ def generate(
         CriticError: if no critic is given or attached, or it is attached to another policy.
         DecodingError, WeightsError: see `MavisTilt`; also for inputs that are no tensors or padded on the right.
     """
-    chosen: Any = CriticGroup(critic) if isinstance(critic, list | tuple) else critic
-    chosen = chosen if chosen is not None else attached_critic(policy)
     tilt = MavisTilt(
         weights,
-        chosen,
+        critic if critic is not None else attached_critic(policy),
         beta=beta,
         target_kl=target_kl,
         top_k=top_k,
@@ -88,13 +86,13 @@ def generate(
     if not isinstance(inputs, Mapping | Tensor):
         raise DecodingError(
             f"inputs is a {type(inputs).__name__}, expected what the tokenizer returns, or token ids.",
-            "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+            PAD_ON_THE_LEFT,
         )
     mask = arguments.get("attention_mask")
     if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
         raise DecodingError(
             "inputs is padded on the right, so that responses would go on from padding.",
-            "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left').",
+            PAD_ON_THE_LEFT,
         )
     clash = sorted(set(arguments) & set(generate_arguments))
     if clash:
@@ -102,7 +100,8 @@ def generate(
     earlier = generate_arguments.pop("logits_processor", None)
     processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
     config, others = agreeing_config(policy, temperature, generate_arguments)
-    with chosen.attached_to(policy):
+    assert tilt.critic is not None
+    with tilt.critic.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)
 
 

@@ -2,6 +2,7 @@
 
 from mavis.training.calibrate import calibrate
 from mavis.training.fit import FitReport, FitSettings, fit
-from mavis.training.improve import ImprovementSettings, IterationReport, improve
+from mavis.training.improve import ImprovementSettings, improve
+from mavis.training.iteration import IterationReport
 
 __all__ = ["FitReport", "FitSettings", "ImprovementSettings", "IterationReport", "calibrate", "fit", "improve"]

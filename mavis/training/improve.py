@@ -22,8 +22,9 @@ from mavis.files import claimed, read_json, write_json
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, RolloutSettings, collect, stored
 from mavis.training.calibrate import calibrate
-from mavis.training.features import Features, extract, joined
+from mavis.training.features import extract, joined
 from mavis.training.fit import FitSettings, draw_held_out, fit
+from mavis.training.iteration import IterationReport, means_by_goal
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
 _CORNERS = 0.3
@@ -99,38 +100,6 @@ class ImprovementSettings:
                 f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
             )
 
-
-@dataclass(frozen=True)
-class IterationReport:
-    """What one iteration came to.
-
-    Args:
-        iteration: counted from 0.
-        rollouts: responses that were sampled.
-        rewards: mean weighted reward w·R, normalised, of the rollouts sampled for each goal; the goals are the
-            objectives alone, and under `conditioned` also MIXTURES, whose weights were drawn.
-        kl: mean KL to the reference of those rollouts, nats per sequence.
-        goal: J_w = w·R − KL/β of those rollouts.
-        goal_error: the standard error of that mean.
-        explained: per objective, share of the returns' variance that the fitted heads explain on held-out rollouts;
-            None where those do not vary.
-        losses: held-out error before the first epoch and after each.
-        critic: folder of the critic after the fit.
-    """
-
-    iteration: int
-    rollouts: int
-    rewards: dict[str, float]
-    kl: dict[str, float]
-    goal: dict[str, float]
-    goal_error: dict[str, float]
-    explained: dict[str, float | None]
-    losses: list[float]
-    critic: str
-
-
-MIXTURES = "mixtures"
-"""What a report calls the rollouts whose weights lie between the objectives."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -233,7 +202,7 @@ def improve(
         if iteration == 0 and critic.conditioned:  # whatever λ they are told, the policy is the reference
             weights, betas = _draw(len(parts[0]), len(critic.objectives), settings, [sampling.seed])
             parts[0] = replace(parts[0], lam=(betas[:, None] * weights).float())
-        means = _means(critic, parts[0], settings.beta)
+        means = means_by_goal(critic, parts[0], settings.beta)
         held_out = [  # the same of every round, whichever round reads it
             draw_held_out(len(part), settings.fit.held_out, torch.Generator().manual_seed(_sampling(j, settings).seed))
             for part, j in zip(parts, [iteration, *range(iteration)], strict=False)
@@ -347,35 +316,6 @@ def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Seque
     alone = torch.from_numpy(source.random(rows)) < _CORNERS
     betas = np.exp(source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows))
     return torch.where(alone[:, None], corners, weights), torch.from_numpy(betas)
-
-
-def _means(critic: HeadedCritic, features: Features, beta: float) -> dict[str, dict[str, float]]:
-    rewards, kl = features.rewards.double(), features.kl.double().sum(1)
-    groups: list[tuple[str, Tensor, Tensor, Tensor]] = []  # name, rows, weighted reward, β
-    if critic.conditioned:
-        strength = features.lam.double().sum(1)
-        weights = features.lam / strength[:, None]
-        alone = weights.max(1).values > 1 - 1e-6
-        weighted = (weights * rewards).sum(1)
-        groups += [
-            (name, alone & (weights.argmax(1) == m), weighted, strength) for m, name in enumerate(critic.objectives)
-        ]
-        groups.append((MIXTURES, ~alone, weighted, strength))
-    else:
-        strength = torch.full_like(kl, beta)
-        groups += [
-            (name, features.counts_for[:, m], rewards[:, m], strength) for m, name in enumerate(critic.objectives)
-        ]
-    named: dict[str, dict[str, float]] = {"rewards": {}, "kl": {}, "goal": {}, "goal_error": {}}
-    for name, rows, reward, betas in groups:
-        if not bool(rows.any()):
-            continue
-        goal = reward[rows] - kl[rows] / betas[rows]
-        named["rewards"][name] = float(reward[rows].mean())
-        named["kl"][name] = float(kl[rows].mean())
-        named["goal"][name] = float(goal.mean())
-        named["goal_error"][name] = float(goal.std(correction=0)) / math.sqrt(len(goal))
-    return named
 
 
 def _adopt(critic: HeadedCritic, folder: Path) -> None:

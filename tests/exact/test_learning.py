@@ -13,7 +13,7 @@ from mavis.exact import World, WorldObjective, WorldPolicy, iterate, share, worl
 from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
 from mavis.training.fit import FitSettings
-from mavis.training.improve import MIXTURES
+from mavis.training.iteration import MIXTURES
 
 BETA = 5.0
 

@@ -24,7 +24,8 @@ from mavis.errors import ConfigError, CriticError, DataError, ObjectiveError
 from mavis.rollouts import RolloutSettings
 from mavis.training.features import Features
 from mavis.training.fit import FitReport, FitSettings, fit
-from mavis.training.improve import MIXTURES, ImprovementSettings, IterationReport, improve
+from mavis.training.improve import ImprovementSettings, improve
+from mavis.training.iteration import MIXTURES, IterationReport
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = ImprovementSettings(
