@@ -3,7 +3,9 @@
     python benchmarks/bench_frontier.py --policy embedded FOLDER_OR_HUB_ID [--methods paper hidden memory best]
 
 Every cell (policy, method, seed) trains a critic and sweeps β on prompts that were never trained on, in a process of
-its own. A repeated call goes on where it stopped.
+its own with one thread. Training is measured in processor time, which other work on the machine hardly changes. Beside
+them stands the best of n reference responses, at n times the cost. Speeds are measured at the end, by turns. A repeated
+call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import results
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from mavis import HiddenStateCritic, embedded
-from mavis.critics import ValueModelCritic
+from mavis import HiddenStateCritic, MavisTilt, embedded
+from mavis.critics import ValueModelCritic, load_critic
+from mavis.critics.base import Critic
 from mavis.evaluation import EvaluationSettings, evaluate
 from mavis.evaluation.evaluate import reference_rollouts
+from mavis.evaluation.speed import compare_speed
 from mavis.files import write_json
+from mavis.math.frontier import frontier_efficiency
 from mavis.rewards import Dialogue, Positive
 from mavis.rollouts import RolloutSettings, load_prompts
 from mavis.training import ImprovementSettings, improve
@@ -46,29 +52,29 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {
         "about": "separate trunk (a copy of the policy), every candidate read, plain returns, independent composition",
         "critic": {"readout": "candidates", "hidden": 0},
-        "improvement": {"iterations": 2, "reuse": False, "later_rate": 0.3},
+        "improvement": {"iterations": 2, "rollouts": 8_192, "reuse": False, "later_rate": 0.3},
         "fit": {"target": "monte_carlo", "epochs": 4},
         "top_k": 40,
     },
     "hidden": {
         "about": "heads on the policy's own last state, return decomposition, independent composition",
-        "critic": {},
-        "improvement": {"iterations": 2, "later_rate": 0.3},
-        "fit": {"epochs": 8},
+        "critic": {"rank": 16},
+        "improvement": {"iterations": 2, "rollouts": 16_384, "later_rate": 0.3},
+        "fit": {"epochs": 6, "weight_decay": 0.1},
         "top_k": None,
     },
     "memory": {
         "about": "the same with a recurrent memory of the response",
-        "critic": {"memory": 128},
-        "improvement": {"iterations": 2, "later_rate": 0.3},
-        "fit": {"epochs": 8},
+        "critic": {"rank": 16, "memory": 128},
+        "improvement": {"iterations": 2, "rollouts": 16_384, "later_rate": 0.3},
+        "fit": {"epochs": 6, "weight_decay": 0.1},
         "top_k": None,
     },
     "best": {
-        "about": "memory and the conditioned composition, earlier rollouts read again in every round",
-        "critic": {"memory": 128},
-        "improvement": {"composition": "conditioned", "iterations": 5, "later_rate": 0.3},
-        "fit": {"epochs": 8, "weight_decay": 0.1},
+        "about": "memory and the conditioned composition, one round more",
+        "critic": {"rank": 16, "memory": 128},
+        "improvement": {"composition": "conditioned", "iterations": 3, "rollouts": 16_384, "later_rate": 0.3},
+        "fit": {"epochs": 6, "weight_decay": 0.1},
         "top_k": None,
     },
 }
@@ -98,8 +104,7 @@ def evaluation(arguments: argparse.Namespace) -> EvaluationSettings:
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,
-        speed_batch=8,
-        speed_repeats=5,
+        speed_repeats=0,
         sampling=RolloutSettings(max_new_tokens=64, top_k=None, shard_size=512, seed=77),
     )
 
@@ -121,7 +126,6 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     how = METHODS[method]
     place = Path(arguments.folder) / Path(name).name / f"{method}-{seed}"
     settings = ImprovementSettings(
-        rollouts=arguments.rollouts,
         beta=3.0,
         calibration_samples=0,
         sampling=RolloutSettings(max_new_tokens=64, top_k=how["top_k"], shard_size=512, seed=seed),
@@ -132,12 +136,12 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     critic = kind.for_policy(policy, list(OBJECTIVES), composition=settings.composition, seed=seed, **how["critic"])
     seconds, goals = place / "seconds.json", []
     spent = json.loads(seconds.read_text()) if seconds.is_file() else []
-    started = time.perf_counter()
+    started = time.process_time()
     for report in improve(policy, tokenizer, critic, OBJECTIVES, training_prompts(), place / "train", settings):
         if report.iteration >= len(spent):
-            spent.append(time.perf_counter() - started)
+            spent.append(time.process_time() - started)
             write_json(seconds, spent)
-        started = time.perf_counter()
+        started = time.process_time()
         goals += [
             {"iteration": report.iteration, "goal": goal, "j": report.goal[goal], "error": report.goal_error[goal]}
             for goal in report.goal
@@ -151,38 +155,110 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     print(name, method, seed, f"{sum(spent):.0f} s", *_shown(report["efficiency"]), flush=True)
     return {
         "efficiency": report["efficiency"],
-        "limits": [{"weights": limit["weights"], "best_of_n": limit["best_of_n"]} for limit in report["limits"]],
+        "limits": report["limits"],
         "seconds": sum(spent),
-        "decode_ratio": report["speed"]["tilted"]["ratio"],
         "goals": goals,
     }
+
+
+def decode_ratios(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Time tilted decoding with every method's first critic against plain decoding."""
+    policy, tokenizer = load(name)
+    inputs = tokenizer([PROMPTS[0]] * 8, return_tensors="pt")
+    places = {method: Path(arguments.folder) / Path(name).name / f"{method}-{arguments.seeds[0]}" for method in METHODS}
+    critics = {method: load_critic(places[method] / "train" / "critic") for method in arguments.methods}
+
+    def detach_all() -> None:
+        for critic in critics.values():
+            critic.detach()
+
+    ways: dict[str, Any] = {"plain": detach_all}
+    for method, critic in critics.items():
+
+        def make(critic: Critic = critic, top_k: int | None = METHODS[method]["top_k"]) -> MavisTilt:
+            detach_all()  # an idle critic's hooks are no part of another's cost
+            critic.attach(policy)
+            return MavisTilt([0.5, 0.5], critic, beta=2.0, top_k=top_k)
+
+        ways[method] = make
+    speeds = compare_speed(policy, inputs, ways, new_tokens=64, repeats=15)
+    detach_all()
+    return {method: speeds[method]["ratio"] for method in critics}
 
 
 def _shown(entries: list[dict[str, Any]]) -> list[str]:
     return [f"{e['efficiency']:.3f}" if e["efficiency"] is not None else "–" for e in entries]
 
 
-def rows_of(policy: str, method: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gather the seeds of one policy and method."""
+def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio: float) -> list[dict[str, Any]]:
+    """Gather the seeds of one policy and method, one row for each of the weights and KLs."""
     rows = []
     for entries in zip(*(cell["efficiency"] for cell in cells), strict=True):
-        found = [entry["efficiency"] for entry in entries]
-        known = None not in found
+        weights = list(entries[0]["weights"].values())
+        limits = [limit for cell in cells for limit in cell["limits"] if list(limit["weights"].values()) == weights]
         rows.append(
             {
                 "policy": Path(policy).name,
                 "method": method,
                 "critic": "value_model" if "readout" in METHODS[method]["critic"] else "hidden_state",
-                "weights": list(entries[0]["weights"].values()),
+                "weights": weights,
                 "kl": entries[0]["kl"],
-                "efficiency": round(mean(found), 4) if known else None,
-                "efficiency_std": round(stdev(found), 4) if known and len(found) > 1 else None,
-                "seeds": len(found),
+                **spread("efficiency", [entry["efficiency"] for entry in entries]),
+                **spread(
+                    "as_best_of", [as_best_of(limit, e["reward"]) for limit, e in zip(limits, entries, strict=True)]
+                ),
+                "seeds": len(entries),
                 "train_seconds": round(mean(cell["seconds"] for cell in cells)),
-                "decode_ratio": round(mean(cell["decode_ratio"] for cell in cells), 3),
+                "decode_ratio": round(decode_ratio, 3),
             }
         )
     return rows
+
+
+def best_of_n_rows(policy: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say how close the best of n comes at its own KL; it needs no training, and n responses for one."""
+    rows = []
+    for limits in zip(*(cell["limits"] for cell in cells), strict=True):
+        for entries in zip(*(limit["best_of_n"] for limit in limits), strict=True):
+            found = [
+                frontier_efficiency(
+                    entry["reward"], limit["reward"][0], np.interp(entry["kl"], limit["kl"], limit["reward"])
+                )
+                for limit, entry in zip(limits, entries, strict=True)
+            ]
+            rows.append(
+                {
+                    "policy": Path(policy).name,
+                    "method": f"best_of_{entries[0]['n']}",
+                    "critic": None,
+                    "weights": list(limits[0]["weights"].values()),
+                    "kl": round(mean(entry["kl"] for entry in entries), 4),
+                    **spread("efficiency", found),
+                    "seeds": len(found),
+                    "train_seconds": 0,
+                    "decode_ratio": 1 / entries[0]["n"],
+                }
+            )
+    return rows
+
+
+def as_best_of(limit: dict[str, Any], reward: float | None) -> float | None:
+    """Find the n whose best response earns as much, between the n that were measured; None beyond them."""
+    best = limit["best_of_n"]
+    rewards = [limit["reward"][0], *(entry["reward"] for entry in best)]
+    if reward is None or not rewards[0] <= reward <= rewards[-1]:
+        return None
+    return float(np.exp(np.interp(reward, rewards, np.log([1, *(entry["n"] for entry in best)]))))
+
+
+def spread(name: str, found: list[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; None where a seed has no figure."""
+    known = [value for value in found if value is not None]
+    whole = len(known) == len(found)
+    return {
+        name: round(mean(known), 4) if whole else None,
+        f"{name}_std": round(stdev(known), 4) if whole and len(known) > 1 else None,
+    }
 
 
 def main() -> None:
@@ -191,7 +267,6 @@ def main() -> None:
     parser.add_argument("--policy", nargs="+", default=["embedded"], help="embedded, folders or hub ids")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rollouts", type=int, default=8192, help="per iteration")
     parser.add_argument("--samples", type=int, default=64, help="responses per prompt, weights and β")
     parser.add_argument("--reference-samples", type=int, default=4096, help="per prompt, for the limit")
     parser.add_argument("--processes", type=int, default=2)
@@ -209,9 +284,11 @@ def main() -> None:
         }
         done = {key: future.result() for key, future in waiting.items()}
     for policy in arguments.policy:
+        rows += best_of_n_rows(policy, [done[policy, arguments.methods[-1], seed] for seed in arguments.seeds])
+        ratios = decode_ratios(policy, arguments)
         for method in arguments.methods:
             cells = [done[policy, method, seed] for seed in arguments.seeds]
-            rows += rows_of(policy, method, cells)
+            rows += rows_of(policy, method, cells, ratios[method])
             for seed, found in zip(arguments.seeds, cells, strict=True):
                 goals += [
                     {"policy": Path(policy).name, "method": method, "seed": seed} | goal for goal in found["goals"]

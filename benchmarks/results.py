@@ -56,14 +56,14 @@ def _by_lines(content: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, with `+changes` where the tree differs from it, or `unknown`."""
+    """Return the commit of the checkout, with `+changes` where more than the results differ from it, or `unknown`."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/", ":!results") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
