@@ -3,116 +3,322 @@
     python benchmarks/bench_decode.py                         the random Llama of 8 layers × 512 and the embedded policy
     python benchmarks/bench_decode.py --policy path/or/hub-id one policy
 
-Every figure is a median over rounds. In each round every way decodes once between two plain runs, and is compared with
-their mean, so that drifts of the machine cancel.
+Every speed is a median over rounds. In each round every way decodes once between two plain runs, and is compared with
+their mean, so that drifts of the machine cancel. Beside the critics stands the step of the official scripts.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import results
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from official_step import OfficialStep
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList
 from transformers.utils import logging
 
-from mavis import HiddenStateCritic, MavisTilt, embedded
+from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
 from mavis.evaluation.speed import compare_speed
 
-# (objectives, top_k): the case of the table, then one step along each axis.
-CASES = [(2, 40), (1, 40), (8, 40), (2, 10), (2, 200)]
+OFFICIAL = "official step"
 
 
-def random_llama() -> Any:
-    """Build a random Llama of 8 layers × 512 with 32,000 tokens, fp32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=1_376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+@dataclass(frozen=True)
+class Case:
+    """One way of decoding."""
+
+    critic: str
+    readout: str | None = None
+    objectives: int = 2
+    top_k: int = 40
+
+    def __str__(self) -> str:
+        name = f"{self.critic} {self.readout}" if self.readout else self.critic
+        return f"{name} M {self.objectives} k {self.top_k}"
+
+
+# For every critic the case of the table, then steps along each axis.
+AXES = [(2, 40), (1, 40), (8, 40), (2, 10), (2, 200)]
+HIDDEN = [Case("hidden_state", None, m, k) for m, k in AXES]
+TOKEN = [Case("value_model", "token", m, k) for m, k in AXES]
+CANDIDATES = [Case("value_model", "candidates", m, 40) for m in (2, 1, 8)]
+FIRST = [HIDDEN[0], TOKEN[0], CANDIDATES[0]]
+
+
+def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
+    """Describe a Llama with heads of 64."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=4_096,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def load(name: str) -> Any:
     """Load a policy by the name that the command line takes."""
     if name == "random":
-        return random_llama()
+        torch.manual_seed(0)
+        config = llama(32_000, layers=8, width=512)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     if name == "embedded":
         return embedded.load()[0]
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
 
 
-def random_critic(policy: Any, objectives: int) -> HiddenStateCritic:
-    """Build a critic that tilts at random; what it costs does not depend on what it has learnt."""
-    critic = HiddenStateCritic.for_policy(policy, [f"objective_{m}" for m in range(objectives)])
-    torch.nn.init.normal_(critic.heads.outer, std=0.02)
-    return critic
+class Ways:
+    """All ways of decoding with one policy; what a way costs does not depend on what its critic has learnt."""
 
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.critics: dict[tuple[str, str | None, int], Any] = {}
+        self.vocabulary = policy.get_output_embeddings().weight.shape[0]
+        # Half the layers and half the width of the policy, as the random Llama's value model of 4 layers × 256.
+        size = policy.config
+        self.backbone = llama(self.vocabulary, max(1, size.num_hidden_layers // 2), max(64, size.hidden_size // 2))
 
-def measure(name: str, policy: Any, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time all cases at one batch size."""
-    vocabulary = policy.get_output_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(3, vocabulary, (batch, arguments.context), generator=generator)
-    device = policy.get_output_embeddings().weight.device
-    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    critics = {m: random_critic(policy, m) for m in {m for m, _ in CASES}}
-
-    def detach_all() -> None:
-        for critic in critics.values():
+    def detach_all(self) -> None:
+        """An idle critic's hooks are no part of another's cost, nor of plain decoding's."""
+        for critic in self.critics.values():
             critic.detach()
 
-    ways: dict[str, Callable[[], MavisTilt | None]] = {"plain": detach_all}
-    for objectives, top_k in CASES:
-        critic = critics[objectives]
+    def critic(self, case: Case) -> Any:
+        """Build the critic of a case, or find it."""
+        key = case.critic, case.readout, case.objectives
+        if key not in self.critics:
+            names = [f"objective_{m}" for m in range(case.objectives)]
+            if case.readout is None:
+                critic: Any = HiddenStateCritic.for_policy(self.policy, names)
+            else:
+                critic = ValueModelCritic.for_policy(self.policy, names, backbone=self.backbone, readout=case.readout)
+            torch.nn.init.normal_(critic.heads.outer, std=0.02)
+            self.critics[key] = critic
+        return self.critics[key]
 
-        def make(critic: HiddenStateCritic = critic, top_k: int = top_k) -> MavisTilt:
-            detach_all()  # an idle critic's hooks are no part of another's cost, nor of plain decoding's
-            critic.attach(policy)
-            return MavisTilt([1.0] * len(critic.objectives), critic, beta=1.0, top_k=top_k)
+    def processor(self, case: Case) -> Any:
+        """Set up a case's processor."""
+        self.detach_all()
+        if case.critic == OFFICIAL:
+            key = case.critic, None, case.objectives
+            if key not in self.critics:
+                self.critics[key] = _Official(self.backbone, case.objectives)
+            return self.critics[key].step(case.top_k)
+        critic = self.critic(case)
+        critic.attach(self.policy)
+        return MavisTilt([1.0] * case.objectives, critic, beta=1.0, top_k=case.top_k)
 
-        ways[f"{objectives}/{top_k}"] = make
+    def speeds(self, cases: list[Case], inputs: Any, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+        """Time cases by turns with plain decoding."""
+        ways: dict[str, Callable[[], Any]] = {"plain": self.detach_all}
+        ways |= {str(case): lambda case=case: self.processor(case) for case in cases}
+        found = compare_speed(self.policy, inputs, ways, new_tokens=new_tokens, repeats=repeats)
+        self.detach_all()
+        return found
+
+
+class _Official:
+    """The official scripts' value models, one for each objective."""
+
+    def __init__(self, config: LlamaConfig, objectives: int) -> None:
+        self.trunks = [AutoModel.from_config(config, dtype=torch.float32).eval() for _ in range(objectives)]
+        self.scores = [torch.nn.Linear(config.hidden_size, 1, bias=False) for _ in range(objectives)]
+
+    def step(self, top_k: int) -> LogitsProcessorList:
+        return LogitsProcessorList([OfficialStep(self.trunks, self.scores, top_k=top_k, beta=1.0)])
+
+    def detach(self) -> None:
+        """It hooks nothing."""
+
+
+def prompts(ways: Ways, batch: int, context: int) -> dict[str, torch.Tensor]:
+    """Draw random prompts of one length."""
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(3, ways.vocabulary, (batch, context), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def row(what: str, policy: str, case: Case | None, batch: int, context: int, **figures: Any) -> dict[str, Any]:
+    """Lay out one result."""
+    return {
+        "what": what,
+        "policy": policy,
+        "critic": case.critic if case else None,
+        "readout": case.readout if case else None,
+        "engine": "transformers",
+        "batch": batch,
+        "top_k": case.top_k if case else None,
+        "objectives": case.objectives if case else None,
+        "context": context,
+        **figures,
+    }
+
+
+def speed_rows(
+    name: str, ways: Ways, cases: list[Case], batch: int, context: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Time cases at one batch size and context."""
     # Runs of small batches are short, so single ratios scatter more and cost less.
-    rounds = arguments.repeats * max(1, round(math.sqrt(32 / batch)))
-    speeds = compare_speed(policy, inputs, ways, new_tokens=arguments.new_tokens, repeats=rounds)
-    detach_all()
-    return [
-        {
-            "policy": name,
-            "critic": "hidden_state",
-            "readout": None,
-            "engine": "transformers",
-            "batch": batch,
-            "top_k": top_k,
-            "objectives": objectives,
-            "context": arguments.context,
-            "ratio": speeds[f"{objectives}/{top_k}"]["ratio"],
-            "tokens_per_second": speeds[f"{objectives}/{top_k}"]["tokens_per_second"],
-            "plain_tokens_per_second": speeds["plain"]["tokens_per_second"],
+    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (2 if context > 256 else 1)))
+    found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
+    rows = []
+    for case in cases:
+        speed = found[str(case)]
+        print(f"{name} batch {batch} context {context} {case}: {speed['ratio']:.3f}", flush=True)
+        figures = {
+            "ratio": speed["ratio"],
+            "tokens_per_second": speed["tokens_per_second"],
+            "plain_tokens_per_second": found["plain"]["tokens_per_second"],
         }
-        for objectives, top_k in CASES
-    ]
+        rows.append(row("speed", name, case, batch, context, **figures))
+    return rows
+
+
+def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time until the first token, which reads the prompt, and the memory that a whole generation takes at its peak."""
+    inputs, rows = prompts(ways, 1, context), []
+    cases: list[Case | None] = [None, *FIRST, Case(OFFICIAL)]
+    seconds: dict[Case | None, list[float]] = {case: [] for case in cases}
+
+    def ready(case: Case | None, new_tokens: int) -> Callable[[], Any]:
+        ways.detach_all()
+        processor = ways.processor(case) if case else []
+        length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        return lambda: ways.policy.generate(**inputs, do_sample=False, **length, logits_processor=processor)
+
+    for _ in range(2 * arguments.repeats + 1):
+        for case in cases:
+            run = ready(case, 1)
+            start = time.perf_counter()
+            run()
+            seconds[case].append(time.perf_counter() - start)
+    for case in cases:
+        peak = median(peak_mib(ready(case, arguments.new_tokens)) for _ in range(3))
+        rows.append(
+            row(
+                "first token",
+                name,
+                case,
+                1,
+                context,
+                milliseconds=1e3 * median(seconds[case][1:]),
+                peak_mib=peak,
+            )
+        )
+        print(
+            f"{name} context {context} {case or 'plain'}: first token after {rows[-1]['milliseconds']:.1f} ms, "
+            f"{peak} MiB at the peak",
+            flush=True,
+        )
+    ways.detach_all()
+    return rows
+
+
+def peak_mib(run: Callable[[], Any]) -> float:
+    """Measure how much more memory a run holds at its peak than before it, in MiB, as Linux tells it."""
+    status = Path("/proc/self/status")
+
+    def kib(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would be used again, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = kib("VmRSS")
+    run()
+    return round((kib("VmHWM") - before) / 1024, 1)
+
+
+def ragged_rows(name: str, ways: Ways) -> list[dict[str, Any]]:
+    """Compare the values of 16 prompts of different length in one batch with those of each alone."""
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    alone = [torch.randint(3, ways.vocabulary, (1, length), generator=generator) for length in range(3, 35, 2)]
+    width = max(ids.shape[1] for ids in alone)
+    padded = torch.cat([torch.nn.functional.pad(ids, (width - ids.shape[1], 0)) for ids in alone])
+    mask = torch.cat([torch.arange(width)[None] >= width - ids.shape[1] for ids in alone])
+    candidates = torch.randint(3, ways.vocabulary, (16, 40), generator=generator)
+    for case in FIRST:
+        ways.detach_all()
+        critic = ways.critic(case)
+        critic.attach(ways.policy)
+
+        def values(ids: torch.Tensor, mask: torch.Tensor, offered: torch.Tensor, critic: Any = critic) -> torch.Tensor:
+            positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+            with torch.no_grad():
+                ways.policy(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
+            found: torch.Tensor = critic.values(ids, offered)
+            return found
+
+        together = values(padded, mask, candidates)
+        one_by_one = [values(ids, torch.ones_like(ids) > 0, candidates[i : i + 1]) for i, ids in enumerate(alone)]
+        difference = float((together - torch.cat(one_by_one)).abs().max())
+        print(f"{name} ragged {case}: {difference:.1g} of {float(together.std()):.2g}", flush=True)
+        rows.append(row("ragged", name, case, 16, width, max_difference=difference, spread=float(together.std())))
+    ways.detach_all()
+    return rows
+
+
+def assisted_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare assisted greedy decoding with unassisted, plain and tilted, where a draft mostly agrees.
+
+    The draft is the policy's first layer; the others are scaled down until it agrees.
+    """
+    policy = load("random")
+    policy.generation_config.eos_token_id = None
+    for layer in policy.model.layers[1:]:
+        layer.self_attn.o_proj.weight.mul_(0.02)
+        layer.mlp.down_proj.weight.mul_(0.02)
+    config = llama(32_000, layers=1, width=512)
+    draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    draft.load_state_dict(policy.state_dict(), strict=False)
+    ways, rows = Ways(policy), []
+    inputs = prompts(ways, 1, arguments.context)
+    helps = {"draft model": {"assistant_model": draft}, "prompt lookup": {"prompt_lookup_num_tokens": 5}}
+    cases: list[Case | None] = [None, HIDDEN[0], TOKEN[0]]
+    for case in cases:
+        ratios: dict[str, list[float]] = {name: [] for name in helps}
+        for turn in range(2 * arguments.repeats + 1):
+            ids, seconds = {}, {}
+            for name, help_ in {"": {}, **helps}.items():
+                ways.detach_all()
+                processor = ways.processor(case) if case else []
+                start = time.perf_counter()
+                length = {"max_new_tokens": arguments.new_tokens}
+                ids[name] = policy.generate(**inputs, do_sample=False, **length, **help_, logits_processor=processor)
+                seconds[name] = time.perf_counter() - start
+            for name in helps:
+                if not torch.equal(ids[name], ids[""]):
+                    raise SystemExit(f"{case or 'plain'}: {name} gave other tokens than unassisted decoding")
+                if turn:
+                    ratios[name].append(seconds[""] / seconds[name])
+        for name, found in ratios.items():
+            print(f"{case or 'plain'} with a {name}: {median(found):.2f} times as fast", flush=True)
+            rows.append(row(name, "random, later layers scaled down", case, 1, arguments.context, ratio=median(found)))
+    ways.detach_all()
+    return rows
 
 
 def main() -> None:
     """Run the benchmark and write `results/decode.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", nargs="+", default=["random", "embedded"], help="random, embedded, folder, hub id")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=32, help="tokens in every prompt")
+    parser.add_argument("--contexts", nargs="*", type=int, default=[128, 512, 2_048], help="more of them, at batch 1")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds at batch 32; small batches get more")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds at batch 32; small batches get more")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--name", default="decode", help="of the result file")
     arguments = parser.parse_args()
@@ -121,11 +327,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.policy:
-        policy = load(name)
-        for batch in arguments.batch:
-            rows += measure(name, policy, batch, arguments)
-            for row in rows[-len(CASES) :]:
-                print(f"{name} batch {batch} M {row['objectives']} k {row['top_k']}: {row['ratio']:.3f}", flush=True)
+        ways = Ways(load(name))
+        for batch, cases in {
+            1: [*HIDDEN, *TOKEN, *CANDIDATES, Case(OFFICIAL)],
+            8: [*HIDDEN, *TOKEN, *CANDIDATES, Case(OFFICIAL)],
+            32: [HIDDEN[0], TOKEN[0]],
+        }.items():
+            rows += speed_rows(name, ways, cases, batch, arguments.context, arguments)
+        longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
+        for context in (c for c in arguments.contexts if c <= longest):
+            rows += speed_rows(name, ways, FIRST, 1, context, arguments)
+        rows += ragged_rows(name, ways)
+        for context in (c for c in (arguments.context, *arguments.contexts[-1:]) if c <= longest):
+            rows += first_token_rows(name, ways, context, arguments)
+        if name == "random":
+            rows += assisted_rows(arguments)
     results.write(arguments.name, vars(arguments), rows)
 
 
