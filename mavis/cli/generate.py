@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import as_trained, hydra_app, load_policy
+from mavis.critics.fingerprint import states_device
 from mavis.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def continuations(
     from mavis.decoding import generate
 
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    device = policy.get_output_embeddings().weight.device
+    device = states_device(policy)
     output = generate(
         policy,
         {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")},

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mavis.critics.fingerprint import states_device
 from mavis.critics.headed import HeadedCritic
 from mavis.decoding import MavisTilt
 from mavis.errors import ConfigError, DataError, EvaluationError
@@ -302,7 +303,7 @@ def _speed(
         return {}
     texts = [prompts[i % len(prompts)] for i in range(settings.speed_batch)]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    device = policy.get_output_embeddings().weight.device
+    device = states_device(policy)
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
     equal = [1 / len(critic.objectives)] * len(critic.objectives)
     # Its hooks are no part of plain decoding's cost; but a critic that the caller attached stays attached.

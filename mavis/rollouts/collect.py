@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
-from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
 from mavis.decoding import MavisTilt
 from mavis.decoding.facade import agreeing_config
 from mavis.errors import ConfigError, DataError
@@ -204,7 +204,7 @@ def _sample(
     index: int,
 ) -> dict[str, list[Any]]:
     inputs = tokenizer(list(shard.prompts), return_tensors="pt", padding=True, padding_side="left")
-    device = policy.get_output_embeddings().weight.device
+    device = states_device(policy)
     ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
     config, _ = agreeing_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})
     tilt: MavisTilt | None = None
@@ -229,7 +229,7 @@ def _sample(
     if tilt is not None:
         steps = tilt.kl
     elif truncate_reference and settings.top_k is not None:
-        table = torch.zeros(policy.get_output_embeddings().weight.shape[0], 1)
+        table = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
         sequences = Sequences.pack(prompt_ids, response_ids)
         steps = replay(policy, sequences, table, top_k=settings.top_k, temperature=settings.temperature).kl
     else:

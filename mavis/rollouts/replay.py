@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.critics.capture import forward_states
+from mavis.critics.fingerprint import states_device
 from mavis.critics.headed import HeadedCritic
 from mavis.math.divergence import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
@@ -94,7 +95,7 @@ def replay(
     Returns:
         The steps, on the policy's device.
     """
-    device = policy.get_output_embeddings().weight.device
+    device = states_device(policy)
     ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     is_response = sequences.is_response.to(device)
     length = is_response.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mavis.critics import load_critic
 from mavis.critics.base import Composition
-from mavis.critics.fingerprint import Fingerprint, output_embedding
+from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import claimed, read_json, write_json
@@ -160,7 +160,7 @@ def improve(
     critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
     _claim(run, critic, prompts, settings)
-    critic.to(output_embedding(policy).weight.device)  # type: ignore[arg-type]
+    critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
     zeta = 1 / settings.beta if settings.zeta is None else settings.zeta

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from mavis.critics import HiddenStateCritic, load_critic
 from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import ConfigError, CriticError, DataError, ObjectiveError
+from mavis.evaluation import EvaluationSettings, evaluate
 from mavis.rollouts import RolloutSettings
 from mavis.training.features import Features
 from mavis.training.fit import FitReport, FitSettings, fit
@@ -99,6 +102,26 @@ def assert_same_run(
 
 
 # What it does
+
+
+def test_a_quantised_policy_is_trained_on_like_any(
+    tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
+) -> None:
+    """The weight of its output embedding is no tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves this elsewhere
+        policy = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(tiny_policy), {torch.nn.Linear}, dtype=torch.qint8
+        )
+    critic = HiddenStateCritic.for_policy(policy, tuple(tiny_objectives), hidden=8, rank=4)
+    prompts = [*PROMPTS, *PROMPTS]
+    *_, report = improve(policy, tiny_tokenizer, critic, tiny_objectives, prompts, tmp_path / "run", SETTINGS)
+    assert report.iteration == SETTINGS.iterations - 1
+    settings = EvaluationSettings(
+        divisions=1, betas=(1.0,), samples=2, reference_samples=4, speed_repeats=1, sampling=SETTINGS.sampling
+    )
+    measured = evaluate(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS[:2], tmp_path / "measured", settings)
+    assert measured["speed"]["tilted"]["ratio"] > 0
 
 
 def test_one_report_per_iteration(unbroken: Any) -> None:
