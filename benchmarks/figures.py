@@ -59,7 +59,7 @@ def overhead() -> str:
     """The price of a tilt: tokens per second against plain `generate`, and what else a user waits or pays for."""
     content = read("decode")
     config, rows = content["config"], content["rows"]
-    base, what = config["context"], {row["what"] for row in rows}
+    base = config["context"]
     policies = {"random": "random Llama 8 × 512, 32,000 tokens"}
     speeds = [row for row in rows if row["what"] == "speed"]
     near = {(row["policy"], *_kind(row), row["batch"]): row["ratio"] for row in speeds if row["context"] == base}
@@ -98,7 +98,7 @@ def overhead() -> str:
     helped = [
         [(row["critic"] and _kind(row)[0]) or "plain", row["what"], f"{row['ratio']:.2f}"]
         for row in rows
-        if row["what"] in what & {"draft model", "prompt lookup"}
+        if row["what"] in ("draft model", "prompt lookup")
     ]
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
@@ -117,8 +117,8 @@ def overhead() -> str:
             waited,
         )
         + "\nThe values of 16 prompts of different length in one batch differ from those of each alone by "
-        f"{ragged:.0e} at most. Greedy assisted decoding gives the tokens it gives unassisted; so many times as fast it is, for a "
-        "draft of one layer that mostly agrees:\n\n" + table(["critic", "help", "speed"], helped)
+        f"{ragged:.0e} at most. Greedy assisted decoding gives the tokens it gives unassisted, so many times as fast "
+        "(the draft has one layer and mostly agrees):\n\n" + table(["critic", "help", "speed"], helped)
     )
 
 

@@ -5,7 +5,7 @@ top-k candidates at every step; `generate` sets the tilt and the policy's `gener
 and `evaluate` measures it.
 """
 
-from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, load_critic
+from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, import_official, load_critic
 from mavis.decoding import MavisTilt, generate
 from mavis.errors import MavisError
 from mavis.evaluation import evaluate
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "generate",
+    "import_official",
     "improve",
     "load_critic",
 ]

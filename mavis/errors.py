@@ -32,6 +32,10 @@ class CriticError(MavisError):
     """A critic that cannot be built, saved, loaded or attached."""
 
 
+class MissingPackageError(CriticError):
+    """A critic that needs an optional package which is not installed; nothing is wrong with the critic."""
+
+
 class ObjectiveError(MavisError):
     """An objective that cannot be built or that returns something other than one finite float per response."""
 

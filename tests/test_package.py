@@ -29,7 +29,7 @@ def python(code: str, path: Path, where: Path) -> str:
 def test_importing_it_needs_torch_transformers_numpy_and_safetensors_only(tmp_path: Path) -> None:
     code = """
 import builtins
-optional = "hydra omegaconf datasets accelerate matplotlib moocore vllm rich vaderSentiment textstat".split()
+optional = "hydra omegaconf datasets accelerate matplotlib moocore vllm rich vaderSentiment textstat peft".split()
 real_import = builtins.__import__
 def guarded(name, globals=None, *rest, **named):
     if (globals or {}).get("__name__", "").startswith("mavis") and name.split(".")[0] in optional:

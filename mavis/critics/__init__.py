@@ -5,6 +5,16 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.checkpoint import load_critic
 from mavis.critics.group import CriticGroup
 from mavis.critics.hidden_state import HiddenStateCritic
+from mavis.critics.official import import_official
 from mavis.critics.value_model import ValueModelCritic
 
-__all__ = ["Attachment", "Calibration", "Critic", "CriticGroup", "HiddenStateCritic", "ValueModelCritic", "load_critic"]
+__all__ = [
+    "Attachment",
+    "Calibration",
+    "Critic",
+    "CriticGroup",
+    "HiddenStateCritic",
+    "ValueModelCritic",
+    "import_official",
+    "load_critic",
+]

@@ -16,7 +16,7 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.value_model import ValueModelCritic
-from mavis.errors import CriticError, closest
+from mavis.errors import CriticError, MissingPackageError, closest
 from mavis.files import atomic_folder, write_json
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
 
     Raises:
         CriticError: if the folder is missing, is no critic folder, holds a pickle where safetensors belong, or is
-            corrupt or truncated.
+            corrupt or truncated; MissingPackageError if its trunk has adapters and peft is not installed.
     """
     path = Path(folder)
     config = _read_config(path)
@@ -76,6 +76,8 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
+    except MissingPackageError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
         raise _corrupt(path / CONFIG, error) from error
     _load_weights(critic, path)

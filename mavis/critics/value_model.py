@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
+from mavis.critics.lora import add_lora, merge_lora
 from mavis.critics.prefix_reader import PrefixReader
 from mavis.errors import CriticError, closest, first_sentence
 
@@ -29,9 +30,10 @@ class ValueModelCritic(HeadedCritic):
         candidates:  Q_m(s, a) = V_m(z(s ⊕ a))
         token:       Q_m(s, a) = V_m(z(s)) + ⟨A_m(z(s)), u_a⟩
 
-    where z is the trunk's last hidden state, normed. `candidates` is the paper's form: the trunk reads every candidate,
-    each after the prefix and blind to the others. `token` reads one token a step, however many candidates there are.
-    The trunk keeps a cache of its own, which follows `generate` through beams, rollbacks and new prompts.
+    where z is the trunk's last hidden state, layer-normed unless `norm` is False. `candidates` is the paper's form: the
+    trunk reads every candidate, each after the prefix and blind to the others. `token` reads one token a step, however
+    many candidates there are. The trunk keeps a cache of its own, which follows `generate` through beams, rollbacks and
+    new prompts.
 
     Args:
         objectives: M distinct names.
@@ -42,10 +44,13 @@ class ValueModelCritic(HeadedCritic):
         hidden: width of each head; 0 for heads that are linear in z, as the paper's.
         rank: r, size of u_a in the `token` readout.
         composition: how the objectives' values become a tilt.
+        norm: whether the trunk's last state gets a layer norm without parameters; the paper's heads read it as it is.
+        lora_rank: rank of adapters on the trunk's linear layers, which are then all that a fit trains of it; 0 for
+            none, and a trunk that is trained whole.
 
     Raises:
         CriticError: if a size, the readout or the composition is impossible, the trunk is no decoder or knows fewer
-            tokens than the policy, or a name is repeated.
+            tokens than the policy, or a name is repeated; MissingPackageError if adapters need peft.
 
     Source: MAVIS (arXiv 2508.13415).
     """
@@ -63,6 +68,8 @@ class ValueModelCritic(HeadedCritic):
         hidden: int = 128,
         rank: int = 64,
         composition: Composition = "independent",
+        norm: bool = True,
+        lora_rank: int = 0,
     ) -> None:
         if readout not in get_args(Readout):
             raise CriticError(f"readout is {readout!r}.", closest(str(readout), get_args(Readout)))
@@ -78,6 +85,8 @@ class ValueModelCritic(HeadedCritic):
             rank=rank if readout == "token" else 0,
         )
         self.readout: Readout = readout
+        self.norm = norm
+        self.lora_rank = 0
         self._rank = rank
         self._embedding_size = embedding_size
         self.trunk: Any = AutoModel.from_config(config)
@@ -89,6 +98,7 @@ class ValueModelCritic(HeadedCritic):
             )
         self._reader: PrefixReader | None = None
         self._watched: Any = None
+        self._add_lora(lora_rank)
 
     @classmethod
     def for_policy(
@@ -102,6 +112,8 @@ class ValueModelCritic(HeadedCritic):
         hidden: int = 128,
         rank: int = 64,
         composition: Composition = "independent",
+        norm: bool = True,
+        lora_rank: int = 0,
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> ValueModelCritic:
@@ -117,13 +129,15 @@ class ValueModelCritic(HeadedCritic):
             hidden: width of each head; 0 for linear heads.
             rank: size of a token's vector in the `token` readout.
             composition: `independent` or `conditioned`.
+            norm: whether the trunk's last state gets a layer norm; False is the paper's.
+            lora_rank: rank of adapters that are trained instead of the trunk's own weights; 0 trains those.
             trust_remote_code: whether a loaded backbone may bring code of its own.
             seed: of the initial weights.
 
         Raises:
             PolicyError: if the policy has no output embedding.
             CriticError: if the backbone cannot be loaded, has another vocabulary, or a size, the readout or the
-                composition is impossible.
+                composition is impossible; MissingPackageError if adapters need peft.
         """
         trunk: Any = None
         config: Any
@@ -138,19 +152,18 @@ class ValueModelCritic(HeadedCritic):
         elif isinstance(backbone, PreTrainedConfig):
             config = backbone
         else:
-            folder = Path(backbone).expanduser()
-            source = str(folder) if folder.exists() else str(backbone)
-            trunk = _loaded(source, trust_remote_code)
+            trunk = load_trunk(backbone, "backbone", trust_remote_code)
             config = trunk.config
-            _check_tokenizer(source, tokenizer, trust_remote_code)
+            _check_tokenizer(_source(backbone), tokenizer, trust_remote_code)
         width = policy.get_input_embeddings().weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             critic = cls(
-                objectives, Fingerprint.of(policy), config.to_dict(), readout, width, hidden, rank, composition
+                objectives, Fingerprint.of(policy), config.to_dict(), readout, width, hidden, rank, composition, norm
             )
-        if trunk is not None:
-            critic.trunk.load_state_dict(trunk.state_dict())
+            if trunk is not None:
+                critic.trunk.load_state_dict(trunk.state_dict())
+            critic._add_lora(lora_rank)
         critic.refresh_token_table(token_embeddings(policy))
         return critic.eval()
 
@@ -181,6 +194,16 @@ class ValueModelCritic(HeadedCritic):
             each = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
             return self.values_of_inputs(inputs.flatten(0, 1), None, each).view(*inputs.shape[:2], -1)
 
+    def merge_lora(self) -> None:
+        """Fold the adapters into the trunk's weights in place, W + 2 B A for W.
+
+        The values stay as they are. From now on peft is not needed, and a fit trains the trunk whole. Without adapters
+        nothing happens.
+        """
+        if self.lora_rank:
+            merge_lora(self.trunk)
+            self.lora_rank = 0
+
     def trunk_parameters(self) -> list[nn.Parameter]:
         """See `HeadedCritic.trunk_parameters`."""
         return list(self.trunk.parameters())
@@ -192,6 +215,8 @@ class ValueModelCritic(HeadedCritic):
             "readout": self.readout,
             "embedding_size": self._embedding_size,
             "rank": self._rank,
+            "norm": self.norm,
+            "lora_rank": self.lora_rank,
         }
 
     def detach(self) -> None:
@@ -202,6 +227,15 @@ class ValueModelCritic(HeadedCritic):
     def _on_attach(self, policy: Any) -> None:
         super()._on_attach(policy)
         self._reader, self._watched = PrefixReader(self.eval().trunk), threading.local()
+
+    def _add_lora(self, rank: int) -> None:
+        check_sizes(0, lora_rank=rank)
+        if rank:
+            add_lora(self.trunk, rank)
+            self.lora_rank = rank
+
+    def _normed(self, states: Tensor) -> Tensor:
+        return super()._normed(states) if self.norm else states.float()
 
     def _inputs(self, prefix_ids: Tensor) -> Tensor:
         return self._normed(self._read(prefix_ids, None))
@@ -246,16 +280,33 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
 
 
-def _loaded(source: str, trust_remote_code: bool) -> nn.Module:
+def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code: bool = False) -> Any:
+    """Load a decoder without its output embedding, in float32 and from safetensors.
+
+    Args:
+        source: folder or hub id.
+        argument: what the caller calls it.
+        trust_remote_code: whether it may bring code of its own.
+
+    Raises:
+        CriticError: if it cannot be loaded.
+    """
+    name = _source(source)
     try:
         return AutoModel.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise CriticError(
-            f"backbone is {source!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json and *.safetensors, a hub id, or a configuration.",
+            f"{argument} is {name!r}, which cannot be loaded: {first_sentence(error)}.",
+            "give a folder with config.json and *.safetensors, or a hub id.",
         ) from error
+
+
+def _source(given: str | os.PathLike[str]) -> str:
+    """Tell a folder from a hub id."""
+    folder = Path(given).expanduser()
+    return str(folder) if folder.exists() else str(given)
 
 
 def _check_tokenizer(source: str, tokenizer: Any, trust_remote_code: bool) -> None:

@@ -105,7 +105,8 @@ def fit(
     Q is linear in u_a, the expectation needs only E_{a∼π}[e_a], which the features hold.
 
     Args:
-        critic: its heads and memory are the start and the result; its normalisation stays.
+        critic: its heads, memory and trunk are the start and the result; its normalisation and whatever requires no
+            gradient stay.
         features: the rollouts.
         embeddings: (V, E) float32, the e_a.
         zeta: ζ ≥ 0 in reward per nat; a conditioned critic, which learns the KL apart, does not use it.
@@ -165,7 +166,7 @@ def fit(
             best, best_state = epoch, _state(critic)
         if on_epoch is not None:
             on_epoch(epoch, losses[-1])
-    critic.load_state_dict(best_state)
+    critic.load_state_dict(best_state, strict=False)
     critic.refresh_token_table(embeddings)
     predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
     error, variance = _error(network, watched, settings, accelerator.device)
@@ -185,9 +186,11 @@ def draw_held_out(rollouts: int, share: float, source: torch.Generator) -> Tenso
 
 
 def _groups(critic: HeadedCritic, settings: FitSettings) -> list[dict[str, Any]]:
-    slow = critic.trunk_parameters()
+    slow = [parameter for parameter in critic.trunk_parameters() if parameter.requires_grad]
     others = {id(parameter) for parameter in slow}
-    groups: list[dict[str, Any]] = [{"params": [p for p in critic.parameters() if id(p) not in others]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in critic.parameters() if p.requires_grad and id(p) not in others]}
+    ]
     return [*groups, {"params": slow, "lr": settings.learning_rate * settings.trunk_rate}] if slow else groups
 
 
@@ -255,7 +258,9 @@ def _to(features: Features, device: torch.device) -> Features:
 
 
 def _state(critic: HeadedCritic) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+    """Copy all that a fit may change: a frozen trunk can be too large to be held twice."""
+    frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in critic.state_dict().items() if name not in frozen}
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:

@@ -78,13 +78,16 @@ def test_other_options_of_an_objective_in_the_same_folder_are_refused(
     "options",
     [
         ("critic.readout=token", "critic.hidden=8", "critic.rank=4"),
-        ("critic.readout=candidates", "critic.hidden=0", "experiment=paper"),
+        ("critic.readout=token", "critic.hidden=8", "critic.rank=4", "critic.lora_rank=2"),
+        ("critic.readout=candidates", "critic.hidden=0", "critic.norm=false", "experiment=paper"),
     ],
-    ids=["token", "candidates"],
+    ids=["token", "token with adapters", "candidates"],
 )
 def test_a_value_model_is_trained_and_used_like_any_critic(
     mavis: Any, small: tuple[str, ...], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
+    if "critic.lora_rank=2" in options:
+        pytest.importorskip("peft")
     others = [item for item in small if not item.startswith("critic.")]
     ran = mavis("train", *others, "critic=value_model", *options, "output=run")
     assert ran.code == 0, ran.err

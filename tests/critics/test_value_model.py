@@ -105,12 +105,28 @@ def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(p
     torch.testing.assert_close(candidates[1, :2], normed[1][-2:])
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, readout: Any) -> None:
+    plain, normed = (talkative(policy, readout=readout, hidden=0, norm=norm) for norm in (False, True))
+    found = plain.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)
+    with torch.no_grad():
+        row = IDS[0][IS_TOKEN[0]]
+        state = policy.model(input_ids=row[None]).last_hidden_state[0]
+    torch.testing.assert_close(found[0], state[-3:] if readout == "candidates" else state[-4:-1])
+    expected = torch.nn.functional.layer_norm(found, (16,))
+    torch.testing.assert_close(normed.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES), expected)
+    with plain.attach(policy):  # and while the policy generates
+        policy(input_ids=row[None, :-1])
+        values = plain.values(row[None, :-1], row[None, -1:])
+    torch.testing.assert_close(values, plain.values_of_inputs(found[0, -1:], row[None, -1:]))
+
+
 # Its folder
 
 
 @pytest.mark.parametrize(
     ("readout", "options"),
-    [("token", {}), ("candidates", {"hidden": 0}), ("token", {"composition": "conditioned"})],
+    [("token", {}), ("candidates", {"hidden": 0, "norm": False}), ("token", {"composition": "conditioned"})],
 )
 def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
     critic = talkative(policy, readout=readout, **options)
@@ -126,6 +142,15 @@ def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout
         ids = torch.tensor([[3], [9]])
         assert torch.equal(*found)
         assert torch.equal(*(c.values_of_inputs(i, ids) for c, i in zip((critic, again), found, strict=True)))
+
+
+def test_a_folder_from_before_the_norm_was_a_setting_has_one(policy: Any, tmp_path: Path) -> None:
+    talkative(policy).save(tmp_path / "critic")
+    path = tmp_path / "critic" / "config.json"
+    config = json.loads(path.read_text())
+    assert (config["settings"].pop("norm"), config["settings"].pop("lora_rank")) == (True, 0)
+    path.write_text(json.dumps(config))
+    assert mavis.load_critic(tmp_path / "critic").settings() == talkative(policy).settings()
 
 
 def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Path) -> None:

@@ -105,6 +105,26 @@ def test_the_trunk_learns_at_its_own_rate() -> None:
     assert moved[1e-6] < 1e-5 < moved[0.5]
 
 
+def test_of_a_trunk_with_adapters_these_alone_are_trained() -> None:
+    """With a strong weight decay, which would move whatever the optimiser is given."""
+    pytest.importorskip("peft")
+    critic = make_critic("token", lora_rank=4)
+    before = {name: parameter.detach().clone() for name, parameter in critic.named_parameters()}
+    report = fit(critic, make_features(500), EMBEDDINGS, 0.0, replace(SETTINGS, weight_decay=0.5), seed=0)
+    moved = {name for name, parameter in critic.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "lora_" in name or not name.startswith("trunk.")}
+    assert min(report.losses) < 0.5 * report.losses[0]
+
+
+def test_the_best_epoch_is_kept_of_the_adapters_too() -> None:
+    pytest.importorskip("peft")
+    critic = make_critic("token", lora_rank=4)
+    before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+    far = replace(SETTINGS, epochs=1, learning_rate=100.0)
+    assert fit(critic, make_features(100), EMBEDDINGS, 0.0, far, seed=0).epoch == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.state_dict().items())
+
+
 def test_every_candidate_at_every_step_would_be_too_much_to_read() -> None:
     with pytest.raises(ConfigError, match="target is 'decomposition', but the readout 'candidates' would have to read"):
         fit(make_critic("candidates"), make_features(10), EMBEDDINGS, 0.0, SETTINGS, seed=0)
