@@ -1,15 +1,15 @@
 """Value-guided decoding: steer any causal LM between objectives at decoding time.
 
 A critic holds one small value head per objective; `MavisTilt` weighs them and tilts the policy's distribution over its
-top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree; `improve` trains a critic
-and `evaluate` measures it.
+top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree; `improve` trains a
+critic, `distill` makes one of several and `evaluate` measures it.
 """
 
 from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, import_official, load_critic
 from mavis.decoding import MavisTilt, generate
 from mavis.errors import MavisError
 from mavis.evaluation import evaluate
-from mavis.training import improve
+from mavis.training import distill, improve
 from mavis.version import __version__
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MavisTilt",
     "ValueModelCritic",
     "__version__",
+    "distill",
     "evaluate",
     "generate",
     "import_official",

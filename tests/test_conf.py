@@ -14,9 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from mavis.cli import COMMANDS
 from mavis.cli.app import sampling_settings
 from mavis.cli.conf_path import conf_dir
+from mavis.cli.distill import distillation_settings
 from mavis.cli.evaluate import evaluation_settings
 from mavis.evaluation.evaluate import EvaluationSettings
 from mavis.rollouts import RolloutSettings
+from mavis.training.descent import DescentSettings
+from mavis.training.distill import DistillSettings
 from mavis.training.fit import FitSettings
 from mavis.training.improve import ImprovementSettings
 
@@ -26,6 +29,7 @@ GROUPS = {
 }
 USES = {
     "train": {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment"},
+    "distill": {"policy", "critic", "data", "decoding"},
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment"},
     "generate": {"policy", "decoding"},
     "demo": {"policy", "critic", "objective", "data", "decoding", "improvement", "evaluation", "experiment"},
@@ -118,6 +122,7 @@ def test_the_held_out_objective_can_be_left_out_or_replaced() -> None:
         ("train", "improvment.rollouts=3", "improvment"),
         ("train", "improvement.rolouts=3", "rolouts"),
         ("train", "critic.hiden=8", "hiden"),
+        ("distill", "distillation.candidate=3", "candidate"),
         ("evaluate", "evaluation.sampels=3", "sampels"),
         ("generate", "promt=Once", "promt"),
         ("demo", "betta=3", "betta"),
@@ -143,6 +148,13 @@ def test_the_settings_of_training_are_those_that_the_code_has(command: str, impr
     assert isinstance(sampling_settings(config, config.improvement.shard_size), RolloutSettings)
     elsewhere = {"beta", "sampling"}
     assert set(config.improvement) - {"shard_size"} == {f.name for f in fields(ImprovementSettings)} - elsewhere
+
+
+def test_the_settings_of_distillation_are_those_that_the_code_has() -> None:
+    config = compose("distill").distillation
+    assert set(config.fit) == {field.name for field in fields(DescentSettings)}
+    assert set(config) - {"shard_size"} == {field.name for field in fields(DistillSettings)} - {"sampling"}
+    assert distillation_settings(compose("distill")) == DistillSettings(sampling=RolloutSettings(top_k=None))
 
 
 @pytest.mark.parametrize("evaluation", GROUPS["evaluation"])

@@ -13,6 +13,7 @@ from mavis.errors import ConfigError, closest
 COMMANDS = {
     "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
     "train": "train a critic for a policy",
+    "distill": "make one critic of several",
     "evaluate": "sweep weights and β, and compare with the best that is possible at each KL",
     "generate": "continue prompts under preference weights",
     "pretrain": "train a small story LM, the recipe of the embedded policy",

@@ -46,7 +46,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         sampling=sampling_settings(config, options.shard_size),
         fit=FitSettings(**options.fit),
     )
-    critic = _critic(config, policy, tokenizer, list(objectives))
+    critic = make_critic(config, policy, tokenizer, list(objectives), options.composition)
     claim_objectives(config, list(objectives), folder)
     with progress_bars() as progress:
         reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
@@ -69,13 +69,25 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     return critic
 
 
-def _critic(config: Any, policy: Any, tokenizer: Any, objectives: list[str]) -> Any:
+def make_critic(config: Any, policy: Any, tokenizer: Any, objectives: list[str], composition: str) -> Any:
+    """Build the untrained critic that a `critic` group describes.
+
+    Args:
+        config: with that group and a seed.
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        objectives: their names.
+        composition: `independent` or `conditioned`.
+
+    Raises:
+        ConfigError: if there is no such kind of critic.
+    """
     from mavis.critics import HiddenStateCritic, ValueModelCritic
     from mavis.errors import ConfigError, closest
 
     options: dict[str, Any] = dict(config.critic)
     kind = options.pop("kind")
-    options |= {"composition": config.improvement.composition, "seed": config.seed}
+    options |= {"composition": composition, "seed": config.seed}
     if kind == HiddenStateCritic.kind:
         return HiddenStateCritic.for_policy(policy, objectives, **options)
     if kind == ValueModelCritic.kind:

@@ -125,3 +125,19 @@ class CriticGroup(Critic):
     @property
     def _members(self) -> list[Any]:
         return list(self.critics)
+
+
+def together(critics: Critic | Sequence[Critic]) -> Critic:
+    """Take several critics as one; one stays what it is.
+
+    Args:
+        critics: a critic, or a list or tuple of them.
+
+    Raises:
+        CriticError: if something is no critic, or the critics do not go together.
+    """
+    if isinstance(critics, list | tuple):
+        return CriticGroup(critics)
+    if not isinstance(critics, Critic):
+        raise CriticError(f"critic is a {type(critics).__name__}, expected a critic.", "use mavis.load_critic(folder).")
+    return critics

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mavis.critics import Critic, CriticGroup
+from mavis.critics import Critic
 from mavis.critics.callers import assistance
 from mavis.critics.capture import generating_critic
+from mavis.critics.group import together
 from mavis.decoding.weights import Weights, lambda_rows, strength_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
 from mavis.math.divergence import step_kl
@@ -97,12 +98,7 @@ class MavisTilt(LogitsProcessor):
         record_kl: bool = False,
         entropy_gate: float | None = None,
     ) -> None:
-        if isinstance(critic, list | tuple):
-            critic = CriticGroup(critic)
-        if critic is not None and not isinstance(critic, Critic):
-            raise CriticError(
-                f"critic is a {type(critic).__name__}, expected a critic.", "use mavis.load_critic(folder)."
-            )
+        critic = together(critic) if critic is not None else None
         _check_settings(beta, target_kl, top_k, temperature)
         _check_gate(entropy_gate)
         self._weights = weights

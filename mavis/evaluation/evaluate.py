@@ -25,7 +25,8 @@ from mavis.math.best_of_n import best_of_n
 from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
 from mavis.math.preference import simplex_grid
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, RolloutSettings, collect
+from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.sample import RolloutSettings
 
 LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
 """Where the optimal frontier is drawn; 0 is put before it."""

@@ -11,8 +11,8 @@ import torch
 from mavis.critics.headed import HeadedCritic
 from mavis.evaluation.statistics import calibration_table
 from mavis.math.returns import soft_returns
-from mavis.rollouts.collect import RolloutSettings
 from mavis.rollouts.replay import Sequences, replay
+from mavis.rollouts.sample import RolloutSettings
 
 _MOST_RESPONSES = 240
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,58 +15,13 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
-from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.decoding import MavisTilt
-from mavis.decoding.facade import agreeing_config
 from mavis.errors import ConfigError, DataError
 from mavis.files import atomic_folder, claimed, write_json
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import Sequences, replay
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How responses are sampled.
-
-    Args:
-        max_new_tokens: longest response in tokens, ≥ 1.
-        top_k: number of candidates, of plain and tilted rows alike; None means every token.
-        temperature: T > 0.
-        shard_size: rows sampled together and written together, ≥ 1.
-        seed: of all sampling.
-
-    Raises:
-        ConfigError: if a number is out of range.
-    """
-
-    max_new_tokens: int = 64
-    top_k: int | None = 40
-    temperature: float = 1.0
-    shard_size: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.shard_size < 1 or (self.top_k is not None and self.top_k < 1):
-            raise ConfigError(
-                f"max_new_tokens is {self.max_new_tokens}, shard_size is {self.shard_size} and top_k is {self.top_k}; "
-                "expected each ≥ 1.",
-                "top_k=None makes every token a candidate.",
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}, expected a number > 0.", "1.0 changes nothing.")
-
-    def check(self, policy: Any) -> None:
-        """Refuse a policy that has fewer tokens than there are to be candidates.
-
-        Raises:
-            ConfigError: if `top_k` is larger than the vocabulary.
-        """
-        _, vocabulary = embedding_shape(output_embedding(policy))
-        if self.top_k is not None and self.top_k > vocabulary:
-            raise ConfigError(
-                f"top_k is {self.top_k}, but the policy has {vocabulary} tokens.",
-                "top_k=None makes every token a candidate.",
-            )
+from mavis.rollouts.sample import RolloutSettings, sample, shard_seed
 
 
 @dataclass(frozen=True)
@@ -151,7 +105,7 @@ def collect(
         "settings": asdict(settings),
         "objectives": list(objectives),
         "policy": Fingerprint.of(policy).to_json(),
-        "critic": _critic_digest(critic),
+        "critic": critic_digest(critic),
         "truncate_reference": truncate_reference,
     }
     if not claimed(target / "plan.json", claim, "rollouts of another run: different"):
@@ -185,7 +139,8 @@ def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings
     ]
 
 
-def _critic_digest(critic: Critic | None) -> str | None:
+def critic_digest(critic: Critic | None) -> str | None:
+    """Hash the weights of a critic, so that a folder tells what was sampled or asked under it."""
     if critic is None:
         return None
     digest = hashlib.sha256()
@@ -203,37 +158,26 @@ def _sample(
     truncate_reference: bool,
     index: int,
 ) -> dict[str, list[Any]]:
-    inputs = tokenizer(list(shard.prompts), return_tensors="pt", padding=True, padding_side="left")
-    device = states_device(policy)
-    ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    config, _ = agreeing_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})
     tilt: MavisTilt | None = None
     attached: Any = nullcontext()
+    cut = None
     if critic is not None:
         lam = shard.betas[:, None] * shard.weights
         tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
         attached = critic.attached_to(policy)
-    elif truncate_reference and settings.top_k is not None:
-        config.top_k = settings.top_k
-    with attached, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed(settings.seed, shard.digest(), index))
-        output = policy.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=tilt if tilt is not None else [],
-        )
-    kept = inputs["attention_mask"].bool()
-    prompt_ids = [row[is_token].tolist() for row, is_token in zip(inputs["input_ids"], kept, strict=True)]
-    response_ids = [_until_end(row, _end_ids(policy)) for row in output[:, ids.shape[1] :].tolist()]
+    elif truncate_reference:
+        cut = settings.top_k
+    with attached:
+        seed = shard_seed(settings.seed, shard.digest(), index)
+        prompt_ids, response_ids = sample(policy, tokenizer, shard.prompts, settings, seed, top_k=cut, processor=tilt)
     if tilt is not None:
         steps = tilt.kl
-    elif truncate_reference and settings.top_k is not None:
+    elif cut is not None:
         table = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
         sequences = Sequences.pack(prompt_ids, response_ids)
-        steps = replay(policy, sequences, table, top_k=settings.top_k, temperature=settings.temperature).kl
+        steps = replay(policy, sequences, table, top_k=cut, temperature=settings.temperature).kl
     else:
-        steps = torch.zeros(len(ids), output.shape[1] - ids.shape[1])
+        steps = torch.zeros(len(response_ids), max(map(len, response_ids)))
     kl = [row[: len(response)] for row, response in zip(steps.tolist(), response_ids, strict=True)]
     return {
         "prompt": list(shard.prompts),
@@ -281,23 +225,6 @@ def _texts(tokenizer: Any, prompts: list[list[int]], responses: list[list[int]])
         text[len(start) :] if text.startswith(start) else other
         for start, text, other in zip(before, whole, alone, strict=True)
     ]
-
-
-def _seed(seed: int, digest: str, index: int) -> int:
-    return int(hashlib.sha256(f"{seed}/{digest}/{index}".encode()).hexdigest()[:15], 16)
-
-
-def _end_ids(policy: Any) -> set[int]:
-    end = policy.generation_config.eos_token_id
-    return set() if end is None else set(end) if isinstance(end, list) else {int(end)}
-
-
-def _until_end(ids: list[int], end: set[int]) -> list[int]:
-    """Keep a response up to its first end token, that token included: choosing to stop is a step like any other."""
-    for position, token in enumerate(ids):
-        if token in end:
-            return ids[: position + 1]
-    return ids
 
 
 def _write_shard(path: Path, columns: dict[str, list[Any]]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mavis.errors import DataError, closest
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -52,6 +54,24 @@ def load_prompts(
         shown = "an empty list" if not isinstance(source, str) else repr(source)
         raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")
     return prompts[:limit]
+
+
+def drawn(prompts: Sequence[str], rows: int, seed: int) -> list[str]:
+    """Draw prompts in a fresh order, each as often as any other or once more.
+
+    Args:
+        prompts: at least one.
+        rows: how many are wanted.
+        seed: of the order.
+
+    Returns:
+        So many prompts; all come once before any comes again.
+    """
+    order = torch.Generator().manual_seed(seed)
+    chosen: list[str] = []
+    while len(chosen) < rows:
+        chosen.extend(prompts[i] for i in torch.randperm(len(prompts), generator=order).tolist())
+    return chosen[:rows]
 
 
 def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[str]:

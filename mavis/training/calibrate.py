@@ -12,7 +12,8 @@ import torch
 from mavis.critics import Calibration, Critic
 from mavis.critics.calibration import calibration_directions
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, RolloutSettings, collect
+from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.sample import RolloutSettings
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,47 +11,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.critics.headed import HeadedCritic
-from mavis.rollouts.collect import RolloutSettings
 from mavis.rollouts.replay import Sequences, replay
-
-_ROWS_PER_PASS = 32
+from mavis.rollouts.sample import RolloutSettings
+from mavis.training.replayed import ROWS_PER_PASS, Replayed, joined
 
 
 @dataclass(frozen=True)
-class Features:
-    """N replayed rollouts.
+class Features(Replayed):
+    """N replayed rollouts, and what they earned; see `Replayed`.
 
     Args:
-        prompt_ids: (N, P) integer, padded on the left.
-        is_prompt: (N, P) bool, False on padding.
-        states: (N, T, H), in the policy's dtype, on the CPU; H is 0 for a critic that does not read them.
-        action_ids: (N, T) integer.
         expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that is being evaluated; E is 0 where plain Monte
             Carlo returns are asked for, which do not need it.
         kl: (N, T) float32, KL of that policy to the reference in nats, 0 after the end.
-        is_response: (N, T) bool.
         rewards: (N, M) float32, normalised.
         lam: (N, M) float32, the λ of the policy that is being evaluated, which a conditioned critic reads.
         counts_for: (N, M) bool, True where that policy is the one whose value of objective m is asked for.
     """
 
-    prompt_ids: Tensor
-    is_prompt: Tensor
-    states: Tensor
-    action_ids: Tensor
     expected: Tensor
     kl: Tensor
-    is_response: Tensor
     rewards: Tensor
     lam: Tensor
     counts_for: Tensor
 
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-    def rows(self, index: Tensor) -> Features:
-        """Take some rollouts."""
-        return Features(**{name: tensor[index] for name, tensor in vars(self).items()})
+    without_steps = ("rewards", "lam", "counts_for")
 
 
 def extract(
@@ -83,8 +67,8 @@ def extract(
     parts: list[Features] = []
     for shard in shards:
         shard = shard.select([i for i, ids in enumerate(shard["response_ids"]) if ids])
-        for at in range(0, len(shard), _ROWS_PER_PASS):
-            rows = shard[at : at + _ROWS_PER_PASS]
+        for at in range(0, len(shard), ROWS_PER_PASS):
+            rows = shard[at : at + ROWS_PER_PASS]
             weights = torch.tensor(rows["weights"], dtype=torch.float64)
             lam = torch.tensor(rows["beta"], dtype=torch.float64)[:, None] * weights
             sequences = Sequences.pack(rows["prompt_ids"], rows["response_ids"])
@@ -122,25 +106,6 @@ def extract(
                 )
             )
     return joined(parts)
-
-
-def joined(parts: Sequence[Features]) -> Features:
-    """Lay the rollouts of several sets side by side, the shorter ones padded."""
-    columns: dict[str, Tensor] = {}
-    for name in vars(parts[0]):
-        tensors = [getattr(part, name) for part in parts]
-        if name not in ("rewards", "lam", "counts_for"):
-            longest = max(tensor.shape[1] for tensor in tensors)
-            before = name in ("prompt_ids", "is_prompt")
-            tensors = [_padded(tensor, longest, before) for tensor in tensors]
-        columns[name] = torch.cat(tensors)
-    return Features(**columns)
-
-
-def _padded(tensor: Tensor, length: int, before: bool) -> Tensor:
-    missing = length - tensor.shape[1]
-    where = (missing, 0) if before else (0, missing)
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + where) if missing else tensor
 
 
 def _per_step(rows: list[list[float]], length: int) -> Tensor:

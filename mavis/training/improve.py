@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mavis.critics import load_critic
 from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
-from mavis.files import claimed, read_json, write_json
+from mavis.files import read_json, write_json
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, RolloutSettings, collect, stored
+from mavis.rollouts.collect import Plan, collect, stored
+from mavis.rollouts.prompts import drawn
+from mavis.rollouts.sample import RolloutSettings
 from mavis.training.calibrate import calibrate
-from mavis.training.features import extract, joined
-from mavis.training.fit import FitSettings, draw_held_out, fit
+from mavis.training.descent import draw_held_out
+from mavis.training.features import extract
+from mavis.training.fit import FitSettings, fit
 from mavis.training.iteration import IterationReport, means_by_goal
+from mavis.training.replayed import joined
+from mavis.training.run import Progress, adopt, begin
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
 _CORNERS = 0.3
@@ -101,10 +105,6 @@ class ImprovementSettings:
             )
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
 def improve(
     policy: Any,
     tokenizer: Any,
@@ -159,7 +159,14 @@ def improve(
     critic.fingerprint.check(policy)
     critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
-    _claim(run, critic, prompts, settings)
+    claim = {
+        "settings": asdict(settings),
+        "objectives": list(critic.objectives),
+        "critic": critic.settings(),
+        "policy": critic.fingerprint.to_json(),
+        "prompts": Plan.reference(prompts, 0).digest(),
+    }
+    begin(run, critic, claim)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
@@ -167,7 +174,7 @@ def improve(
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"
         if (place / "report.json").is_file():
-            _adopt(critic, place / "critic")
+            adopt(critic, place / "critic")
             yield IterationReport(**read_json(place / "report.json"))
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
@@ -290,11 +297,7 @@ def _read_again(
 
 
 def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> Plan:
-    order = torch.Generator().manual_seed(settings.sampling.seed + iteration)
-    rows: list[str] = []
-    while len(rows) < settings.rollouts:
-        rows.extend(prompts[i] for i in torch.randperm(len(prompts), generator=order).tolist())
-    rows = rows[: settings.rollouts]
+    rows = drawn(prompts, settings.rollouts, settings.sampling.seed + iteration)
     if iteration == 0:
         return Plan.reference(rows, objectives)
     return Plan(rows, *_policies(len(rows), objectives, settings, [settings.sampling.seed + iteration]))
@@ -316,25 +319,6 @@ def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Seque
     alone = torch.from_numpy(source.random(rows)) < _CORNERS
     betas = np.exp(source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows))
     return torch.where(alone[:, None], corners, weights), torch.from_numpy(betas)
-
-
-def _adopt(critic: HeadedCritic, folder: Path) -> None:
-    critic.load_state_dict(load_critic(folder).state_dict())
-
-
-def _claim(run: Path, critic: HeadedCritic, prompts: Sequence[str], settings: ImprovementSettings) -> None:
-    claim = {
-        "settings": asdict(settings),
-        "objectives": list(critic.objectives),
-        "critic": critic.settings(),
-        "policy": critic.fingerprint.to_json(),
-        "prompts": Plan.reference(prompts, 0).digest(),
-    }
-    if claimed(run / "run.json", claim, "a run with other"):
-        _adopt(critic, run / "start")  # which may have been trained in place when the run broke off
-        return
-    critic.save(run / "start")
-    write_json(run / "run.json", claim)
 
 
 def _check(

@@ -160,6 +160,68 @@ def test_a_misspelt_name_is_an_error_that_repeats_it(
     assert "Traceback" not in ran.err
 
 
+# distill
+
+DISTILL = (
+    "policy=tiny",
+    "critic.hidden=8",
+    "critic.rank=4",
+    "decoding.max_new_tokens=8",
+    "distillation.rollouts=32",
+    "distillation.candidates=10",
+    "distillation.fit.epochs=1",
+)
+
+
+@pytest.fixture
+def other(tiny_policy: Any, tmp_path: Path) -> Path:
+    """The folder of a critic with an objective that the trained one has not."""
+    folder = tmp_path / "other"
+    ValueModelCritic.for_policy(tiny_policy, ["kindness"], readout="candidates", hidden=0).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hidden_state", "value_model"])
+def test_critics_become_one_that_is_used_like_any_other(
+    mavis: Any, trained: Path, other: Path, tmp_path: Path, kind: str
+) -> None:
+    ran = mavis("distill", *DISTILL, f"critic={kind}", f"critics=[{trained},{other}]", "output=run")
+    assert ran.code == 0, ran.err
+    critic = load_critic(tmp_path / "run" / "critic")
+    assert critic.kind == kind
+    assert critic.objectives == ("positive", "brevity", "kindness")
+    assert critic.calibration is None
+    assert torch.equal(critic.reward_std[:2], load_critic(trained).reward_std)
+    assert f"critic: {tmp_path / 'run' / 'critic'}" in ran.out
+    for word in ("kindness", "of all variance", "of that between candidates", "rollouts", "fit"):
+        assert word in ran.out
+    told = mavis("generate", *TELL, "checkpoint=run/critic", "prompt=the dog", "decoding=default")
+    assert told.code == 0, told.err
+    assert told.out.startswith("the dog")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "critics is not given. Hint: write critics=..."),
+        (["critics=[]"], "critics is empty"),
+        (["critics=nothing"], "'nothing', which does not exist"),
+        (["critics=[TRAINED,TRAINED]"], "objective 'brevity' belongs to two of the critics"),
+        (["critics=TRAINED", "distillation.candidates=62"], "candidates is 62, but the policy has 61 tokens"),
+        (
+            ["critics=TRAINED", "critic=value_model", "critic.readout=candidates"],
+            "the student's readout is 'candidates'",
+        ),
+    ],
+)
+def test_a_mistake_in_what_is_to_be_distilled_is_one_line(
+    mavis: Any, trained: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    given = [override.replace("TRAINED", str(trained)) for override in overrides]
+    assert_refused(mavis("distill", *DISTILL, "output=run", *given), message)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 # policies
 
 

@@ -167,7 +167,7 @@ def test_a_row_is_the_same_whether_its_neighbours_are_tilted_or_not(
     run: Any, make_tiny_critic: MakeCritic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first row draws the first number of every step, so with one seed it does not depend on the rows after it.
-    monkeypatch.setattr(MODULE, "_seed", lambda *_: 0)
+    monkeypatch.setattr(MODULE, "shard_seed", lambda *_: 0)
     critic, plan = make_tiny_critic(), tilted_plan(4)
     others_plain = Plan(plan.prompts, plan.weights, plan.betas * torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tilted = columns(run(plan, tmp_path / "tilted", critic=critic))
@@ -180,7 +180,7 @@ def test_a_row_is_the_same_whether_its_neighbours_are_tilted_or_not(
 def test_only_beta_times_the_weights_matters(
     run: Any, make_tiny_critic: MakeCritic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "_seed", lambda *_: 0)
+    monkeypatch.setattr(MODULE, "shard_seed", lambda *_: 0)
     plan, critic = tilted_plan(), make_tiny_critic()
     halved = Plan(plan.prompts, plan.weights / 2, plan.betas * 2)
     one, other = (columns(run(p, tmp_path / name, critic=critic)) for p, name in ((plan, "a"), (halved, "b")))
@@ -196,7 +196,7 @@ def test_per_row_weights_sample_what_the_facade_samples_with_a_mapping_per_promp
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(MODULE, "_seed", lambda *_: 11)
+    monkeypatch.setattr(MODULE, "shard_seed", lambda *_: 11)
     plan, critic = tilted_plan(4), make_tiny_critic()
     settings = RolloutSettings(max_new_tokens=16, top_k=7, temperature=0.8, shard_size=4)
     rows = columns(run(plan, tmp_path, settings, critic=critic))

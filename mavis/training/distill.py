@@ -1,0 +1,222 @@
+"""Distilling critics: one student learns what several teachers say of the candidates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mavis.critics import Critic
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
+from mavis.critics.group import together
+from mavis.critics.headed import HeadedCritic, token_embeddings
+from mavis.errors import ConfigError, DataError
+from mavis.files import read_json, write_json
+from mavis.rollouts.collect import Plan, critic_digest
+from mavis.rollouts.prompts import drawn
+from mavis.rollouts.replay import replay
+from mavis.rollouts.sample import RolloutSettings
+from mavis.training.descent import DescentSettings, descend, draw_held_out
+from mavis.training.imitation import Imitation, explained
+from mavis.training.record import Recordings, record
+from mavis.training.replayed import ROWS_PER_PASS, joined
+from mavis.training.run import Progress, adopt, begin
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How critics are distilled.
+
+    Args:
+        rollouts: responses of the reference policy, ≥ 4.
+        candidates: K, of how many of the policy's likeliest tokens the teachers are asked the values at each step, ≥ 1;
+            the responses are sampled from what `sampling` says.
+        sampling: of the rollouts.
+        fit: of the student.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+    """
+
+    rollouts: int = 2048
+    candidates: int = 40
+    sampling: RolloutSettings = field(default_factory=RolloutSettings)
+    fit: DescentSettings = field(default_factory=DescentSettings)
+
+    def __post_init__(self) -> None:
+        for name, least in (("rollouts", 4), ("candidates", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{name} is {value!r}, expected a whole number ≥ {least}.",
+                    "the defaults are 2048 rollouts and 40 candidates.",
+                )
+
+    def check(self, policy: Any) -> None:
+        """Refuse a policy that has fewer tokens than there are to be candidates.
+
+        Raises:
+            ConfigError: if `candidates` or the sampling's `top_k` is larger than the vocabulary.
+        """
+        _, vocabulary = embedding_shape(output_embedding(policy))
+        if self.candidates > vocabulary:
+            raise ConfigError(
+                f"candidates is {self.candidates}, but the policy has {vocabulary} tokens.",
+                f"{vocabulary} makes every token a candidate.",
+            )
+        self.sampling.check(policy)
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a distillation came to, on rollouts that the student was not trained on.
+
+    Args:
+        explained: per objective, 1 − squared error / variance of the teacher's values over all steps and candidates;
+            None where those do not vary.
+        between_candidates: the same for the differences between the candidates of one step, which are all that a tilt
+            depends on.
+        epoch: which epoch is kept, counted from 1; 0 if none was better than the student at the start.
+        losses: the held-out error before the first and after each epoch.
+    """
+
+    explained: dict[str, float | None]
+    between_candidates: dict[str, float | None]
+    epoch: int
+    losses: list[float]
+
+
+def distill(
+    student: HeadedCritic,
+    teachers: Critic | Sequence[Critic],
+    policy: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: DistillSettings,
+    *,
+    progress: Progress | None = None,
+) -> DistillReport:
+    """Fit one critic to what others say of the candidates along the reference policy's own responses, in place.
+
+        min Σ_t Σ_{a ∈ candidates} π_ref(a|s_t) Σ_m (Q_m(s_t, a) − Q_m^teacher(s_t, a))²
+
+    with π_ref at the temperature of the sampling and normalised over the candidates. The teachers' normalisation
+    becomes the student's, so that β and weights mean the same; its calibration is taken away, because nothing is known
+    of the KL that it spends.
+
+    Everything is written to `folder` as it is finished: the start, what the teachers said by shard, and at the end the
+    student in `folder/critic` with its report. The same call on the same folder goes on where it stopped.
+
+    Args:
+        student: the start and the result; in the `independent` composition, with the teachers' objectives in their
+            order.
+        teachers: one critic of any kind or several, whose objectives follow one another; they stay as they are.
+        policy: the reference policy; it stays as it is.
+        tokenizer: its tokenizer.
+        prompts: to sample from, in a fresh order.
+        folder: of this run.
+        settings: how.
+        progress: told how far each stage is.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: if the objectives differ, a critic is conditioned, the student reads every candidate, or the policy
+            has fewer tokens than there are to be candidates.
+        CriticError: if the teachers do not go together, or a critic is for another shape of policy.
+        DataError: if there are no prompts, the folder belongs to a run with other settings, or a shard cannot be read.
+
+    Source: the values of all objectives in one trunk, as in MAVIS (arXiv 2508.13415).
+    """
+    _refuse_conditioned([student, *(teachers if isinstance(teachers, list | tuple) else [teachers])])
+    teacher = together(teachers)
+    _check(student, teacher, prompts)
+    settings.check(policy)
+    student.fingerprint.check(policy)
+    student.fingerprint = Fingerprint.of(policy)
+    run, say = Path(folder), progress or (lambda stage, done, total: None)
+    claim = {
+        "settings": asdict(settings),
+        "teachers": critic_digest(teacher),
+        "objectives": list(student.objectives),
+        "critic": student.settings(),
+        "policy": student.fingerprint.to_json(),
+        "prompts": Plan.reference(prompts, 0).digest(),
+    }
+    begin(run, student, claim)
+    student.to(states_device(policy))
+    student.calibration = None
+    if (run / "report.json").is_file():
+        adopt(student, run / "critic")
+        return DistillReport(**read_json(run / "report.json"))
+    student.reward_mean.copy_(teacher.reward_mean)
+    student.reward_std.copy_(teacher.reward_std)
+    seed, embeddings = settings.sampling.seed, token_embeddings(policy)
+    plan = Plan.reference(drawn(prompts, settings.rollouts, seed), 0)
+    parts: list[Recordings] = []
+    say("rollouts", 0, settings.rollouts)
+    for part in record(policy, tokenizer, teacher, plan, run / "rollouts", settings.sampling, settings.candidates):
+        parts.append(_with_states(part, policy, embeddings) if student.reads_states else part)
+        say("rollouts", sum(map(len, parts)), settings.rollouts)
+    recordings = joined(parts)
+    del parts
+    order = torch.Generator().manual_seed(seed)
+    held_out = draw_held_out(len(recordings), settings.fit.held_out, order)
+    imitation = Imitation(student, embeddings)
+    say("fit", 0, settings.fit.epochs)
+    epoch, losses = descend(
+        student,
+        imitation,
+        recordings,
+        settings.fit,
+        held_out=held_out,
+        order=order,
+        on_epoch=lambda epoch, loss: say("fit", epoch, settings.fit.epochs),
+    )
+    student.refresh_token_table(embeddings)
+    watched = recordings.rows(held_out.nonzero()[:, 0])
+    report = DistillReport(*explained(imitation, watched, settings.fit.batch_size), epoch, losses)
+    student.save(run / "critic")
+    write_json(run / "report.json", asdict(report))
+    return report
+
+
+def _with_states(part: Recordings, policy: Any, embeddings: Tensor) -> Recordings:
+    states = [
+        replay(policy, part.rows(index).sequences, embeddings[:, :0], top_k=None).states.cpu()
+        for index in torch.arange(len(part)).split(ROWS_PER_PASS)
+    ]
+    return replace(part, states=torch.cat(states))
+
+
+def _refuse_conditioned(critics: Sequence[Any]) -> None:
+    for critic in critics:
+        if isinstance(critic, Critic) and critic.conditioned:
+            raise ConfigError(
+                f"composition is 'conditioned' in the critic of {', '.join(critic.objectives)}, whose values depend on "
+                "the weights and on β.",
+                "distil critics of the independent composition into another one.",
+            )
+
+
+def _check(student: HeadedCritic, teacher: Critic, prompts: Sequence[str]) -> None:
+    if student.objectives != teacher.objectives:
+        raise ConfigError(
+            f"the student's objectives are {', '.join(student.objectives)}, but the teachers have: "
+            f"{', '.join(teacher.objectives)}.",
+            "build the student with the same names in the same order.",
+        )
+    if student.projection is None:
+        raise ConfigError(
+            "the student's readout is 'candidates', which would have to read every candidate at every step.",
+            "choose the token readout, or a HiddenStateCritic.",
+        )
+    if not prompts:
+        raise DataError("prompts is empty.", "give at least one prompt.")

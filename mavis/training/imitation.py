@@ -1,0 +1,72 @@
+"""A student's values beside its teachers', at every candidate that was recorded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mavis.critics.headed import HeadedCritic
+from mavis.training.descent import explained_share
+from mavis.training.record import Recordings
+
+
+class Imitation(nn.Module):
+    """The squared error of a student's values against those that were recorded.
+
+    Args:
+        student: whose values at every token are told by one product.
+        embeddings: (V, E) float32, the e_a of `token_embeddings`.
+    """
+
+    def __init__(self, student: HeadedCritic, embeddings: Tensor) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("embeddings", embeddings, persistent=False)
+
+    def values(self, batch: Recordings) -> Tensor:
+        """Compute the student's values of the candidates, (B, T, K, M); gradients flow to all it is made of."""
+        embeddings, projection = self.embeddings, self.student.projection
+        assert isinstance(embeddings, Tensor)
+        assert projection is not None
+        heads = self.student.heads(batch.inputs_of(self.student))
+        known, places = batch.candidate_ids.unique(return_inverse=True)  # most candidates come again and again
+        tokens = F.embedding(places, projection(embeddings[known]))
+        return torch.einsum("btmr,btkr->btkm", heads[..., :-1], tokens) + heads[..., None, :, -1]
+
+    def forward(self, batch: Recordings) -> tuple[Tensor, Tensor]:
+        """Return weighted squared errors and weights of each step, (B, T, M) each."""
+        weight = batch.is_response[:, :, None].expand(-1, -1, batch.values.shape[-1]).float()
+        squared = (self.values(batch) - batch.values).square()
+        return torch.einsum("btk,btkm->btm", batch.logprobs.exp(), squared) * weight, weight
+
+
+@torch.no_grad()
+def explained(
+    imitation: Imitation, recordings: Recordings, batch_size: int
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Tell what share of the variance of recorded values a student explains.
+
+        1 − E[(Q − Q^teacher)²] / Var[Q^teacher],     over all steps s_t and a ∼ π_ref among the candidates
+
+    Args:
+        imitation: holds the student.
+        recordings: that it was not trained on.
+        batch_size: rollouts at once.
+
+    Returns:
+        The share by objective, and the same of differences to the mean of a step's candidates.
+    """
+    student = imitation.student
+    sums = torch.zeros((), dtype=torch.float64)
+    for index in torch.arange(len(recordings)).split(batch_size):
+        batch = recordings.rows(index).to(student.reward_mean.device)
+        probs, taught = batch.logprobs.exp().double()[batch.is_response], batch.values.double()[batch.is_response]
+        wrong = imitation.values(batch)[batch.is_response] - taught
+        means = [torch.einsum("sk,skm->sm", probs, x) for x in (taught, taught**2, wrong, wrong**2)]
+        sums = sums + torch.stack([*means, means[0] ** 2, means[2] ** 2]).sum(1).cpu()
+    mean, second, _, error, common, common_error = sums / recordings.is_response.sum()
+    return (
+        explained_share(student.objectives, error, second - mean**2),
+        explained_share(student.objectives, error - common_error, second - common),
+    )
