@@ -1,0 +1,60 @@
+"""Draw the frontier benchmark: how close each method comes to the optimum at each KL, and what the best of n does.
+
+python benchmarks/plot_frontier.py      reads results/frontier.json, writes results/frontier.svg
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mavis.files import atomic_file
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLOURS = {"paper": "#8c6d31", "hidden": "#9ecae1", "memory": "#4292c6", "best": "#08306b"}
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """A panel for each policy and choice of weights."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    weights = list(dict.fromkeys(tuple(row["weights"]) for row in rows))
+    figure = Figure(figsize=(9, 0.8 + 2.6 * len(policies)), layout="constrained")
+    panels = figure.subplots(len(policies), len(weights), sharex=True, sharey=True, squeeze=False)
+    for line, policy in enumerate(policies):
+        for column, choice in enumerate(weights):
+            axes = panels[line][column]
+            axes.set_title(f"{policy}: positive {choice[0]:g}, dialogue {choice[1]:g}", fontsize=8.5, loc="left")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.axhline(1.0, color="#999999", linewidth=1.2)
+            here = [r for r in rows if r["policy"] == policy and tuple(r["weights"]) == choice and r["efficiency"]]
+            for method in COLOURS:
+                found = [row for row in here if row["method"] == method]
+                axes.errorbar(
+                    [row["kl"] for row in found],
+                    [row["efficiency"] for row in found],
+                    yerr=[row["efficiency_std"] or 0.0 for row in found],
+                    color=COLOURS[method], marker="o", markersize=4, capsize=2, linewidth=1.4, label=method,
+                )  # fmt: skip
+            for row in (row for row in here if row["method"].startswith("best_of_")):
+                axes.plot(row["kl"], row["efficiency"], "x", color="#cb181d", label="best of n, at n times the cost")
+                n = row["method"].removeprefix("best_of_")
+                axes.annotate(n, (row["kl"], row["efficiency"]), (3, -9), textcoords="offset points", fontsize=7.5)
+    named = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
+    figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9)
+    figure.supylabel("frontier efficiency (1 is the optimum)", fontsize=9)
+    return figure
+
+
+def main() -> None:
+    """Read the rows and write the figure."""
+    rows = json.loads((RESULTS / "frontier.json").read_text(encoding="utf-8"))["rows"]
+    with atomic_file(RESULTS / "frontier.svg") as temporary:
+        draw(rows).savefig(temporary, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
