@@ -16,7 +16,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 
 class OfficialStep(LogitsProcessor):
-    """Adds β · Σ_m w_m V_m(s ⊕ a) to the top-k logits.
+    """Adds β · Σ_m V_m(s ⊕ a) / M to the top-k logits.
 
     Args:
         trunks: a decoder without output embedding for each objective.

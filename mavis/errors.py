@@ -48,6 +48,10 @@ class ConfigError(MavisError):
     """A setting of a command that cannot be used."""
 
 
+class TrainingError(MavisError):
+    """A fit that came to nothing."""
+
+
 class PolicyError(MavisError):
     """A policy that cannot be loaded or steered."""
 

@@ -65,7 +65,7 @@ def _differing(found: Mapping[str, Any], claim: Mapping[str, Any], prefix: str =
         if isinstance(one, dict) and isinstance(other, Mapping):
             names += _differing(one, other, f"{prefix}{name}.")
         elif one != other:
-            names.append(prefix + name)
+            names.append(f"{prefix}{name}")
     return names
 
 

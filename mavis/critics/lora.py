@@ -41,9 +41,11 @@ def merge_lora(trunk: Any) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, layer in list(trunk.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+    adapted = {name: layer for name, layer in trunk.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for layer in reversed(adapted.values()):  # those of experts stand inside one another
+        layer.merge()
+    for name, layer in adapted.items():
+        if name.rpartition(".")[0] not in adapted:
             trunk.set_submodule(name, layer.get_base_layer())
     del trunk.peft_config
     trunk.requires_grad_(True)

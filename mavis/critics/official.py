@@ -70,6 +70,11 @@ def import_official(
             f"folders is {folders!r}, expected an adapter folder for each objective.",
             "pass e.g. {'help': 'value_models/iter_1/help', 'harm': 'value_models/iter_1/harm'}.",
         )
+    for key, given in folders.items():
+        if not isinstance(given, str | os.PathLike):
+            raise CriticError(
+                f"folders names {given!r} for {key!r}, expected a folder.", "pass the path of an adapter."
+            )
     models = [(key if isinstance(key, tuple) else (key,), Path(given).expanduser()) for key, given in folders.items()]
     objectives = [name for names, _ in models for name in names]
     mean = _statistic("reward_mean", reward_mean, objectives, 0.0)
@@ -209,10 +214,12 @@ def _statistic(
     argument: str, given: Mapping[str, float] | None, objectives: Sequence[str], default: float
 ) -> dict[str, float]:
     """Complete a statistic of the rewards by its default; the default of a standard deviation is 1."""
+    if not isinstance(given, Mapping | None):
+        raise CriticError(f"{argument} is {given!r}, expected a number for each objective.", "pass e.g. {'help': 0.7}.")
     for name, value in (given or {}).items():
         if name not in objectives:
             raise CriticError(f"{argument} names objective {name!r}.", closest(str(name), objectives))
-        if not math.isfinite(value) or (default and value <= 0):
+        if not isinstance(value, int | float) or not math.isfinite(value) or (default and value <= 0):
             raise CriticError(
                 f"{argument} of {name!r} is {value!r}, expected a finite number{' > 0' if default else ''}.",
                 "take it from the raw rewards of rollouts of the reference policy.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import weakref
@@ -277,7 +278,9 @@ def _configuration(backbone: Mapping[str, Any]) -> PreTrainedConfig:
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """Turn a configuration into plain data, without where it came from."""
     content = config.to_diff_dict() | {"model_type": config.model_type}
-    return {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
+    plain = {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
+    as_read: dict[str, Any] = json.loads(json.dumps(plain))  # names that are numbers, as of labels, come back as text
+    return as_read
 
 
 def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code: bool = False) -> Any:

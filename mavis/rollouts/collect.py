@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.critics import Critic
+from mavis.critics import Critic, CriticGroup
 from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.decoding import MavisTilt
 from mavis.errors import ConfigError, DataError
@@ -140,12 +140,16 @@ def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings
 
 
 def critic_digest(critic: Critic | None) -> str | None:
-    """Hash the weights of a critic, so that a folder tells what was sampled or asked under it."""
+    """Hash the settings and weights of a critic, so that a folder tells what was sampled or asked under it."""
     if critic is None:
         return None
     digest = hashlib.sha256()
-    for name, tensor in sorted(critic.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    members: list[Any] = list(critic.critics) if isinstance(critic, CriticGroup) else [critic]
+    for one in members:
+        digest.update(json.dumps([one.kind, one.objectives, one.settings()], sort_keys=True).encode())
+        for name, tensor in sorted(one.state_dict().items()):
+            in_bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + in_bytes.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

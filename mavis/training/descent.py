@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mavis.critics.headed import HeadedCritic
-from mavis.errors import ConfigError
+from mavis.errors import ConfigError, TrainingError
 from mavis.training.replayed import Replayed
 
 
@@ -39,12 +39,15 @@ class DescentSettings:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1 or self.epochs < 1 or self.batch_size < 1:
-            raise ConfigError(
-                f"held_out is {self.held_out}, epochs {self.epochs}, batch_size {self.batch_size}; expected "
-                "0 < held_out < 1 and the others ≥ 1.",
-                "the defaults are 0.1, 6 and 32.",
-            )
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number ≥ 1.", "the defaults are 6 and 32.")
+        for name in ("held_out", "learning_rate", "trunk_rate", "weight_decay"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} is {value!r}, expected a number.", "e.g. learning_rate=3e-3.")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out is {self.held_out}, expected 0 < held_out < 1.", "the default is 0.1.")
         rates = self.learning_rate, self.trunk_rate
         if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.weight_decay < math.inf:
             raise ConfigError(
@@ -80,6 +83,9 @@ def descend(
     Returns:
         The epoch that is kept, counted from 1, 0 if none was better than the start; and the held-out error before the
         first epoch and after each.
+
+    Raises:
+        TrainingError: if an error is not finite; the critic is as it was then.
     """
     from accelerate import Accelerator
 
@@ -108,6 +114,11 @@ def descend(
             optimiser.step()
             schedule.step()
         losses.append(watch())
+        if not math.isfinite(losses[0] + losses[-1]):
+            raise TrainingError(
+                f"the held-out error was {losses[0]} before the fit and is {losses[-1]} after epoch {epoch}.",
+                "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
+            )
         if losses[-1] < losses[best]:
             best, best_state = epoch, _state(critic)
         if on_epoch is not None:

@@ -104,11 +104,12 @@ def distill(
 ) -> DistillReport:
     """Fit one critic to what others say of the candidates along the reference policy's own responses, in place.
 
-        min Σ_t Σ_{a ∈ candidates} π_ref(a|s_t) Σ_m (Q_m(s_t, a) − Q_m^teacher(s_t, a))²
+        min Σ_t Σ_m ((E_a δ_m)² + 20 · Var_a δ_m) / scale_m²,     δ_m = Q_m(s_t, a) − Q_m^teacher(s_t, a)
 
-    with π_ref at the temperature of the sampling and normalised over the candidates. The teachers' normalisation
-    becomes the student's, so that β and weights mean the same; its calibration is taken away, because nothing is known
-    of the KL that it spends.
+    with a drawn from π_ref at the temperature of the sampling, normalised over the candidates, and scale the teachers'
+    standard deviation. Only differences between candidates move a tilt, so they weigh more than what these share. The
+    teachers' normalisation becomes the student's, so that β and weights mean the same; its calibration is taken away,
+    because nothing is known of the KL that it spends.
 
     Everything is written to `folder` as it is finished: the start, what the teachers said by shard, and at the end the
     student in `folder/critic` with its report. The same call on the same folder goes on where it stopped.
@@ -132,6 +133,7 @@ def distill(
             has fewer tokens than there are to be candidates.
         CriticError: if the teachers do not go together, or a critic is for another shape of policy.
         DataError: if there are no prompts, the folder belongs to a run with other settings, or a shard cannot be read.
+        TrainingError: if a teacher's values or the student's error are not finite.
 
     Source: the values of all objectives in one trunk, as in MAVIS (arXiv 2508.13415).
     """
@@ -169,7 +171,7 @@ def distill(
     del parts
     order = torch.Generator().manual_seed(seed)
     held_out = draw_held_out(len(recordings), settings.fit.held_out, order)
-    imitation = Imitation(student, embeddings)
+    imitation = Imitation(student, embeddings, recordings.scale().to(embeddings.device))
     say("fit", 0, settings.fit.epochs)
     epoch, losses = descend(
         student,
@@ -207,6 +209,11 @@ def _refuse_conditioned(critics: Sequence[Any]) -> None:
 
 
 def _check(student: HeadedCritic, teacher: Critic, prompts: Sequence[str]) -> None:
+    if not isinstance(student, HeadedCritic):
+        raise ConfigError(
+            f"student is a {type(student).__name__}, expected one critic with heads of its own.",
+            "build a HiddenStateCritic or a ValueModelCritic with all objectives.",
+        )
     if student.objectives != teacher.objectives:
         raise ConfigError(
             f"the student's objectives are {', '.join(student.objectives)}, but the teachers have: "
@@ -218,5 +225,5 @@ def _check(student: HeadedCritic, teacher: Critic, prompts: Sequence[str]) -> No
             "the student's readout is 'candidates', which would have to read every candidate at every step.",
             "choose the token readout, or a HiddenStateCritic.",
         )
-    if not prompts:
-        raise DataError("prompts is empty.", "give at least one prompt.")
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"prompts is {prompts!r}, expected at least one prompt.", "pass a list of texts.")

@@ -10,18 +10,28 @@ from mavis.critics.headed import HeadedCritic
 from mavis.training.descent import explained_share
 from mavis.training.record import Recordings
 
+_BETWEEN = 20.0
+"""What a difference between candidates weighs beside what a step's candidates share, which no tilt depends on."""
+
 
 class Imitation(nn.Module):
-    """The squared error of a student's values against those that were recorded.
+    """The squared error of a student's values against those that were recorded, step by step.
+
+        ((E_a δ_m)² + 20 · Var_a δ_m) / scale_m²,     δ_m = Q_m(s_t, a) − Q_m^teacher(s_t, a),  a ∼ π_ref
+
+    over the candidates of a step: the first is the state's value, the second is all that a tilt depends on, of which
+    there is less.
 
     Args:
         student: whose values at every token are told by one product.
         embeddings: (V, E) float32, the e_a of `token_embeddings`.
+        scale: (M,) float32 > 0, the size of the teachers' values, so that no objective drowns another.
     """
 
-    def __init__(self, student: HeadedCritic, embeddings: Tensor) -> None:
+    def __init__(self, student: HeadedCritic, embeddings: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.student = student
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("embeddings", embeddings, persistent=False)
 
     def values(self, batch: Recordings) -> Tensor:
@@ -37,8 +47,11 @@ class Imitation(nn.Module):
     def forward(self, batch: Recordings) -> tuple[Tensor, Tensor]:
         """Return weighted squared errors and weights of each step, (B, T, M) each."""
         weight = batch.is_response[:, :, None].expand(-1, -1, batch.values.shape[-1]).float()
-        squared = (self.values(batch) - batch.values).square()
-        return torch.einsum("btk,btkm->btm", batch.logprobs.exp(), squared) * weight, weight
+        assert isinstance(self.scale, Tensor)
+        wrong, probs = (self.values(batch) - batch.values) / self.scale, batch.logprobs.exp()
+        common = torch.einsum("btk,btkm->btm", probs, wrong)
+        between = torch.einsum("btk,btkm->btm", probs, (wrong - common[:, :, None]).square())
+        return (common.square() + _BETWEEN * between) * weight, weight
 
 
 @torch.no_grad()

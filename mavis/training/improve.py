@@ -337,5 +337,5 @@ def _check(
             f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
             "pass the same names in the same order.",
         )
-    if not prompts:
-        raise DataError("prompts is empty.", "give at least one prompt.")
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"prompts is {prompts!r}, expected at least one prompt.", "pass a list of texts.")

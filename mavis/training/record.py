@@ -37,6 +37,12 @@ class Recordings(Replayed):
     logprobs: Tensor
     values: Tensor
 
+    def scale(self) -> Tensor:
+        """Compute the standard deviation of the values of each objective, (M,); 1 where they do not vary."""
+        said = self.values[self.is_response].flatten(0, 1)
+        spread = said.std(dim=0)
+        return torch.where(spread > 1e-6, spread, 1.0)
+
 
 def record(
     policy: Any, tokenizer: Any, critic: Critic, plan: Plan, folder: Path, settings: RolloutSettings, top_k: int

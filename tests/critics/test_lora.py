@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LogitsProcessor, MixtralConfig
 
 import mavis
 from mavis.critics import ValueModelCritic
@@ -208,3 +208,25 @@ def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
         mavis.load_critic(tmp_path / "critic")
     with pytest.raises(MissingPackageError, match=message):
         ValueModelCritic.for_policy(policy, ["a"], lora_rank=3)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # of peft about its own settings for experts
+def test_adapters_of_experts_are_folded_in_too(policy: Any) -> None:
+    """They stand inside one another."""
+    experts = MixtralConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    critic = adapted(policy, backbone=experts)
+    plain = ValueModelCritic.for_policy(policy, ["a", "b"], hidden=8, rank=4, backbone=experts)
+    with torch.no_grad():
+        before = critic.trunk(input_ids=PROMPTS).last_hidden_state
+        critic.merge_lora()
+        after = critic.trunk(input_ids=PROMPTS).last_hidden_state
+    assert list(critic.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,9 +16,10 @@ from transformers import LlamaConfig
 import mavis
 from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, load_critic
 from mavis.critics.headed import token_embeddings
-from mavis.errors import ConfigError, CriticError, DataError
+from mavis.errors import ConfigError, CriticError, DataError, TrainingError
 from mavis.files import read_json
 from mavis.rollouts import Plan, RolloutSettings
+from mavis.rollouts.collect import critic_digest
 from mavis.training import DescentSettings, DistillReport, DistillSettings, distill
 from mavis.training.imitation import Imitation, explained
 from mavis.training.record import Recordings, record
@@ -150,11 +152,14 @@ def test_what_is_recorded_is_what_is_said_of_each_prompt_alone(
 # What is fitted
 
 
-def test_the_error_is_the_policys_mean_over_the_candidates(tiny_policy: Any, make: Any, recordings: Recordings) -> None:
+def test_the_error_is_what_candidates_share_and_twenty_times_what_they_do_not(
+    tiny_policy: Any, make: Any, recordings: Recordings
+) -> None:
     """Every sum written out, from the student's own values at each step alone."""
     student, embeddings = talkative(make(*"abcd", readout="token"), 5), token_embeddings(tiny_policy)
     student.refresh_token_table(embeddings)
-    imitation, batch = Imitation(student, embeddings), recordings
+    scale = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    imitation, batch = Imitation(student, embeddings, scale), recordings
     with torch.no_grad():
         inputs = batch.inputs_of(student)
         squared, weight = imitation(batch)
@@ -162,7 +167,10 @@ def test_the_error_is_the_policys_mean_over_the_candidates(tiny_policy: Any, mak
         for row, step in batch.is_response.nonzero().tolist():
             own = student.values_of_inputs(inputs[row, step][None], batch.candidate_ids[row, step][None].long())[0]
             p, error = batch.logprobs[row, step].exp()[:, None], own - batch.values[row, step]
-            torch.testing.assert_close(squared[row, step], (p * error**2).sum(0), atol=1e-4, rtol=1e-4)
+            common = (p * error).sum(0)
+            between = (p * (error - common) ** 2).sum(0)
+            expected = (common**2 + 20 * between) / scale**2
+            torch.testing.assert_close(squared[row, step], expected, atol=1e-4, rtol=1e-4)
             probs.append(p), wrong.append(error), said.append(batch.values[row, step])
     assert weight.sum().item() == 4 * len(probs)
     assert not squared[~batch.is_response].any()
@@ -381,5 +389,46 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
 
 
 def test_no_prompt_is_an_error(run: Any, make: Any, teachers: list[Critic], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="prompts is empty"):
+    with pytest.raises(DataError, match=r"prompts is \[\], expected at least one prompt"):
         run(make(), teachers, tmp_path, prompts=[])
+
+
+def test_the_scale_is_the_spread_of_what_was_said(recordings: Recordings) -> None:
+    said = recordings.values[recordings.is_response].flatten(0, 1)
+    torch.testing.assert_close(recordings.scale(), said.std(dim=0))
+    constant = replace(recordings, values=torch.ones_like(recordings.values))
+    assert constant.scale().tolist() == [1.0] * 4
+
+
+def test_one_text_is_no_list_of_prompts(run: Any, make: Any, teachers: list[Critic], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="prompts is 'once', expected at least one prompt"):
+        run(make(), teachers, tmp_path, prompts="once")
+
+
+def test_a_group_is_no_student(run: Any, teachers: list[Critic], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="student is a CriticGroup, expected one critic with heads of its own"):
+        run(mavis.CriticGroup(teachers), teachers, tmp_path)
+
+
+def test_values_that_are_not_finite_leave_no_critic_behind(run: Any, make: Any, tmp_path: Path) -> None:
+    teacher = talkative(make())
+    with torch.no_grad():
+        teacher.heads.bias[0, -1] = torch.nan
+    with pytest.raises(TrainingError, match="the held-out error was nan before the fit"):
+        run(make(), teacher, tmp_path)
+    assert not (tmp_path / "critic").exists()
+
+
+def test_a_trunk_whose_settings_have_numbers_for_names_goes_on_too(run: Any, make: Any, tmp_path: Path) -> None:
+    """As the labels of a classifier have, which JSON turns into text."""
+    trunk = copy.deepcopy(TRUNK)
+    trunk.id2label = {0: "bad", 1: "good"}
+    teacher = talkative(make())
+    reports = [run(make(readout="token", backbone=trunk), teacher, tmp_path) for _ in range(2)]
+    assert reports[0] == reports[1]
+
+
+def test_what_a_teacher_says_depends_on_its_settings_too(make: Any) -> None:
+    digests = {critic_digest(make(readout="candidates", norm=norm)) for norm in (True, False)}
+    assert len(digests) == 2
+    assert critic_digest(make().bfloat16()) != critic_digest(make())
