@@ -56,6 +56,10 @@ class PolicyError(MavisError):
     """A policy that cannot be loaded or steered."""
 
 
+class VectorError(MavisError):
+    """Alignment vectors that cannot be made, read, combined, applied or searched."""
+
+
 class EvaluationError(MavisError):
     """A quantity that the given evaluation data cannot support."""
 

@@ -94,6 +94,7 @@ def test_weights_are_those_asked_for_and_no_others() -> None:
     assert compose("generate", ["weights={positive: 0.8}"]).weights == {"positive": 0.8}
     assert compose("generate", ["weights={a: 1, b: -0.5}"]).weights == {"a": 1, "b": -0.5}
     assert compose("generate", ["weights=[0.5,0.5]"]).weights == [0.5, 0.5]
+    assert compose("generate", ["vectors={outputs/v-1.0: -0.5, /b_2: 1}"]).vectors == {"outputs/v-1.0": -0.5, "/b_2": 1}
 
 
 def test_lists_are_replaced_and_not_joined() -> None:

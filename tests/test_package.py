@@ -29,7 +29,8 @@ def python(code: str, path: Path, where: Path) -> str:
 def test_importing_it_needs_torch_transformers_numpy_and_safetensors_only(tmp_path: Path) -> None:
     code = """
 import builtins
-optional = "hydra omegaconf datasets accelerate matplotlib moocore vllm rich vaderSentiment textstat peft".split()
+optional = "hydra omegaconf datasets accelerate matplotlib moocore vllm rich vaderSentiment textstat".split()
+optional += ["peft", "optuna"]
 real_import = builtins.__import__
 def guarded(name, globals=None, *rest, **named):
     if (globals or {}).get("__name__", "").startswith("mavis") and name.split(".")[0] in optional:
@@ -37,6 +38,8 @@ def guarded(name, globals=None, *rest, **named):
     return real_import(name, globals, *rest, **named)
 builtins.__import__ = guarded
 import mavis
+import sys
+assert "mavis.vectors" not in sys.modules
 print(mavis.__version__, sorted(mavis.__all__))
 """
     assert "MavisTilt" in python(code, ROOT, tmp_path)

@@ -19,6 +19,9 @@ COMMANDS = {
     "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
 
+_MAPPINGS = {"weights": ("objective", "weight"), "vectors": ("folder", "coefficient")}
+"""The settings that map names to numbers, and what they call these."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -46,10 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
     for name, value in (override.partition("=")[::2] for override in overrides):
-        names = re.findall(r"[{,]\s*['\"]?([^\s:,{}'\"]+)['\"]?\s*:", value) if name.lstrip("+") == "weights" else []
-        twice = sorted({objective for objective in names if names.count(objective) > 1})
+        what, number = _MAPPINGS.get(name.lstrip("+"), ("", ""))
+        names = re.findall(r"[{,]\s*['\"]?([^\s:,{}'\"]+)['\"]?\s*:", value) if what else []
+        twice = sorted({one for one in names if names.count(one) > 1})
         if twice:  # Hydra would silently keep the last
-            print(f"mavis: weights names objective {twice[0]!r} twice. Hint: give each one weight.", file=sys.stderr)
+            print(f"mavis: {name} names {what} {twice[0]!r} twice. Hint: give each one {number}.", file=sys.stderr)
             return 2
     overrides = [_quoted(override) for override in overrides]
     try:

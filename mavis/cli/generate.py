@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,21 @@ def continuations(
     return texts
 
 
+def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]:
+    """Add the alignment vectors of folders to a policy's weights, each with its coefficient."""
+    if coefficients is None:
+        return nullcontext()
+    if not isinstance(coefficients, Mapping) or not coefficients:
+        raise ConfigError(
+            f"vectors is {coefficients!r}, expected a coefficient for each folder.",
+            "e.g. vectors='{outputs/medical: 0.5}'.",
+        )
+    from mavis.vectors import Vectors
+
+    by_folder = {str(folder): coefficient for folder, coefficient in coefficients.items()}
+    return Vectors({folder: folder for folder in by_folder}).applied(policy, by_folder)
+
+
 def _run(config: Any) -> None:
     from omegaconf import OmegaConf
 
@@ -75,22 +92,24 @@ def _run(config: Any) -> None:
             "the likeliest tokens are the same every time; leave one of them out.",
         )
     critic = load_critic(config.checkpoint)
-    weights: Any = [1 / len(critic.objectives)] * len(critic.objectives)
-    if config.weights is not None:
-        weights = OmegaConf.to_container(config, resolve=True)["weights"]  # type: ignore[index, call-overload]
+    given: Any = OmegaConf.to_container(config, resolve=True)
+    weights = given["weights"]
+    if weights is None:
+        weights = [1 / len(critic.objectives)] * len(critic.objectives)
     policy, tokenizer = load_policy(config.policy)
-    texts = continuations(
-        policy,
-        tokenizer,
-        critic,
-        prompts,
-        config.decoding,
-        weights=weights,
-        beta=config.beta,
-        target_kl=config.target_kl,
-        samples=config.samples,
-        greedy=config.greedy,
-    )
+    with _with_vectors(policy, given["vectors"]):
+        texts = continuations(
+            policy,
+            tokenizer,
+            critic,
+            prompts,
+            config.decoding,
+            weights=weights,
+            beta=config.beta,
+            target_kl=config.target_kl,
+            samples=config.samples,
+            greedy=config.greedy,
+        )
     if len(texts) == 1:
         print(texts[0])
         return

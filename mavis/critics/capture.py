@@ -246,24 +246,29 @@ def generating_critic() -> Any:
     return attached_critic(policy)
 
 
+def attached_critics(policy: Any) -> list[Any]:
+    """List the critics that are attached to a policy."""
+    return [capture.owner for capture in _attached.get(policy, [])]
+
+
 def attached_critic(policy: Any | None) -> Any:
     """Find the critic attached to a policy.
 
     Raises:
         CriticError: if there is none, or if several are attached.
     """
-    captures = _attached.get(policy, []) if policy is not None else []
-    if not captures:
+    critics = attached_critics(policy) if policy is not None else []
+    if not critics:
         raise CriticError(
             "critic is None, and no critic is attached to the policy that is generating in this thread.",
             "attach one with critic.attach(policy), or name it: MavisTilt(weights, critic).",
         )
-    if len(captures) > 1:
+    if len(critics) > 1:
         raise CriticError(
-            f"critic is None, and {len(captures)} critics are attached to the policy that is generating.",
+            f"critic is None, and {len(critics)} critics are attached to the policy that is generating.",
             "name the one to use: MavisTilt(weights, critic).",
         )
-    return captures[0].owner
+    return critics[0]
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,8 +35,12 @@ class Fingerprint:
     weights: str
 
     @classmethod
-    def of(cls, policy: Any) -> Fingerprint:
+    def of(cls, policy: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> Fingerprint:
         """Take the fingerprint of a policy.
+
+        Args:
+            policy: a causal LM.
+            tensors: its weights by name, where the policy itself is only a skeleton without any.
 
         Raises:
             PolicyError: if the policy has no output embedding.
@@ -46,7 +51,7 @@ class Fingerprint:
             model_type=str(getattr(getattr(policy, "config", None), "model_type", "unknown")),
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            weights=_weights_hash(policy),
+            weights=_weights_hash(policy, tensors),
         )
 
     def check(self, policy: Any) -> None:
@@ -65,15 +70,46 @@ class Fingerprint:
             )
         if other.weights != self.weights:
             warnings.warn(
-                "the policy has the shape but not the weights of the one this critic was trained on; its values are "
-                "predictions about that other policy. Train a critic for this one if the tilt seems weak.",
+                f"{self._what_differs(policy)}; its values are predictions about that other policy. "
+                "Train a critic for this one if the tilt seems weak.",
                 UserWarning,
                 stacklevel=3,
             )
 
+    def _what_differs(self, policy: Any) -> str:
+        added = applied_vectors(policy)
+        names = ", ".join(map(repr, added.names)) if added is not None else ""
+        if added is not None and added.weights_before == self.weights:
+            return f"vectors {names} are applied to the policy, and this critic was trained on the policy without them"
+        said = "the policy has the shape but not the weights of the one this critic was trained on"
+        return f"{said} (vectors {names} are applied to it)" if names else said
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class AppliedVectors:
+    """The alignment vectors that are in a policy's weights for a while.
+
+    Args:
+        names: of the vectors.
+        weights_before: the hash of the policy's weights without them.
+    """
+
+    names: tuple[str, ...]
+    weights_before: str
+
+
+vectors_of_policies: weakref.WeakKeyDictionary[Any, AppliedVectors] = weakref.WeakKeyDictionary()
+"""Which vectors are applied to which policy; `mavis.vectors` writes it."""
+
+
+def applied_vectors(policy: Any) -> AppliedVectors | None:
+    """Say which alignment vectors are in a policy's weights, or in those of a model that it wraps."""
+    found = (vectors_of_policies.get(module) for module in policy.modules())
+    return next((added for added in found if added is not None), None)
 
 
 def output_embedding(policy: Any) -> torch.nn.Module:
@@ -135,7 +171,7 @@ def weights_at_hand(module: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _weights_hash(policy: Any) -> str:
+def _weights_hash(policy: Any, tensors: Mapping[str, torch.Tensor] | None) -> str:
     samples, seen = [], set[int]()
     tied = getattr(policy, "all_tied_weights_keys", None) or {}
     for path, module in policy.named_modules():
@@ -147,9 +183,12 @@ def _weights_hash(policy: Any) -> str:
             fresh += [] if again else [name]
         with weights_at_hand(module):
             for name in fresh:
-                flat = getattr(module, name).detach().reshape(-1)
+                weight = getattr(module, name) if tensors is None else tensors[f"{path}.{name}".lstrip(".")]
+                flat = weight.detach().reshape(-1)
                 if flat.device.type == "meta" or not flat.numel():
                     continue
-                samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to("cpu").to(torch.bfloat16))
+                # A copy: a view would keep in memory what is only here for a moment.
+                few = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)]
+                samples.append(few.to("cpu", copy=True).to(torch.bfloat16))
     joined = torch.cat(samples).float() if samples else torch.zeros(0)
     return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:16]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mavis.critics import ValueModelCritic, load_critic
+from mavis.vectors import AlignmentVector
 
 TELL = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
 
@@ -325,6 +326,42 @@ def test_a_budget_may_stand_for_beta(mavis: Any, trained: Path) -> None:
     by_beta = mavis(*base, "samples=6", f"beta={beta}", "weights=[1,0]")
     assert by_kl.code == 0, by_kl.err
     assert by_kl.out == by_beta.out
+
+
+@pytest.fixture
+def vector(tiny_policy: Any, make_other_policy: Any, tmp_path: Path) -> str:
+    """The folder of an alignment vector of the tiny policy, within the one that commands run in."""
+    AlignmentVector.between(tiny_policy, make_other_policy()).save(tmp_path / "vectors" / "other-v1.0")
+    return "vectors/other-v1.0"
+
+
+def test_alignment_vectors_may_be_added_to_the_policy(mavis: Any, trained: Path, vector: str) -> None:
+    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=5")
+    plain = mavis(*base)
+    assert mavis(*base, f"vectors={{{vector}: 0}}").out == plain.out
+    with pytest.warns(UserWarning, match=f"vectors '{vector}' are applied to the policy, and this critic was trained"):
+        moved = mavis(*base, f"vectors={{{vector}: -0.5}}")
+    assert moved.code == 0, moved.err
+    assert moved.out != plain.out
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{VECTOR: nan}", "the coefficient of 'VECTOR' is nan, expected a finite number"),
+        ("{VECTOR: much}", "the coefficient of 'VECTOR' is 'much', expected a finite number"),
+        ("{VECTOR: 1e300}", "plus the vectors is beyond torch.float32. Hint: use smaller coefficients"),
+        ("{nowhere: 1}", "'nowhere', which is no folder"),
+        ("{vectors: 1}", "which has no config.json"),
+        ("{}", "vectors is {}, expected a coefficient for each folder"),
+        ("0.5", "vectors is 0.5, expected a coefficient for each folder"),
+        ("VECTOR", "vectors is 'VECTOR', expected a coefficient for each folder"),
+        ("{VECTOR: 1, VECTOR: 2}", "vectors names folder 'VECTOR' twice. Hint: give each one coefficient."),
+    ],
+)
+def test_a_mistake_in_the_vectors_is_one_line(mavis: Any, trained: Path, vector: str, value: str, message: str) -> None:
+    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog")
+    assert_refused(mavis(*base, f"vectors={value.replace('VECTOR', vector)}"), message.replace("VECTOR", vector))
 
 
 @pytest.mark.parametrize(

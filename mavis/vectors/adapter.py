@@ -1,0 +1,123 @@
+"""What a LoRA adapter adds to its base, computed by peft from the adapter's folder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mavis.errors import VectorError, first_sentence
+from mavis.files import read_json
+from mavis.vectors.extras import optional
+from mavis.vectors.source import ModelTensors, meta_model
+from mavis.vectors.stored import Lazy
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MERGE = "merge it into its base (merge_and_unload), save that, and give its folder."
+_ITS_BASE = "give the base that the adapter was trained on."
+_FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
+_KEEPS_BASE = (True, False, "gaussian", "eva")  # other ways to begin a LoRA change the base's weights as well
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether this is the folder of an adapter."""
+    return isinstance(model, str | os.PathLike) and (Path(model).expanduser() / _CONFIG).is_file()
+
+
+def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """Compute what a LoRA adapter adds to each weight.
+
+        Δ = scaling · B·A,   and Δ = saved − base for modules that were trained in full (`modules_to_save`)
+
+    Args:
+        base: the model that the adapter was made for.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        Δ by name, float32; those of B·A are computed when they are asked for.
+
+    Raises:
+        VectorError: if peft is missing, the adapter is no plain LoRA, does not fit the base, or changes a tied weight.
+
+    Source: LoRA: Hu et al. (ICLR 2022).
+    """
+    peft = optional("peft", "an adapter")
+    path = Path(folder).expanduser()
+    _check_settings(path)
+    wearing = _put_on(peft, base, path)
+    layers, saved = {}, {}
+    for name, module in wearing.get_base_model().named_modules():
+        inner = name.replace(".base_layer", "")
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            if module.lora_variant:
+                raise VectorError(f"aligned is {str(path)!r}, a variant of LoRA such as DoRA.", _MERGE)
+            layers[f"{inner}.{getattr(module, 'parameter_name', 'weight')}"] = module
+        elif isinstance(module, peft.utils.ModulesToSaveWrapper):
+            for part, tensor in module.modules_to_save["default"].state_dict().items():
+                saved[f"{inner}.{part}"] = tensor
+    tied = {*base.layout.tied, *base.layout.tied.values()}
+    for name in [*layers, *saved]:
+        if name in tied or name not in base.layout.shapes:
+            what = "is tied to another" if name in tied else "base does not have"
+            raise VectorError(f"aligned is {str(path)!r}, an adapter that changes {name!r}, which {what}.", _MERGE)
+    differences = {name: tensor.float() - base[name].to("cpu", torch.float32) for name, tensor in saved.items()}
+    return Lazy([*layers, *saved], lambda name: differences[name] if name in differences else _product(layers[name]))
+
+
+@torch.no_grad()
+def _product(layer: Any) -> Tensor:
+    delta: Tensor = layer.get_delta_weight("default")
+    return delta.float()
+
+
+def _check_settings(path: Path) -> None:
+    settings = read_json(path / _CONFIG)
+    kind, begun = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    if kind != "LORA" or begun not in _KEEPS_BASE:
+        what = f"begun by {begun!r}, which changes the base too" if kind == "LORA" else f"of type {kind!r}"
+        raise VectorError(f"aligned is {str(path)!r}, an adapter {what}; expected a plain LoRA.", _MERGE)
+    if not (path / _WEIGHTS).is_file():
+        raise VectorError(
+            f"aligned is {str(path)!r}, which has no {_WEIGHTS}; pickles are never read.",
+            "save the adapter again with save_pretrained.",
+        )
+
+
+def _put_on(peft: Any, base: ModelTensors, path: Path) -> Any:
+    """Put an adapter on a model that has the base's modules and none of its weights."""
+    skeleton = meta_model(base.stored.folder if base.stored else base.skeleton, "base")
+    # One zero each, spread out over the shape: peft moves an adapter to where its base is, and on 'meta' it would be
+    # lost.
+    skeleton._apply(lambda tensor: torch.zeros((), dtype=torch.float32).expand(tensor.shape))
+    try:
+        # Beside a LoRA on an embedding peft keeps the base's own embedding.
+        tensors = {name: t for name, t in load_file(path / _WEIGHTS).items() if ".base_layer." not in name}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is found below, and is an error
+            wearing = peft.PeftModel(skeleton, peft.PeftConfig.from_pretrained(path))
+            peft.set_peft_model_state_dict(wearing, tensors)
+            worn = peft.get_peft_model_state_dict(wearing, save_embedding_layers=False)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise VectorError(
+            f"aligned is {str(path)!r}, an adapter that cannot be put on base: {first_sentence(error)}.", _ITS_BASE
+        ) from error
+    if odd := sorted(set(tensors) ^ set(worn)):
+        whose = "adapter" if odd[0] in tensors else "base"
+        raise VectorError(
+            f"aligned is {str(path)!r}, an adapter that does not fit base: {odd[0]!r} is only in the {whose}.",
+            _ITS_BASE,
+        )
+    whole = {
+        name.replace(".modules_to_save.default", "") for name in wearing.state_dict() if ".modules_to_save" in name
+    }
+    for name in sorted(set(tensors) - whole):
+        if not any(part in name for part in _FACTORS) or name.endswith(".bias"):
+            raise VectorError(f"aligned is {str(path)!r}, an adapter with {name!r}, which is no plain LoRA.", _MERGE)
+    return wearing

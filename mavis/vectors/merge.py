@@ -1,0 +1,72 @@
+"""A base's folder plus a vector, as a new folder: file by file, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from mavis.errors import VectorError
+from mavis.files import atomic_folder
+from mavis.vectors.applied import added
+from mavis.vectors.source import ModelTensors, tensors_of
+from mavis.vectors.stored import PICKLES, new_folder
+from mavis.vectors.vector import AlignmentVector
+
+_WEIGHTS = {*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}
+
+
+def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: str | os.PathLike[str]) -> Path:
+    """Write base + Δ as a folder of the Hugging Face format; one tensor is in memory at a time.
+
+    Args:
+        base: a folder with `config.json` and safetensors; its config, tokenizer and other small files are copied, its
+            shards and precisions kept.
+        vector: Δ.
+        output: a new folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        VectorError: if base is no such folder, the vector does not fit it, a sum is not finite, or output exists.
+    """
+    target = new_folder(output, "output")
+    model = tensors_of(base, "base")
+    if model.stored is None:
+        raise VectorError("base is a model in memory.", "save it with save_pretrained and give the folder.")
+    vector.layout.check(model.layout, "base", "the vector")
+    with atomic_folder(target) as temporary:
+        for file in sorted(model.stored.folder.iterdir()):
+            if file.is_file() and not _is_of_the_base_alone(file):
+                shutil.copyfile(file, temporary / file.name)
+        for file in model.stored.files:
+            _write_file(file, temporary / file.name, model, vector)
+    return target
+
+
+def _is_of_the_base_alone(file: Path) -> bool:
+    """Weights in whatever format, the index of a format that is left out, and the model card."""
+    index = file.name.endswith(".json") and any(part in PICKLES for part in Path(file.stem).suffixes)
+    return file.suffix in _WEIGHTS or index or file.name.startswith(".") or file.name == "README.md"
+
+
+def _write_file(source: Path, target: Path, model: ModelTensors, vector: AlignmentVector) -> None:
+    """Copy a file of weights and overwrite in the copy what the vector changes.
+
+    A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON with the offsets of every
+    tensor), and the tensors' bytes. Precision and shape stay, so the copied header holds for the new bytes too.
+    """
+    shutil.copyfile(source, target)
+    names = {kept: name for name in vector.tensors for kept in model.kept_as[name]}
+    with target.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for kept in sorted(set(header) & set(names)):
+            name = names[kept]
+            total = added(model[name], vector.tensors[name], name)
+            file.seek(8 + length + header[kept]["data_offsets"][0])
+            file.write(total.reshape(-1).contiguous().view(torch.uint8).numpy().data)

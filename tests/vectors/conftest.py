@@ -1,0 +1,106 @@
+"""Small random policies, untied and tied, in several precisions, and what fine-tuning might have made of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Build = Callable[..., Any]
+
+
+def _build(tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> Any:
+    config = LlamaConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.2,
+        }
+        | sizes,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def _tuned(policy: Any, seed: int = 1, scale: float = 0.05, only: str = "") -> Any:
+    """A copy in which every tensor whose name holds `only` has moved a little."""
+    aligned = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in aligned.named_parameters():
+            if only in name:
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype))
+    return aligned
+
+
+@pytest.fixture
+def build() -> Build:
+    """A function that builds a small Llama."""
+    return _build
+
+
+@pytest.fixture
+def tuned() -> Build:
+    """A function that moves the weights of a copy."""
+    return _tuned
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """A function that saves a model and returns its folder."""
+
+    def save(model: Any, name: str, **options: Any) -> Path:
+        model.save_pretrained(tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def logits() -> Callable[[Any], Tensor]:
+    """A function that reads one sequence of the 40 tokens."""
+
+    def read(policy: Any) -> Tensor:
+        with torch.no_grad():
+            return policy(torch.arange(1, 13)[None]).logits
+
+    return read
+
+
+class Before:
+    """What a policy was, to be compared with what it is."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.tensors = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        self.places = {name: tensor.data_ptr() for name, tensor in policy.state_dict().items()}
+
+    def assert_unchanged(self) -> None:
+        """Bit for bit, in the same places, tied as before."""
+        now = self.policy.state_dict()
+        assert list(now) == list(self.tensors)
+        for name, tensor in self.tensors.items():
+            assert now[name].dtype == tensor.dtype
+            assert torch.equal(now[name], tensor), name
+            assert now[name].data_ptr() == self.places[name], name
+
+
+@pytest.fixture
+def before() -> type[Before]:
+    """What remembers a policy."""
+    return Before

@@ -1,0 +1,139 @@
+"""How much is in memory at once: counted tensor by tensor, and as the system sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mavis.vectors import AlignmentVector, Vectors
+from mavis.vectors.stored import StoredTensors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def most_read(monkeypatch: pytest.MonkeyPatch) -> dict[Path, int]:
+    """The most tensors of each folder's files that were in memory at once."""
+    now: dict[Path, int] = {}
+    most: dict[Path, int] = {}
+    read = StoredTensors.__getitem__
+
+    def counted(self: StoredTensors, name: str) -> Tensor:
+        tensor = read(self, name).clone()  # with a life of its own
+        folder = self.folder
+        now[folder] = now.get(folder, 0) + 1
+        most[folder] = max(most.get(folder, 0), now[folder])
+        weakref.finalize(tensor, lambda: now.update({folder: now[folder] - 1}))
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", counted)
+    return most
+
+
+def test_of_two_folders_one_tensor_of_each_is_read_at_a_time(
+    build: Callable[..., Any],
+    tuned: Callable[..., Any],
+    saved: Callable[..., Path],
+    most_read: dict[Path, int],
+    tmp_path: Path,
+) -> None:
+    base = build()
+    folder, other = saved(base, "b", max_shard_size="3KB"), saved(tuned(base), "a")
+    vector = AlignmentVector.between(folder, other)
+    assert most_read == {folder: 1, other: 1}
+    combined = 0.5 * vector - vector / 4
+    assert (combined.norm(), vector.cosine(vector)) == (pytest.approx(vector.norm() / 4), pytest.approx(1))
+    assert set(most_read.values()) <= {1, 2}
+    most_read.clear()
+    with Vectors({"v": vector}).applied(base, {"v": 0.5}):
+        pass
+    assert most_read == {folder: 1, other: 1}
+    vector.save(tmp_path / "v")
+    most_read.clear()
+    Vectors({"v": tmp_path / "v"}).merge(folder, {"v": 0.5}, tmp_path / "merged")
+    assert most_read == {folder: 1, tmp_path / "v": 1}
+
+
+MEASURED = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from mavis.vectors import AlignmentVector, Vectors
+
+torch.set_num_threads(1)
+
+def model(seed, dtype, layers):
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=384, intermediate_size=768, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
+    )
+    with torch.device("meta"):
+        made = LlamaForCausalLM(config).to(dtype)
+    made = made.to_empty(device="cpu").requires_grad_(False)
+    torch.manual_seed(seed)
+    for parameter in made.parameters():
+        parameter.uniform_(-1, 1)
+    return made
+
+def resident(which):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+def peak(action):
+    Path("/proc/self/clear_refs").write_text("5")
+    action()
+    return resident("VmHWM")
+
+def apply(policy, vector, keep):
+    with Vectors({"v": vector}).applied(policy, {"v": 0.5}, keep=keep):
+        pass
+
+def measure(dtype, here, layers=9):
+    for seed, name in enumerate(["base", "aligned"]):
+        made = model(seed, dtype, layers)
+        size = sum(p.numel() * p.element_size() for p in made.parameters())
+        made.save_pretrained(here / name)
+    del made
+    start, found = resident("VmRSS"), {}
+    between = lambda: AlignmentVector.between(here / "base", here / "aligned")
+    found["between, save"] = peak(lambda: between().save(here / "v", max_shard_size="1MB"))
+    found["merge"] = peak(lambda: Vectors({"v": here / "v"}).merge(here / "base", {"v": 0.5}, here / "merged"))
+    policy = model(0, dtype, layers)
+    for keep in ("cpu", "disk"):
+        found["from files, " + keep] = peak(lambda: apply(policy, AlignmentVector.load(here / "v"), keep))
+    vector = AlignmentVector.between(policy, model(1, dtype, layers))
+    found["from memory, cpu"] = peak(lambda: apply(policy, vector, "cpu"))
+    return {name: (most - start) / size for name, most in found.items()}
+
+here = Path(sys.argv[1])
+measure(torch.float32, here / "first", layers=1)  # imports, buffers, threads
+print(json.dumps([measure(dtype, here / str(dtype)) for dtype in (torch.float32, torch.bfloat16)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of its memory")
+def test_vectors_take_no_more_memory_than_they_must(tmp_path: Path) -> None:
+    """In copies of the model's weights, with a margin of a few tensors and of what Python needs."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for copies in json.loads(done.stdout.splitlines()[-1]):
+        assert copies["between, save"] < 0.4
+        assert copies["merge"] < 0.4
+        assert 1 <= copies["from files, disk"] < 1.4
+        assert 2 <= copies["from files, cpu"] < 2.4
+        assert 3 <= copies["from memory, cpu"] < 3.2
