@@ -60,6 +60,10 @@ class VectorError(MavisError):
     """Alignment vectors that cannot be made, read, combined, applied or searched."""
 
 
+class PreferenceError(MavisError):
+    """Pairs of responses that cannot tell preference weights."""
+
+
 class EvaluationError(MavisError):
     """A quantity that the given evaluation data cannot support."""
 

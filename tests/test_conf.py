@@ -32,6 +32,7 @@ USES = {
     "distill": {"policy", "critic", "data", "decoding"},
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment"},
     "generate": {"policy", "decoding"},
+    "elicit": {"policy", "objective", "data", "decoding"},
     "demo": {"policy", "critic", "objective", "data", "decoding", "improvement", "evaluation", "experiment"},
 }
 CHOICES = [
@@ -72,7 +73,7 @@ def test_every_option_of_every_group_composes(command: str, group: str, option: 
     assert resolved(compose(command, [f"{group}={value}"]))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "elicit", "demo"])
 def test_two_objectives_are_the_default_and_one_asked_for_is_one(command: str) -> None:
     assert list(compose(command).objectives) == ["positive", "dialogue"]
     assert list(compose(command, ["objective=[brevity]"]).objectives) == ["brevity"]

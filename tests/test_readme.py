@@ -19,6 +19,7 @@ FEWER = {
     "evaluate": "evaluation.divisions=1 evaluation.betas=[1.0,3.0] evaluation.samples=4 "
     "evaluation.reference_samples=32 evaluation.speed_repeats=1 evaluation.speed_batch=2 decoding.max_new_tokens=32",
     "generate": "decoding.max_new_tokens=16",
+    "elicit": "decoding.max_new_tokens=16 prompts=2",
 }
 FEWER["demo"] = f"{FEWER['train']} {FEWER['evaluate']}".replace(" decoding.max_new_tokens=32", "", 1)
 SWEEP = "improvement.rollouts=64 improvement.fit.epochs=1 improvement.iterations=1 improvement.calibration_samples=2"
@@ -41,6 +42,7 @@ def mavis(command: str, where: Path) -> str:
         [sys.executable, "-m", "mavis.cli", *words[1:], *extra],
         cwd=where,
         env=environment,
+        input="1\n2\n0\n1\n1\n2\n",  # answers to what `mavis elicit` asks
         capture_output=True,
         text=True,
     )
@@ -90,7 +92,7 @@ def test_every_python_snippet_runs_in_order(demo: tuple[Path, str]) -> None:
 def test_every_mavis_command_runs_in_order(demo: tuple[Path, str]) -> None:
     where, _ = demo
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mavis ")]
-    assert {shlex.split(command)[1] for command in commands} == {"train", "evaluate", "generate"}
+    assert {shlex.split(command)[1] for command in commands} == {"train", "evaluate", "generate", "elicit"}
     for command in commands:
         mavis(command, where)
     assert len(list((where / "outputs" / "sweep").glob("*/critic/config.json"))) == 4

@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": "make one critic of several",
     "evaluate": "sweep weights and β, and compare with the best that is possible at each KL",
     "generate": "continue prompts under preference weights",
+    "elicit": "infer a user's preference weights from choices between two responses",
     "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
 

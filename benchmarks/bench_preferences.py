@@ -1,0 +1,146 @@
+"""How fast do a user's choices tell the weights, with pairs that are chosen and with any pairs, and do intervals hold?
+
+    python benchmarks/bench_preferences.py
+
+Simulated users choose between responses of the embedded policy to the same prompt, by P = σ(w · d) in the objectives'
+normalised rewards. Their weights are not drawn from the prior that inference assumes: shares |w_m| / Σ|w| even on the
+simplex, each with a minus in front in one case of four, and Σ|w|, how decisive the user is, log-uniform from 1 (the
+better of two responses is chosen in two cases of three) to 8 (in nine of ten). Both ways ask the same users about the
+same pairs of responses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from itertools import combinations
+
+import results
+import torch
+from torch import Tensor
+
+from mavis import embedded
+from mavis.evaluation.statistics import mean_and_stderr
+from mavis.math.bradley_terry import information_gain, posterior_draws
+from mavis.rewards import Brevity, Dialogue, Positive, Readability
+from mavis.rollouts import Plan, RolloutSettings, collect
+
+OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue(), "brevity": Brevity(), "readability": Readability()}
+PROMPTS = ["Once upon a time", "One day, a little girl", "Tom and Jane were", "The old man looked at", "Lily wanted to"]
+
+
+def reward_pool(responses: int) -> Tensor:
+    """Sample plain responses and return the normalised reward differences (P, 4) of all pairs to the same prompt."""
+    policy, tokenizer = embedded.load()
+    plan = Plan.reference([prompt for prompt in PROMPTS for _ in range(responses)], len(OBJECTIVES))
+    settings = RolloutSettings(max_new_tokens=64, top_k=None, temperature=0.8)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = list(collect(policy, tokenizer, OBJECTIVES, plan, folder, settings))
+    raw = torch.cat([torch.tensor(shard["rewards"], dtype=torch.float64) for shard in shards])
+    groups = (raw / raw.std(dim=0)).split(responses)
+    return torch.stack([rows[i] - rows[j] for rows in groups for i, j in combinations(range(responses), 2)])
+
+
+def draw_users(users: int, objectives: int, generator: torch.Generator) -> Tensor:
+    """Draw the weights (U, M) of users; see above."""
+    shares = torch.empty(users, objectives, dtype=torch.float64).exponential_(generator=generator)
+    signs = torch.where(torch.rand(users, objectives, generator=generator) < 0.25, -1.0, 1.0)
+    decisiveness = torch.exp(math.log(8) * torch.rand(users, 1, generator=generator, dtype=torch.float64))
+    return decisiveness * signs * shares / shares.sum(1, keepdim=True)
+
+
+def interview(weights: Tensor, pool: Tensor, luck: Tensor, how: str) -> Tensor:
+    """Ask one user about pairs of the pool, as they come or as they are chosen, and infer after each answer.
+
+    This is what `next_pair` and `infer_weights` do, with the draws of the one kept for the other.
+
+    Args:
+        weights: (M,), the user's.
+        pool: (P, M), reward differences.
+        luck: (N,) in [0, 1), what each answer turns on.
+        how: "random" takes the first N pairs of the pool, "chosen" those that are expected to tell most.
+
+    Returns:
+        (N, 3, M) inferred weights and the ends of their 95 % intervals, after each answer.
+    """
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    answered = torch.zeros(0, len(weights), dtype=torch.float64)
+    draws = posterior_draws(answered)
+    left = torch.ones(len(pool), dtype=torch.bool)
+    found = []
+    for turn, chance in enumerate(luck.tolist()):
+        index = turn
+        if how == "chosen":
+            gains = information_gain(pool, draws).where(left, torch.tensor(-math.inf))
+            index = int(gains.argmax())
+        left[index] = False
+        likes_first = chance < torch.sigmoid(weights @ pool[index])
+        answered = torch.cat([answered, (pool[index] if likes_first else -pool[index])[None]])
+        draws = posterior_draws(answered)
+        found.append(torch.cat([draws.mean(0, keepdim=True), torch.quantile(draws, tails, dim=0)]))
+    return torch.stack(found)
+
+
+def angle(inferred: Tensor, weights: Tensor) -> float:
+    """The angle between two directions in degrees, from 0 to 180."""
+    return math.degrees(math.acos(float(torch.cosine_similarity(inferred, weights, dim=0).clamp(-1, 1))))
+
+
+def main() -> None:
+    """Run the study and write `results/preferences.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--users", type=int, default=200)
+    parser.add_argument("--objectives", nargs="+", type=int, default=[2, 3, 4], help="how many, from 1 to 4")
+    parser.add_argument("--pairs", type=int, default=10, help="asked of each user")
+    parser.add_argument("--candidates", type=int, default=64, help="pairs that each user can be asked about")
+    parser.add_argument("--responses", type=int, default=64, help="of the policy to each prompt")
+    parser.add_argument("--name", default="preferences", help="of the result file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    all_pairs = reward_pool(arguments.responses)
+    rows = []
+    for objectives in arguments.objectives:
+        generator = torch.Generator().manual_seed(arguments.seed)
+        differences = all_pairs[:, :objectives]
+        differences = differences[differences.any(dim=1)]
+        users = draw_users(arguments.users, objectives, generator)
+        pools = [
+            differences[torch.randperm(len(differences), generator=generator)[: arguments.candidates]] for _ in users
+        ]
+        luck = torch.rand(arguments.users, arguments.pairs, generator=generator)
+        for how in ("random", "chosen"):
+            interviews = torch.stack([interview(*user, how) for user in zip(users, pools, luck, strict=True)])
+            for turn in range(arguments.pairs):
+                inferred, low, high = interviews[:, turn].unbind(1)
+                angles = mean_and_stderr([angle(*pair) for pair in zip(inferred, users, strict=True)])
+                distances = mean_and_stderr((inferred - users).norm(dim=1))
+                covered = mean_and_stderr(((low <= users) & (users <= high)).double().mean(dim=1))
+                rows.append(
+                    {
+                        "users": arguments.users,
+                        "objectives": objectives,
+                        "how": how,
+                        "pairs": turn + 1,
+                        "angle": round(angles[0], 3),
+                        "angle_stderr": round(angles[1] or 0.0, 3),
+                        "distance": round(distances[0], 4),
+                        "distance_stderr": round(distances[1] or 0.0, 4),
+                        "coverage": round(covered[0], 4),
+                        "coverage_stderr": round(covered[1] or 0.0, 4),
+                        "width": round(float((high - low).mean()), 4),
+                    }
+                )
+            last = rows[-1]
+            print(
+                f"{objectives} objectives, {how}: angle",
+                " ".join(f"{row['angle']:.1f}" for row in rows[-arguments.pairs :]),
+                f"degrees (± {last['angle_stderr']:.1f}), coverage {last['coverage']:.3f}",
+                flush=True,
+            )
+    results.write(arguments.name, vars(arguments), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Pairs of responses of which a user chose one: what their rewards differ by, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mavis.critics import Critic
+from mavis.errors import DataError, ObjectiveError, PreferenceError, closest
+from mavis.files import atomic_file
+from mavis.rewards import Objective, score
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a prompt of which the user chose one.
+
+    Args:
+        prompt: what both responses go on from.
+        chosen: the response that the user prefers, without the prompt.
+        rejected: the other one.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+    def swapped(self) -> Pair:
+        """Return the pair of a user who chose the other response."""
+        return Pair(self.prompt, self.rejected, self.chosen)
+
+
+def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective], critic: Critic) -> Tensor:
+    """Compute by how much the chosen responses out-score the rejected ones.
+
+        d_nm = (R_m(chosen_n) − R_m(rejected_n)) / std_m
+
+    Args:
+        pairs: N pairs.
+        objectives: the critic's M objectives by name, in any order; others are not scored.
+        critic: gives the order of the columns and the normalisation, so that a unit is a standard deviation of the
+            reference policy's rewards.
+
+    Returns:
+        (N, M) float64, in the order of `critic.objectives`.
+
+    Raises:
+        PreferenceError: if there is no pair.
+        ObjectiveError: if an objective of the critic is not among `objectives`, or returns something other than one
+            finite number per response.
+    """
+    if not pairs:
+        raise PreferenceError("pairs is empty.", "weights take at least one choice; ten are a good start.")
+    wanted = in_order_of(critic, objectives)
+    prompts = [pair.prompt for pair in pairs]
+    raw = score(wanted, prompts * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    chosen, rejected = critic.normalise(torch.from_numpy(raw)).chunk(2)
+    return chosen - rejected
+
+
+def in_order_of(critic: Critic, objectives: Mapping[str, Objective]) -> dict[str, Objective]:
+    """Pick a critic's objectives, in its order.
+
+    Raises:
+        ObjectiveError: if one is missing.
+    """
+    for name in critic.objectives:
+        if name not in objectives:
+            raise ObjectiveError(
+                f"the critic's objective {name!r} is not among objectives: {', '.join(objectives) or 'none'}.",
+                closest(name, objectives),
+            )
+    return {name: objectives[name] for name in critic.objectives}
+
+
+def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
+    """Read pairs from a file with one JSON object a line.
+
+        {"prompt": "Once", "chosen": " upon a time.", "rejected": " more."}
+
+    Args:
+        path: of the file, UTF-8. Lines with `"skipped"`, which are the questions that were left open, and empty lines
+            are passed over.
+
+    Returns:
+        The pairs in their order; it may be none.
+
+    Raises:
+        DataError: if the file is missing, or a line is no such object; names the line.
+    """
+    return [pair for pair, is_skipped in read_answers(path) if not is_skipped]
+
+
+def read_answers(path: str | os.PathLike[str]) -> list[tuple[Pair, bool]]:
+    """Read what `write_answers` wrote; see `read_pairs` for the file and its errors.
+
+    Returns:
+        Every question in its order, and whether it was left open.
+    """
+    shown = repr(os.fspath(path))
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"pairs come from {shown}, which cannot be read: {error.strerror}.", "give a file with one pair a line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"pairs come from {shown}, which is not UTF-8 text.", "save it as UTF-8.") from error
+    # A response may hold other characters that `splitlines` would take for the end of a line.
+    lines = text.split("\n")
+    return [_answer(line, f"line {number} of {shown}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def write_answers(path: str | os.PathLike[str], answers: Sequence[tuple[Pair, bool]]) -> None:
+    """Write questions as `read_answers` reads them, whole or not at all.
+
+    Args:
+        path: of the file.
+        answers: pairs, and whether the question was left open; then which response is `chosen` means nothing.
+    """
+    rows = [
+        {"prompt": pair.prompt, "skipped": [pair.chosen, pair.rejected]}
+        if is_skipped
+        else {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        for pair, is_skipped in answers
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _answer(line: str, where: str) -> tuple[Pair, bool]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}.", "write one object a line.") from error
+    fields: Any = row if isinstance(row, dict) else {}
+    is_skipped = "skipped" in fields
+    responses = fields.get("skipped") if is_skipped else [fields.get("chosen"), fields.get("rejected")]
+    texts = [fields.get("prompt"), *(responses if isinstance(responses, list) else [])]
+    if len(texts) != 3 or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{where} is {line[:60]!r}, expected an object with the texts prompt, chosen and rejected.",
+            'write e.g. {"prompt": "Once", "chosen": " upon a time.", "rejected": " more."}.',
+        )
+    return Pair(*texts), is_skipped
