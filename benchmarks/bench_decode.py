@@ -10,17 +10,16 @@ their mean, so that drifts of the machine cancel. Beside the critics stands the 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import results
 import torch
+from memory import peak_mib
 from official_step import OfficialStep
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList
 from transformers.utils import logging
@@ -227,20 +226,6 @@ def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Na
         )
     ways.detach_all()
     return rows
-
-
-def peak_mib(run: Callable[[], Any]) -> float:
-    """Measure how much more memory a run holds at its peak than before it, in MiB, as Linux tells it."""
-    status = Path("/proc/self/status")
-
-    def kib(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would be used again, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = kib("VmRSS")
-    run()
-    return round((kib("VmHWM") - before) / 1024, 1)
 
 
 def ragged_rows(name: str, ways: Ways) -> list[dict[str, Any]]:

@@ -1,0 +1,255 @@
+"""What do alignment vectors do: by level, two at once, with a tilt, at a later stage of training?
+
+    python benchmarks/bench_vectors.py
+
+Each seed aligns copies of the embedded policy and trains critics, in a process of its own; a repeated call goes on
+where it stopped. Rewards are in standard deviations of the embedded policy, KL is to it, all on prompts that were never
+trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import results
+import torch
+from bench_frontier import OBJECTIVES, PROMPTS, training_prompts
+from memory import peak_mib
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from mavis import HiddenStateCritic, embedded
+from mavis.errors import EvaluationError
+from mavis.files import write_json
+from mavis.math.divergence import step_kl
+from mavis.math.frontier import frontier_efficiency, optimal_reward_at, reward_at
+from mavis.rewards import Brevity
+from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts.divergence import response_kl
+from mavis.rollouts.replay import Sequences, replay
+from mavis.training import AlignSettings, ImprovementSettings, align, improve
+from mavis.training.fit import FitSettings
+from mavis.vectors import AlignmentVector, Vectors
+
+LEVELS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+BETAS = (0.5, 1.0, 2.0, 4.0)
+TARGETS = (0.5, 1.0, 2.0, 4.0)
+HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
+
+
+class Lab:
+    """One seed: the embedded policy, what is measured of it and of its descendants."""
+
+    def __init__(self, seed: int, arguments: argparse.Namespace) -> None:
+        torch.set_num_threads(1)
+        logging.disable_progress_bar()
+        self.seed, self.arguments = seed, arguments
+        self.policy, self.tokenizer = embedded.load()
+        self.untouched, _ = embedded.load()  # the embedded policy beside the one that vectors are applied to
+        self.folder = Path(arguments.folder) / f"seed-{seed}"
+        self.prompts = training_prompts()
+        self.settings = RolloutSettings(max_new_tokens=64, top_k=None, seed=seed)
+        rewards, _ = self._sample(self.policy, "reference", arguments.reference_samples, None, 0.0)
+        self.mean, self.std = rewards.mean(0), rewards.std(0)
+        self.reference = ((rewards - self.mean) / self.std).view(len(PROMPTS), arguments.reference_samples, -1)
+
+    def _sample(self, policy: Any, name: str, samples: int, critic: Any, beta: float) -> tuple[Tensor, list[Sequences]]:
+        """Sample from the evaluation prompts: raw rewards (N, M), prompt after prompt, and the responses by shard."""
+        prompts = [prompt for prompt in PROMPTS for _ in range(samples)]
+        plan = Plan.reference(prompts, len(OBJECTIVES))
+        if critic is not None:
+            plan = Plan(prompts, HALF.expand(len(prompts), -1), torch.full((len(prompts),), beta, dtype=torch.float64))
+        folder, settings = self.folder / "measured" / name, replace(self.settings, seed=1_000 + self.seed)
+        shards = list(collect(policy, self.tokenizer, OBJECTIVES, plan, folder, settings, critic=critic))
+        rewards = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
+        return rewards, [Sequences.pack(shard["prompt_ids"], shard["response_ids"]) for shard in shards]
+
+    def measure(self, policy: Any, name: str, critic: Any = None, beta: float = 0.0) -> dict[str, Any]:
+        """Rewards with their errors, and the KL to the embedded policy, exact at every step along the responses."""
+        raw, shards = self._sample(policy, name, self.arguments.samples, critic, beta)
+        rewards = (raw - self.mean) / self.std
+        kl = torch.cat([self._kl(policy, sequences, critic, beta) for sequences in shards])
+        return {
+            "rewards": dict(zip(OBJECTIVES, rewards.mean(0).tolist(), strict=True)),
+            "errors": dict(zip(OBJECTIVES, (rewards.std(0) / len(rewards) ** 0.5).tolist(), strict=True)),
+            "reward": float((rewards @ HALF).mean()),
+            "kl": float(kl.mean()),
+        }
+
+    @torch.no_grad()
+    def _kl(self, policy: Any, sequences: Sequences, critic: Any, beta: float) -> Tensor:
+        if critic is None:
+            return response_kl(policy, self.untouched, sequences)
+        none = torch.zeros(policy.get_output_embeddings().out_features, 0)
+        states = [replay(model, sequences, none, top_k=None).states for model in (policy, self.untouched)]
+        spent = []
+        for row in range(len(states[0])):  # a response at once: all distributions of a shard would fill the memory
+            inputs = critic.inputs_of_responses(states[0][row : row + 1])[0]
+            lam = (beta * HALF).float().expand(len(inputs), -1)
+            tilted = policy.get_output_embeddings()(states[0][row]) + critic.tilt_of_inputs(inputs, None, lam)
+            plain = self.untouched.get_output_embeddings()(states[1][row])
+            steps = step_kl(tilted.log_softmax(-1), plain.log_softmax(-1)) * sequences.is_response[row]
+            spent.append(steps.double().sum())
+        return torch.stack(spent)
+
+    def aligned(self, name: str, objective: Any, policy: Any) -> Any:
+        """Align a policy for one objective."""
+        settings = AlignSettings(seed=self.seed, evaluation_samples=64, steps=self.arguments.steps)
+        report = align(
+            policy, self.tokenizer, {name: objective}, {name: 1.0}, self.prompts, self.folder / name, settings
+        )
+        return AutoModelForCausalLM.from_pretrained(report.folder, dtype=torch.float32).eval().requires_grad_(False)
+
+    def critic(self, name: str, policy: Any) -> HiddenStateCritic:
+        """Train a critic for a policy."""
+        settings = ImprovementSettings(
+            rollouts=self.arguments.rollouts,
+            beta=3.0,
+            calibration_samples=0,
+            sampling=self.settings,
+            fit=FitSettings(weight_decay=0.1),
+        )
+        critic = HiddenStateCritic.for_policy(policy, list(OBJECTIVES), memory=64, rank=16, seed=self.seed)
+        list(improve(policy, self.tokenizer, critic, OBJECTIVES, self.prompts, self.folder / name, settings))
+        return critic
+
+    def efficiency(self, points: list[dict[str, Any]], kl: float) -> float | None:
+        """Read a sweep at one KL: its share of the best possible gain at equal weights."""
+        rewards = self.reference @ HALF
+        base = float(rewards.mean())
+        line = sorted((point["kl"], point["reward"]) for point in points)
+        found = reward_at(
+            torch.tensor([0.0, *(k for k, _ in line)], dtype=torch.float64),
+            torch.tensor([base, *(r for _, r in line)], dtype=torch.float64),
+            kl,
+        )
+        try:
+            return None if found is None else frontier_efficiency(found, base, optimal_reward_at(rewards, kl))
+        except EvaluationError:
+            return None
+
+
+def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one seed."""
+    place = Path(arguments.folder) / f"seed-{seed}.json"
+    if place.is_file():
+        found: list[dict[str, Any]] = json.loads(place.read_text())
+        return found
+    lab = Lab(seed, arguments)
+    aligned = {name: lab.aligned(name, objective, lab.policy) for name, objective in OBJECTIVES.items()}
+    vectors = Vectors({name: AlignmentVector.between(lab.policy, model) for name, model in aligned.items()})
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, **figures: Any) -> dict[str, Any]:
+        rows.append({"what": what, "seed": seed} | figures)
+        print(seed, what, {name: f for name, f in figures.items() if name != "errors"}, flush=True)
+        return figures
+
+    ids = lab.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    for name, model in aligned.items():
+        with torch.no_grad(), vectors.applied(lab.policy, {name: 1.0}):
+            wrong = (lab.policy(**ids).logits - model(**ids).logits).abs().max()
+        add("exactness", vector=name, max_difference=float(wrong))
+        for level in LEVELS:
+            with vectors.applied(lab.policy, {name: level}):
+                add("level", coefficients={name: level}, **lab.measure(lab.policy, f"{name}-{level:g}"))
+    for levels in itertools.product((0.0, 0.5, 1.0), repeat=2):
+        with vectors.applied(lab.policy, both := dict(zip(OBJECTIVES, levels, strict=True))):
+            add("two", coefficients=both, **lab.measure(lab.policy, "-".join(map(str, levels))))
+
+    sweeps: dict[str, list[dict[str, Any]]] = {"vectors": [], "tilt": [], "tilt on merged": []}
+    for level in (0.25, 0.5, 0.75, 1.0, 1.5):
+        with vectors.applied(lab.policy, dict.fromkeys(OBJECTIVES, level)):
+            measured = lab.measure(lab.policy, f"vectors-{level}")
+        sweeps["vectors"].append(add("sweep", way="vectors", strength=level, **measured))
+    critic = lab.critic("critic", lab.policy)
+    for beta in BETAS:
+        measured = lab.measure(lab.policy, f"tilt-{beta}", critic, beta)
+        sweeps["tilt"].append(add("sweep", way="tilt", strength=beta, **measured))
+    with vectors.applied(lab.policy, dict.fromkeys(OBJECTIVES, arguments.merged)):
+        critic = lab.critic("critic-of-merged", lab.policy)
+        for beta in (0.0, *BETAS):
+            measured = lab.measure(lab.policy, f"merged-{beta}", critic if beta else None, beta)
+            sweeps["tilt on merged"].append(add("sweep", way="tilt on merged", strength=beta, **measured))
+    for way, points in sweeps.items():
+        for kl in TARGETS:
+            add("efficiency", way=way, at_kl=kl, efficiency=lab.efficiency(points, kl))
+
+    later = lab.aligned("brevity", Brevity(), lab.policy)
+    for name in OBJECTIVES:
+        first = next(r for r in rows if r["what"] == "level" and r["coefficients"] == {name: 1.0})
+        start = next(r for r in rows if r["what"] == "level" and r["coefficients"] == {name: 0.0})
+        stage = lab.measure(later, "later")
+        with vectors.applied(later, {name: 1.0}):
+            moved = lab.measure(later, f"later-{name}")
+        gain = first["rewards"][name] - start["rewards"][name]
+        share = (moved["rewards"][name] - stage["rewards"][name]) / gain
+        add("later stage", vector=name, gain=gain, gain_later=share * gain, share=share)
+    write_json(place, rows)
+    return rows
+
+
+def memory_rows() -> list[dict[str, Any]]:
+    """Apply a vector to a policy of 100 million parameters, and say how much that takes beside the policy itself."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=640, intermediate_size=1_728, num_hidden_layers=12, num_attention_heads=10
+    )
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    other = copy.deepcopy(policy)
+    for weight in other.parameters():
+        weight.add_(0.01)
+    copies = sum(weight.nbytes for weight in policy.parameters()) / 2**20
+    vectors = Vectors({"all": AlignmentVector.between(policy, other)})
+    del other
+    rows = []
+    for keep in ("cpu", "disk"):
+
+        def apply(keep: Any = keep) -> None:
+            with vectors.applied(policy, {"all": 0.5}, keep=keep):
+                pass
+
+        apply()
+        peak = peak_mib(apply)
+        # The policy and the vector, which is as large, are there before.
+        rows.append(
+            {"what": "memory", "keep": keep, "parameters": policy.num_parameters(), "copies": 2 + peak / copies}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and write `results/vectors.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=128, help="responses per prompt and point")
+    parser.add_argument("--reference-samples", type=int, default=2048, help="per prompt, for the limit")
+    parser.add_argument("--steps", type=int, default=AlignSettings.steps, help="of every alignment")
+    parser.add_argument("--rollouts", type=int, default=4096, help="per iteration of every critic")
+    parser.add_argument("--merged", type=float, default=0.5, help="level of both vectors under the tilt")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--folder", default="outputs/vectors")
+    parser.add_argument("--name", default="vectors", help="of the result file")
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        rows = [row for found in pool.map(cell, arguments.seeds, [arguments] * len(arguments.seeds)) for row in found]
+    for name in OBJECTIVES:
+        told = [r for r in rows if r["what"] == "level" and list(r["coefficients"]) == [name]]
+        for level in LEVELS:
+            values = [row["rewards"][name] for row in told if row["coefficients"][name] == level]
+            print(f"{name} at level {level:g}: {mean(values):.2f} ({min(values):.2f} to {max(values):.2f})", flush=True)
+    results.write(arguments.name, vars(arguments), rows + memory_rows())
+
+
+if __name__ == "__main__":
+    main()
