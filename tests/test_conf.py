@@ -12,12 +12,14 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from mavis.cli import COMMANDS
+from mavis.cli.align import align_settings
 from mavis.cli.app import sampling_settings
 from mavis.cli.conf_path import conf_dir
 from mavis.cli.distill import distillation_settings
 from mavis.cli.evaluate import evaluation_settings
 from mavis.evaluation.evaluate import EvaluationSettings
 from mavis.rollouts import RolloutSettings
+from mavis.training.align_settings import AlignSettings
 from mavis.training.descent import DescentSettings
 from mavis.training.distill import DistillSettings
 from mavis.training.fit import FitSettings
@@ -33,6 +35,7 @@ USES = {
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment"},
     "generate": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
+    "align": {"policy", "objective", "data"},
     "demo": {"policy", "critic", "objective", "data", "decoding", "improvement", "evaluation", "experiment"},
 }
 CHOICES = [
@@ -157,6 +160,12 @@ def test_the_settings_of_distillation_are_those_that_the_code_has() -> None:
     assert set(config.fit) == {field.name for field in fields(DescentSettings)}
     assert set(config) - {"shard_size"} == {field.name for field in fields(DistillSettings)} - {"sampling"}
     assert distillation_settings(compose("distill")) == DistillSettings(sampling=RolloutSettings(top_k=None))
+
+
+def test_the_settings_of_an_alignment_are_those_that_the_code_has() -> None:
+    config = compose("align")
+    assert set(config.alignment) == {field.name for field in fields(AlignSettings)} - {"beta", "seed"}
+    assert align_settings(config) == AlignSettings()
 
 
 @pytest.mark.parametrize("evaluation", GROUPS["evaluation"])

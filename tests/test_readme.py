@@ -20,6 +20,8 @@ FEWER = {
     "evaluation.reference_samples=32 evaluation.speed_repeats=1 evaluation.speed_batch=2 decoding.max_new_tokens=32",
     "generate": "decoding.max_new_tokens=16",
     "elicit": "decoding.max_new_tokens=16 prompts=2",
+    "align": "alignment.steps=2 alignment.max_new_tokens=16 alignment.reference_samples=64 "
+    "alignment.evaluation_samples=16",
 }
 FEWER["demo"] = f"{FEWER['train']} {FEWER['evaluate']}".replace(" decoding.max_new_tokens=32", "", 1)
 SWEEP = "improvement.rollouts=64 improvement.fit.epochs=1 improvement.iterations=1 improvement.calibration_samples=2"
@@ -92,7 +94,7 @@ def test_every_python_snippet_runs_in_order(demo: tuple[Path, str]) -> None:
 def test_every_mavis_command_runs_in_order(demo: tuple[Path, str]) -> None:
     where, _ = demo
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mavis ")]
-    assert {shlex.split(command)[1] for command in commands} == {"train", "evaluate", "generate", "elicit"}
+    assert {shlex.split(command)[1] for command in commands} == {"train", "align", "evaluate", "generate", "elicit"}
     for command in commands:
         mavis(command, where)
     assert len(list((where / "outputs" / "sweep").glob("*/critic/config.json"))) == 4

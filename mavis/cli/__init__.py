@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "sweep weights and β, and compare with the best that is possible at each KL",
     "generate": "continue prompts under preference weights",
     "elicit": "infer a user's preference weights from choices between two responses",
+    "align": "fine-tune a copy of a policy for an objective, at a price for its distance",
     "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 Weights = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
 
 
-def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
+def weight_rows(weights: Weights, objectives: Sequence[str], *, whose: str = "the critic") -> Tensor:
     """Turn preference weights into rows of numbers in the critic's order.
 
     Args:
         weights: a mapping from objective to weight (missing ones weigh 0), M numbers, or one of either per prompt: a
             list of mappings, a list of lists, or a tensor (M,) or (R, M). Finite; need not sum to one.
-        objectives: the critic's M names.
+        objectives: the M names.
+        whose: what an error says has these objectives.
 
     Returns:
         (R, M) float64 on the CPU; R = 1 when one set of weights serves every prompt.
@@ -36,10 +37,10 @@ def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
         rows = weights.detach().to("cpu", torch.float64)
         rows = rows[None] if rows.dim() == 1 else rows
     elif isinstance(weights, Mapping):
-        rows = _named_row(weights, objectives)[None]
+        rows = _named_row(weights, objectives, whose)[None]
     elif isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) > 0:
         if all(isinstance(row, Mapping) for row in weights):
-            rows = torch.stack([_named_row(row, objectives) for row in weights])  # type: ignore[arg-type]
+            rows = torch.stack([_named_row(row, objectives, whose) for row in weights])  # type: ignore[arg-type]
         else:
             rows = _number_rows(weights, objectives)
     else:
@@ -49,7 +50,7 @@ def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
         )
     if rows.dim() != 2 or rows.shape[1] != len(objectives) or not len(rows):
         raise WeightsError(
-            f"weights has shape {tuple(rows.shape)}, but the critic has {len(objectives)} objectives: "
+            f"weights has shape {tuple(rows.shape)}, but {whose} has {len(objectives)} objectives: "
             f"{', '.join(objectives)}.",
             f"give {len(objectives)} numbers, or one row of {len(objectives)} per prompt.",
         )
@@ -61,16 +62,16 @@ def weight_rows(weights: Weights, objectives: Sequence[str]) -> Tensor:
     return rows
 
 
-def _named_row(weights: Mapping[str, float], objectives: Sequence[str]) -> Tensor:
+def _named_row(weights: Mapping[str, float], objectives: Sequence[str], whose: str) -> Tensor:
     if not weights:
         raise WeightsError(
-            f"weights is empty, but the critic has: {', '.join(objectives)}.",
+            f"weights is empty, but {whose} has: {', '.join(objectives)}.",
             "name at least one objective; to decode plainly use beta=0.",
         )
     for name in weights:
         if name not in objectives:
             raise WeightsError(
-                f"weights names objective {name!r}, but the critic has: {', '.join(objectives)}.",
+                f"weights names objective {name!r}, but {whose} has: {', '.join(objectives)}.",
                 closest(str(name), objectives),
             )
     try:

@@ -185,7 +185,7 @@ def _sample(
     kl = [row[: len(response)] for row, response in zip(steps.tolist(), response_ids, strict=True)]
     return {
         "prompt": list(shard.prompts),
-        "response": _texts(tokenizer, prompt_ids, response_ids),
+        "response": response_texts(tokenizer, prompt_ids, response_ids),
         "prompt_ids": prompt_ids,
         "response_ids": response_ids,
         "weights": shard.weights.tolist(),
@@ -218,8 +218,17 @@ def _refuse_hidden_bans(policy: Any) -> None:
             )
 
 
-def _texts(tokenizer: Any, prompts: list[list[int]], responses: list[list[int]]) -> list[str]:
-    """Decode responses in their places: alone, some decoders would drop a leading space."""
+def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
+    """Decode responses in their places: alone, some decoders would drop a leading space.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: B lists of token ids.
+        responses: B lists of token ids, each to the prompt at the same index.
+
+    Returns:
+        B texts, without special tokens.
+    """
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     whole = tokenizer.batch_decode(
         [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], skip_special_tokens=True

@@ -56,22 +56,22 @@ def load_prompts(
     return prompts[:limit]
 
 
-def drawn(prompts: Sequence[str], rows: int, seed: int) -> list[str]:
-    """Draw prompts in a fresh order, each as often as any other or once more.
+def draw_prompts(prompts: Sequence[str], rows: int, seed: int) -> list[str]:
+    """Draw prompts to sample responses to: all of them in a random order, then all again in another.
 
     Args:
         prompts: at least one.
-        rows: how many are wanted.
-        seed: of the order.
+        rows: how many to draw, ≥ 1.
+        seed: of the orders.
 
     Returns:
-        So many prompts; all come once before any comes again.
+        So many prompts; none comes more than once more often than another.
     """
     order = torch.Generator().manual_seed(seed)
-    chosen: list[str] = []
-    while len(chosen) < rows:
-        chosen.extend(prompts[i] for i in torch.randperm(len(prompts), generator=order).tolist())
-    return chosen[:rows]
+    drawn: list[str] = []
+    while len(drawn) < rows:
+        drawn.extend(prompts[i] for i in torch.randperm(len(prompts), generator=order).tolist())
+    return drawn[:rows]
 
 
 def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[str]:

@@ -70,6 +70,32 @@ class Steps:
     is_response: Tensor
 
 
+def forward_inputs(policy: Any, ids: Tensor, is_token: Tensor, length: int) -> dict[str, Any]:
+    """Say what a policy's `forward` takes to read finished responses as `generate` would have.
+
+    Args:
+        policy: a causal LM.
+        ids: (B, P + T) integer, padded on the left before prompts and on the right after responses.
+        is_token: (B, P + T) bool.
+        length: T; the logits of the last T + 1 positions are wanted.
+
+    Returns:
+        Arguments by name.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": is_token.long(), "use_cache": False}
+    accepted = inspect.signature(policy.forward).parameters
+    if "position_ids" in accepted:  # as `generate` counts: padding has no position
+        inputs["position_ids"] = (is_token.long().cumsum(1) - 1).clamp_min(0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = length + 1
+    return inputs
+
+
+def rows_at_once(device: torch.device, length: int, vocabulary: int) -> int:
+    """Say how many rows' logits (length, vocabulary) are worked on at once, ≥ 1."""
+    return max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * vocabulary))
+
+
 @torch.no_grad()
 def replay(
     policy: Any,
@@ -99,18 +125,12 @@ def replay(
     ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     is_response = sequences.is_response.to(device)
     length = is_response.shape[1]
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": is_token.long(), "use_cache": False}
-    accepted = inspect.signature(policy.forward).parameters
-    if "position_ids" in accepted:  # as `generate` counts: padding has no position
-        inputs["position_ids"] = (is_token.long().cumsum(1) - 1).clamp_min(0)
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = length + 1
-    states, logits = forward_states(policy, **inputs)
+    states, logits = forward_states(policy, **forward_inputs(policy, ids, is_token, length))
     states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
     inputs_of_heads = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
-    at_once = max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * logits.shape[2]))
+    at_once = rows_at_once(device, length, logits.shape[2])
     parts = [
         _figures(
             inputs_of_heads[rows].flatten(0, 1),

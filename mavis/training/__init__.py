@@ -1,5 +1,7 @@
-"""Training: fit, improvement loop, distillation and calibration of critics; the recipe of the embedded policy."""
+"""Training: fit, improvement loop, distillation and calibration of critics; alignment and the embedded recipe."""
 
+from mavis.training.align import align
+from mavis.training.align_settings import AlignReport, AlignSettings
 from mavis.training.calibrate import calibrate
 from mavis.training.descent import DescentSettings
 from mavis.training.distill import DistillReport, DistillSettings, distill
@@ -8,6 +10,8 @@ from mavis.training.improve import ImprovementSettings, improve
 from mavis.training.iteration import IterationReport
 
 __all__ = [
+    "AlignReport",
+    "AlignSettings",
     "DescentSettings",
     "DistillReport",
     "DistillSettings",
@@ -15,6 +19,7 @@ __all__ = [
     "FitSettings",
     "ImprovementSettings",
     "IterationReport",
+    "align",
     "calibrate",
     "distill",
     "fit",

@@ -18,7 +18,7 @@ from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import read_json, write_json
 from mavis.rollouts.collect import Plan, critic_digest
-from mavis.rollouts.prompts import drawn
+from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import replay
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.descent import DescentSettings, descend, draw_held_out
@@ -161,7 +161,7 @@ def distill(
     student.reward_mean.copy_(teacher.reward_mean)
     student.reward_std.copy_(teacher.reward_std)
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
-    plan = Plan.reference(drawn(prompts, settings.rollouts, seed), 0)
+    plan = Plan.reference(draw_prompts(prompts, settings.rollouts, seed), 0)
     parts: list[Recordings] = []
     say("rollouts", 0, settings.rollouts)
     for part in record(policy, tokenizer, teacher, plan, run / "rollouts", settings.sampling, settings.candidates):

@@ -20,7 +20,7 @@ from mavis.errors import ConfigError, DataError
 from mavis.files import read_json, write_json
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
-from mavis.rollouts.prompts import drawn
+from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.calibrate import calibrate
 from mavis.training.descent import draw_held_out
@@ -297,7 +297,7 @@ def _read_again(
 
 
 def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> Plan:
-    rows = drawn(prompts, settings.rollouts, settings.sampling.seed + iteration)
+    rows = draw_prompts(prompts, settings.rollouts, settings.sampling.seed + iteration)
     if iteration == 0:
         return Plan.reference(rows, objectives)
     return Plan(rows, *_policies(len(rows), objectives, settings, [settings.sampling.seed + iteration]))

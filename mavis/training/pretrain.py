@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mavis.errors import ConfigError, DataError
 from mavis.files import atomic_folder, read_json, write_json
 from mavis.training.corpus import Story
+from mavis.training.optimizers import optimizer_tensors, restore_optimizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -300,15 +301,9 @@ def save_checkpoint(
     """Write the weights, the optimisers' states and the step as one folder, whole, nothing pickled."""
     from safetensors.torch import save_file
 
-    states = {
-        f"{k}.{index}.{name}": value.contiguous()
-        for k, optimizer in enumerate(optimizers)
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
     with atomic_folder(folder) as temporary:
         policy.save_pretrained(temporary / "policy")
-        save_file(states, temporary / "optimizers.safetensors")
+        save_file(optimizer_tensors(optimizers), temporary / "optimizers.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 
 
@@ -337,14 +332,7 @@ def load_checkpoint(folder: Path, policy: PreTrainedModel, optimizers: Sequence[
         raise ConfigError(
             f"checkpoint {str(folder)!r} cannot be resumed: {error}.", "delete it or give another folder."
         ) from error
-    for k, optimizer in enumerate(optimizers):
-        content = optimizer.state_dict()
-        content["state"] = {}
-        for name, value in states.items():
-            which, index, key = name.split(".")
-            if int(which) == k:
-                content["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(content)
+    restore_optimizers(optimizers, states)
     return step
 
 

@@ -223,6 +223,55 @@ def test_a_mistake_in_what_is_to_be_distilled_is_one_line(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+# align
+
+ALIGN = (
+    "align",
+    "policy=tiny",
+    "objective=[brevity,positive]",
+    "alignment.steps=2",
+    "alignment.max_new_tokens=8",
+    "alignment.reference_samples=32",
+    "alignment.evaluation_samples=16",
+    "output=run",
+)
+
+
+def test_aligning_ends_in_a_policy_and_a_table(mavis: Any, tmp_path: Path) -> None:
+    ran = mavis(*ALIGN, "weights={brevity: 1.0}")
+    assert ran.code == 0, ran.err
+    assert f"aligned: {tmp_path / 'run' / 'policy'}" in ran.out
+    for word in ("KL", "brevity", "weighted sum", "reward after", "reference rollouts", "steps", "responses after"):
+        assert word in ran.out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["weights"] == {"brevity": 1.0, "positive": 0.0}
+    assert report["evaluated_on"] == "evaluation prompts"
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+    again = mavis(*ALIGN, "weights={brevity: 1.0}")
+    assert again.out.splitlines()[-1] == ran.out.splitlines()[-1]
+    assert_refused(mavis(*ALIGN), "holds an alignment with other weights.brevity, weights.positive.")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=[]"], "objective is empty"),
+        (["weights={brevty: 1}"], "did you mean 'brevity'?"),
+        (["weights={brevity: 0}"], "expected one row that is not all 0"),
+        (["alignment.method=ppo"], "method is 'ppo'. Hint: known: rloo, grpo."),
+        (["alignment.samples=1"], "samples is 1, expected a whole number ≥ 2"),
+        (["beta=0"], "beta is 0"),
+        (["alignment.temperature=0"], "temperature is 0"),
+        (["data.prompts.source=missing.txt"], "'missing.txt', which does not exist"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_an_alignment_is_one_line(
+    mavis: Any, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert_refused(mavis(*ALIGN, *overrides), message)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 # policies
 
 

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from mavis.errors import DataError
-from mavis.rollouts import load_prompts
+from mavis.rollouts import draw_prompts, load_prompts
 
 ROWS = ["Once upon a time", "Tom said, “Hi”", "  An indented day"]
 
@@ -187,3 +187,14 @@ def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
 def test_repeated_prompts_are_kept_where_each_wants_an_answer(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n\na\n")
     assert load_prompts(str(tmp_path / "prompts.txt"), repeated=True) == ["a", "b", "a"]
+
+
+def test_drawn_prompts_come_equally_often_and_in_a_new_order_each_time() -> None:
+    prompts = [str(i) for i in range(10)]
+    drawn = draw_prompts(prompts, 25, seed=1)
+    first, second, third = drawn[:10], drawn[10:20], drawn[20:]
+    assert sorted(first) == sorted(second) == prompts
+    assert len({*third}) == 5
+    assert first != second != prompts
+    assert draw_prompts(prompts, 15, seed=1) == drawn[:15]
+    assert draw_prompts(prompts, 25, seed=2) != drawn

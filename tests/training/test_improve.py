@@ -644,5 +644,5 @@ def test_a_critic_of_the_other_composition_is_refused(
 
 
 def test_no_prompt_is_an_error(start: Any, new_critic: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="prompts is empty"):
+    with pytest.raises(DataError, match=r"prompts is \[\], expected at least one prompt"):
         next(start(new_critic(), tmp_path, prompts=[]))
