@@ -119,12 +119,52 @@ def optimum() -> str:
     )
 
 
+def choices() -> str:
+    """Weights from choices: how wrong they are, and whether their intervals hold what they say."""
+    content = read("preferences")
+    rows = {(row["objectives"], row["how"], row["pairs"]): row for row in content["rows"]}
+    most = max(pairs for *_, pairs in rows)
+    shown = sorted({1, most // 2, most})
+    told = [
+        [
+            str(objectives),
+            {"random": "as they come", "chosen": "chosen"}[how],
+            *(
+                f"{rows[objectives, how, n]['angle']:.0f}° ± {rows[objectives, how, n]['angle_stderr']:.1f}"
+                for n in shown
+            ),
+            f"{rows[objectives, how, most]['coverage']:.3f}",
+        ]
+        for objectives, how in dict.fromkeys(key[:2] for key in rows)
+    ]
+    return (
+        f"Angle between inferred and true weights of {content['config']['users']} simulated users, mean and standard "
+        "error by the number of pairs they chose from, and how often the 95 % intervals hold the true weight "
+        "(`benchmarks/bench_preferences.py`):\n\n"
+        + table(["objectives", "pairs", *(f"after {n}" for n in shown), f"coverage after {most}"], told)
+    )
+
+
 def main() -> int:
     """Rewrite or check; return the exit status."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    made = before + START + "\n" + efficiency() + "\n" + optimum() + "\n" + overhead() + "\n" + END + after
+    made = (
+        before
+        + START
+        + "\n"
+        + efficiency()
+        + "\n"
+        + optimum()
+        + "\n"
+        + overhead()
+        + "\n"
+        + choices()
+        + "\n"
+        + END
+        + after
+    )
     if "--check" in sys.argv[1:]:
         if made != text:
             print("README.md does not hold the figures of benchmarks/results; run python benchmarks/figures.py")
