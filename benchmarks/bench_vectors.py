@@ -13,8 +13,10 @@ import argparse
 import copy
 import itertools
 import json
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +31,7 @@ from transformers.utils import logging
 
 from mavis import HiddenStateCritic, embedded
 from mavis.errors import EvaluationError
-from mavis.files import write_json
+from mavis.files import claimed, write_json
 from mavis.math.divergence import step_kl
 from mavis.math.frontier import frontier_efficiency, optimal_reward_at, reward_at
 from mavis.rewards import Brevity
@@ -140,8 +142,14 @@ class Lab:
 
 def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one seed."""
-    place = Path(arguments.folder) / f"seed-{seed}.json"
-    if place.is_file():
+    claim = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "processes", "name")}
+    place, claimer = (
+        Path(arguments.folder) / f"seed-{seed}.json",
+        Path(arguments.folder) / f"seed-{seed}" / "bench.json",
+    )
+    if not claimed(claimer, claim, "a benchmark with other"):
+        write_json(claimer, claim)
+    elif place.is_file():
         found: list[dict[str, Any]] = json.loads(place.read_text())
         return found
     lab = Lab(seed, arguments)
@@ -209,22 +217,30 @@ def memory_rows() -> list[dict[str, Any]]:
     for weight in other.parameters():
         weight.add_(0.01)
     copies = sum(weight.nbytes for weight in policy.parameters()) / 2**20
-    vectors = Vectors({"all": AlignmentVector.between(policy, other)})
+    made = AlignmentVector.between(policy, other)
     del other
-    rows = []
-    for keep in ("cpu", "disk"):
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder) / "vector")
+        rows = []
+        # What is there before: the policy, and a vector in memory, which is as large.
+        for where, vector, before in (
+            ("memory", made, 2),
+            ("folder", AlignmentVector.load(Path(folder) / "vector"), 1),
+        ):
 
-        def apply(keep: Any = keep) -> None:
-            with vectors.applied(policy, {"all": 0.5}, keep=keep):
-                pass
+            def apply(vectors: Any) -> None:
+                with vectors.applied(policy, {"all": 0.5}):
+                    pass
 
-        apply()
-        peak = peak_mib(apply)
-        # The policy and the vector, which is as large, are there before.
-        rows.append(
-            {"what": "memory", "keep": keep, "parameters": policy.num_parameters(), "copies": 2 + peak / copies}
-        )
-        print(rows[-1], flush=True)
+            run = partial(apply, Vectors({"all": vector}))
+            run()
+            figures = {
+                "vector": where,
+                "parameters": policy.num_parameters(),
+                "copies": before + peak_mib(run) / copies,
+            }
+            rows.append({"what": "memory"} | figures)
+            print(rows[-1], flush=True)
     return rows
 
 
