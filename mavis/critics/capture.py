@@ -247,8 +247,10 @@ def generating_critic() -> Any:
 
 
 def attached_critics(policy: Any) -> list[Any]:
-    """List the critics that are attached to a policy."""
-    return [capture.owner for capture in _attached.get(policy, [])]
+    """List the critics that are attached to a policy, to what wraps it (PEFT, a compiler), or to what it wraps."""
+    inside = set(policy.modules())
+    found = [captures for other, captures in list(_attached.items()) if other in inside or policy in other.modules()]
+    return [capture.owner for captures in found for capture in captures]
 
 
 def attached_critic(policy: Any | None) -> Any:
@@ -257,7 +259,7 @@ def attached_critic(policy: Any | None) -> Any:
     Raises:
         CriticError: if there is none, or if several are attached.
     """
-    critics = attached_critics(policy) if policy is not None else []
+    critics = [capture.owner for capture in _attached.get(policy, [])] if policy is not None else []
     if not critics:
         raise CriticError(
             "critic is None, and no critic is attached to the policy that is generating in this thread.",

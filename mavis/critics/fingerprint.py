@@ -68,7 +68,10 @@ class Fingerprint:
                 f"policy ({other.model_type}) has hidden size {other.hidden_size} and {other.vocab_size} tokens.",
                 "attach the critic to the policy it was trained on, or train one with for_policy(policy, ...).",
             )
-        if other.weights != self.weights:
+        added = applied_vectors(policy)
+        # What vectors change may lie between the weights that are sampled.
+        was_added = added is not None and added.has_effect and added.weights_before == self.weights
+        if was_added or other.weights != self.weights:
             warnings.warn(
                 f"{self._what_differs(policy)}; its values are predictions about that other policy. "
                 "Train a critic for this one if the tilt seems weak.",
@@ -96,10 +99,12 @@ class AppliedVectors:
     Args:
         names: of the vectors.
         weights_before: the hash of the policy's weights without them.
+        has_effect: whether they change any weight.
     """
 
     names: tuple[str, ...]
     weights_before: str
+    has_effect: bool = True
 
 
 vectors_of_policies: weakref.WeakKeyDictionary[Any, AppliedVectors] = weakref.WeakKeyDictionary()

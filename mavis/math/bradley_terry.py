@@ -26,7 +26,9 @@ At a weight of ½ a response that is one unit better is chosen in six cases of t
 
 _DRAWS = 4096
 _ENOUGH = 2048  # effective draws; the mean is then off by a fiftieth of the posterior's own spread
+_LEAST = 400  # below which means and intervals would rest on a few draws
 _MOST = 64  # times as many draws at most; a dozen objectives and ten pairs take that many
+_LARGEST = 1e6  # of numbers in standard deviations, far beyond any that is meant
 _FREEDOM = 4  # of the proposal's Student tails: heavier than any posterior's, which are those of a normal distribution
 
 
@@ -89,7 +91,8 @@ def posterior_draws(differences: Tensor) -> Tensor:
         (4096, M) float64, equally likely; the same for the same choices.
 
     Raises:
-        PreferenceError: if `differences` is not (N, M) and finite.
+        PreferenceError: if `differences` is not (N, M) and finite, or there are too many objectives to draw for: with
+            ten choices that can be so from about 16 on.
 
     Source: Rubin 1988, "Using the SIR Algorithm to Simulate Posterior Distributions".
     """
@@ -100,9 +103,16 @@ def posterior_draws(differences: Tensor) -> Tensor:
         weights, log_density = _proposed(modes, draws * times)
         surprise = torch.cat([F.softplus(-rows @ part.T).sum(0) for part in weights.split(_DRAWS)])
         shares = torch.softmax(_log_prior(weights) - surprise - log_density, dim=0)
-        if times >= _MOST or 1 / shares.square().sum() >= _ENOUGH:
+        effective = float(1 / shares.square().sum())
+        if times >= _MOST or effective >= _ENOUGH:
             break
         times *= 2
+    if effective < _LEAST:
+        raise PreferenceError(
+            f"differences has {rows.shape[1]} objectives, of whose weights only {effective:.0f} effective draws were "
+            f"found, expected at least {_LEAST}.",
+            "give fewer objectives.",
+        )
     ladder = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     return weights[torch.searchsorted(shares.cumsum(0), ladder).clamp_max(len(weights) - 1)]
 
@@ -182,5 +192,13 @@ def _checked(name: str, rows: Tensor) -> Tensor:
         raise PreferenceError(
             f"{name} is {table[row, column].item()} in row {row}, column {column}, expected finite numbers.",
             "leave out pairs whose rewards cannot be measured.",
+        )
+    large = (table.abs() >= _LARGEST).nonzero().tolist()
+    if large:
+        row, column = large[0]
+        raise PreferenceError(
+            f"{name} is {table[row, column].item()} in row {row}, column {column}, expected less than {_LARGEST:.0f}: "
+            "its unit is a standard deviation.",
+            "look for mistakes in the rewards and in what they are normalised by.",
         )
     return table

@@ -66,7 +66,7 @@ def candidate_pairs(
             in equal parts.
 
     Returns:
-        All pairs of different responses whose rewards differ, in an order that tells nothing of the weights.
+        All pairs of different responses whose rewards differ, each once, in an order that tells nothing of the weights.
 
     Raises:
         PreferenceError: if no two responses to a prompt differ in their rewards.
@@ -88,12 +88,15 @@ def candidate_pairs(
     rewards = critic.normalise(torch.tensor(raw, dtype=torch.float64).reshape(-1, len(names)))
     # Responses come in the order of the weights, which the order within a pair must not tell.
     toss = random.Random(settings.seed)
-    pairs, differences = [], []
+    pairs, differences, taken = [], [], set[tuple[str, frozenset[str]]]()
     for start in range(0, len(rows), len(lam)):
         for couple in combinations(range(start, start + len(lam)), 2):
             first, second = toss.sample(couple, 2)
             difference = rewards[first] - rewards[second]
-            if responses[first].strip() != responses[second].strip() and bool(difference.any()):
+            texts = frozenset({responses[first].strip(), responses[second].strip()})
+            # Several weights may have given the same two responses, about which nobody wants to be asked twice.
+            if len(texts) == 2 and bool(difference.any()) and (rows[first], texts) not in taken:
+                taken.add((rows[first], texts))
                 pairs.append(Pair(rows[first], responses[first], responses[second]))
                 differences.append(difference)
     if not pairs:

@@ -16,11 +16,12 @@ from torch import Tensor
 from mavis.errors import VectorError, first_sentence
 from mavis.files import read_json
 from mavis.vectors.extras import optional
-from mavis.vectors.source import ModelTensors, meta_model
+from mavis.vectors.source import ModelTensors, meta_model, subtracted
 from mavis.vectors.stored import Lazy
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it into its base (merge_and_unload), save that, and give its folder."
+_AGAIN = "save the adapter again with save_pretrained."
 _ITS_BASE = "give the base that the adapter was trained on."
 _FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 _KEEPS_BASE = (True, False, "gaussian", "eva")  # other ways to begin a LoRA change the base's weights as well
@@ -67,7 +68,7 @@ def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> M
         if name in tied or name not in base.layout.shapes:
             what = "is tied to another" if name in tied else "base does not have"
             raise VectorError(f"aligned is {str(path)!r}, an adapter that changes {name!r}, which {what}.", _MERGE)
-    differences = {name: tensor.float() - base[name].to("cpu", torch.float32) for name, tensor in saved.items()}
+    differences = {name: subtracted(tensor, base[name]) for name, tensor in saved.items()}
     return Lazy([*layers, *saved], lambda name: differences[name] if name in differences else _product(layers[name]))
 
 
@@ -78,7 +79,12 @@ def _product(layer: Any) -> Tensor:
 
 
 def _check_settings(path: Path) -> None:
-    settings = read_json(path / _CONFIG)
+    try:
+        settings = read_json(path / _CONFIG)
+    except (OSError, ValueError) as error:  # of what is no JSON or no UTF-8
+        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: {first_sentence(error)}.", _AGAIN) from error
+    if not isinstance(settings, dict):
+        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: it holds a {type(settings).__name__}.", _AGAIN)
     kind, begun = settings.get("peft_type"), settings.get("init_lora_weights", True)
     if kind != "LORA" or begun not in _KEEPS_BASE:
         what = f"begun by {begun!r}, which changes the base too" if kind == "LORA" else f"of type {kind!r}"
@@ -86,7 +92,7 @@ def _check_settings(path: Path) -> None:
     if not (path / _WEIGHTS).is_file():
         raise VectorError(
             f"aligned is {str(path)!r}, which has no {_WEIGHTS}; pickles are never read.",
-            "save the adapter again with save_pretrained.",
+            _AGAIN,
         )
 
 

@@ -35,7 +35,7 @@ def combine(
         magnitude_prune:  Δ = Σ_i c_i top(Δ_i), each tensor's largest elements by size
         dare:             Δ = Σ_i c_i drop(Δ_i) / density, elements kept at random
         ties, dare_ties:  the mean, over the vectors whose sign agrees with that of Σ_i Δ'_i, of c_i Δ'_i, where Δ'_i is
-                          pruned as in magnitude_prune or dare
+                          pruned as in magnitude_prune or dare; where that sum is 0, peft takes it for plus
 
     All but `linear` and `emr` are peft's. Every vector takes part in the elections of `emr`, `ties` and `dare_ties`,
     whatever its coefficient. `linear` of models that were fine-tuned from one base is also the interpolation of their
@@ -52,12 +52,14 @@ def combine(
         The combination, computed tensor by tensor when it is used; with all coefficients 0 it changes no tensor.
 
     Raises:
-        VectorError: for an unknown name or method, a coefficient that is not finite, a density outside its range, or if
-            peft is needed and missing.
+        VectorError: if there is no vector, for an unknown name or method, a coefficient that is not finite, a density
+            outside its range, or if peft is needed and missing.
 
     Source: task arithmetic: Ilharco et al. (ICLR 2023); rewarded soups: Ramé et al. (NeurIPS 2023); EMR-merging: Huang
     et al. (NeurIPS 2024); TIES: Yadav et al. (NeurIPS 2023); DARE: Yu et al. (ICML 2024).
     """
+    if not isinstance(vectors, Mapping) or not vectors:
+        raise VectorError(f"vectors is {vectors!r}.", "give at least one by name, e.g. {'medical': vector}.")
     factors = checked_coefficients(vectors, coefficients)
     if method not in get_args(Method):
         raise VectorError(f"method is {method!r}.", closest(str(method), get_args(Method)))
@@ -105,7 +107,9 @@ def _by_peft(
         tensors = [v.tensors[name] if name in v.tensors else torch.zeros(shape) for v in vectors]
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a density of 1, that it prunes nothing
-            torch.manual_seed(zlib.crc32(name.encode(), seed))  # in whatever order the tensors are asked for
+            # In whatever order the tensors are asked for. This generator alone: torch.manual_seed would seed those of
+            # every accelerator too, which the fork does not bring back.
+            torch.default_generator.manual_seed(zlib.crc32(name.encode(), seed))
             result: Tensor = merge(tensors, torch.tensor(factors), density)
         return result
 

@@ -38,7 +38,8 @@ def emr(vectors: Sequence[AlignmentVector], coefficients: Sequence[float]) -> Al
 
         M_i = [Δ_i ⊙ τ > 0],   λ_i = Σ|Δ_i| / Σ|M_i ⊙ τ|,   Δ = Σ_i c_i λ_i M_i ⊙ τ
 
-    With coefficient 1 for one task and 0 for the others this is the paper's model for that task.
+    With coefficient 1 for one task and 0 for the others this is the paper's model for that task. Both sums
+    of a rescaler λ_i go over all elements of all tensors: it is their ratio, and no mean of ratios per tensor.
 
     Args:
         vectors: one per task; all of them elect τ.

@@ -13,7 +13,7 @@ from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import VectorError
 from mavis.files import atomic_folder, read_json, write_json
 from mavis.vectors.source import Layout
-from mavis.vectors.stored import Lazy, StoredTensors, existing_folder, new_folder, write_tensors
+from mavis.vectors.stored import Lazy, StoredTensors, existing_folder, new_folder, write_tensors, writing
 from mavis.vectors.vector import AlignmentVector
 
 _FORMAT, _KIND = 1, "alignment_vector"
@@ -36,7 +36,7 @@ def save_vector(
         "layout": vector.layout.to_json(),
         "names": list(vector.tensors),
     }
-    with atomic_folder(target) as temporary:
+    with writing(target), atomic_folder(target) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(vector.tensors, vector.layout.shapes, temporary, dtype, max_shard_size)
 

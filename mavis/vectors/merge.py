@@ -11,9 +11,9 @@ import torch
 
 from mavis.errors import VectorError
 from mavis.files import atomic_folder
-from mavis.vectors.applied import added
+from mavis.vectors.applied import add_to
 from mavis.vectors.source import ModelTensors, tensors_of
-from mavis.vectors.stored import PICKLES, new_folder
+from mavis.vectors.stored import INDEX, PICKLES, new_folder, writing
 from mavis.vectors.vector import AlignmentVector
 
 _WEIGHTS = {*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -39,9 +39,10 @@ def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: 
     if model.stored is None:
         raise VectorError("base is a model in memory.", "save it with save_pretrained and give the folder.")
     vector.layout.check(model.layout, "base", "the vector")
-    with atomic_folder(target) as temporary:
+    with writing(target), atomic_folder(target) as temporary:
         for file in sorted(model.stored.folder.iterdir()):
-            if file.is_file() and not _is_of_the_base_alone(file):
+            is_stale = file.name == INDEX and model.stored.index is None
+            if file.is_file() and not is_stale and not _is_of_the_base_alone(file):
                 shutil.copyfile(file, temporary / file.name)
         for file in model.stored.files:
             _write_file(file, temporary / file.name, model, vector)
@@ -67,6 +68,7 @@ def _write_file(source: Path, target: Path, model: ModelTensors, vector: Alignme
         header = json.loads(file.read(length))
         for kept in sorted(set(header) & set(names)):
             name = names[kept]
-            total = added(model[name], vector.tensors[name], name)
+            total = model[name].clone(memory_format=torch.contiguous_format)
+            add_to(total, vector.tensors[name], name)
             file.seek(8 + length + header[kept]["data_offsets"][0])
-            file.write(total.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+            file.write(total.view(-1).view(torch.uint8).numpy().data)

@@ -75,7 +75,8 @@ class Vectors(Mapping[str, AlignmentVector]):
             θ' = round(θ + Δ),   Δ the combination of the vectors
 
         Afterwards every tensor is, bit for bit, what it was, also after an exception: the tensors that change are kept
-        and put back, nothing is subtracted. With coefficient 1 for one vector, the policy is its aligned model.
+        and put back, nothing is subtracted. By `linear` with coefficient 1 for one vector, the policy is its aligned
+        model, up to rounding where a precision is lower than float32.
 
         Args:
             policy: a causal LM of the vectors' layout, in any precision and on any device, with any weights.

@@ -60,8 +60,8 @@ def search_coefficients(
         The best coefficients, their score, and all trials.
 
     Raises:
-        VectorError: if there is no name, bounds or trials are out of range, the storage holds another search, no score
-            was finite, or optuna is missing.
+        VectorError: if there is no name, bounds or trials are out of range, the storage holds another search or cannot
+            be written, a score is no number, no score was finite, or optuna is missing.
 
     Source: TPE: Bergstra et al. (NeurIPS 2011), as in optuna.
     """
@@ -82,7 +82,7 @@ def search_coefficients(
                 seed=(seed * 1_000_003 + number) % 2**32, multivariate=True, constant_liar=False
             )
             trial = study.ask()
-            found = float(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
+            found = _number(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
             if math.isfinite(found):
                 study.tell(trial, found)
             else:
@@ -117,27 +117,48 @@ def _checked_bounds(names: list[str], bounds: Bounds | Mapping[str, Bounds]) -> 
     return limits
 
 
+def _number(found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError) as error:
+        raise VectorError(f"score returned {found!r}, expected a number.", "return one; higher is better.") from error
+
+
 def _study(optuna: Any, storage: str | os.PathLike[str] | None, claim: dict[str, Any]) -> Any:
     """Open the study that a file keeps, or begin one."""
     if storage is None:
         return optuna.create_study(direction="maximize")
     journal = optional("optuna.storages.journal", "search_coefficients")
     path = Path(storage).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
         kept = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
         study = optuna.create_study(direction="maximize", storage=kept, study_name="mavis", load_if_exists=True)
+        kept_claim = study.user_attrs.get("search")
+        if kept_claim is None:
+            study.set_user_attr("search", claim)
     except (OSError, json.JSONDecodeError, KeyError, ValueError, TypeError) as error:
         raise VectorError(
             f"storage is {str(storage)!r}, which keeps no search: {first_sentence(error)}.", "name a new file."
         ) from error
-    if study.user_attrs.get("search", claim) != claim:
+    if kept_claim not in (None, claim):
         raise VectorError(
             f"storage is {str(storage)!r}, which keeps a search with other names, bounds or seed.",
             "name a new file, or repeat the search exactly to resume.",
         )
-    study.set_user_attr("search", claim)
     return study
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what was being written when a search was killed: optuna would write on behind it, and read neither."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        lines = file.read()
+        # Only where it is a journal: no other file is touched.
+        if lines.startswith(b'{"op_code"') and not lines.endswith(b"\n"):
+            file.truncate(lines.rfind(b"\n") + 1)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from mavis.vectors.stored import StoredTensors, existing_folder
 
 ModelOrFolder = nn.Module | str | os.PathLike[str]
 _SHOWN = 3
+_APART = "give each tensor memory of its own, e.g. by .clone(), or load the policy with from_pretrained."
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """Read the layout off a model."""
-        first: dict[int, str] = {}
+        first: dict[Any, str] = {}
         shapes, tied = {}, {}
         for name, tensor in state_of(model).items():
-            if id(tensor) in first:
-                tied[name] = first[id(tensor)]
+            place = _place(tensor)
+            if place in first:
+                tied[name] = first[place]
             else:
-                first[id(tensor)], shapes[name] = name, tuple(tensor.shape)
+                first[place], shapes[name] = name, tuple(tensor.shape)
         return cls(str(getattr(getattr(model, "config", None), "model_type", "unknown")), shapes, tied)
 
     def check(self, other: Layout, who: str, whom: str) -> None:
@@ -127,6 +129,46 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """List a model's own parameters and lasting buffers; tied ones are one tensor under several names."""
     model = getattr(model, "_orig_mod", model)  # a compiled module names everything after itself
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def check_apart(state: Mapping[str, Tensor], names: Container[str]) -> None:
+    """Refuse tensors that cannot be changed one by one.
+
+    Args:
+        state: of a model, see `state_of`.
+        names: of those that are to be changed.
+
+    Raises:
+        VectorError: if one of them has an element that is in several places, or is where another tensor is; tensors
+            that are the same are tied and no such case.
+    """
+    seen: dict[Any, str] = {}
+    for name, tensor in state.items():
+        seen.setdefault(_place(tensor), name)
+    ranges = []
+    for place, name in seen.items():
+        tensor = state[name]
+        if not isinstance(place, tuple):
+            continue
+        reach: int = 1  # elements from the first to after the last, of the dimensions so far
+        for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+            if stride < reach and name in names:
+                raise VectorError(f"policy keeps several elements of {name!r} in one place.", _APART)
+            reach += stride * (size - 1)
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        ranges.append((place[:2], start, start + int(reach) * tensor.element_size(), name))
+    end: tuple[Any, int, str] | None = None
+    for storage, start, stop, name in sorted(ranges, key=lambda found: (str(found[0]), *found[1:])):
+        if end is not None and end[0] == storage and start < end[1] and (name in names or end[2] in names):
+            raise VectorError(f"policy keeps {name!r} in a place that overlaps that of {end[2]!r}.", _APART)
+        if end is None or end[0] != storage or stop > end[1]:
+            end = storage, stop, name
+
+
+def subtracted(aligned: Tensor, base: Tensor) -> Tensor:
+    """Compute aligned − base on the CPU, in float32; 0 where both are the same infinity."""
+    one, other = base.to("cpu", torch.float32), aligned.to("cpu", torch.float32)
+    return (other - one).masked_fill_(one == other, 0)
 
 
 def tensors_of(model: ModelOrFolder, argument: str) -> ModelTensors:
@@ -237,6 +279,18 @@ def _words(entry: tuple[int, ...] | str | None) -> str:
     if entry is None:
         return "missing"
     return f"tied to {entry!r}" if isinstance(entry, str) else f"of shape {entry}"
+
+
+def _place(tensor: Tensor) -> Any:
+    """What two tensors share that are one and the same, even if two objects say so."""
+    if tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
+        try:
+            pointer = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # of quantised kinds that have several storages inside
+            pointer = 0
+        if pointer:
+            return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return id(tensor)
 
 
 def _some(names: list[str]) -> str:

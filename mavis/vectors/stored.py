@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The precisions of weights that are not quantised."""
 
 INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -53,7 +55,8 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a folder's safetensors files, sharded or not; nothing is read before it is asked for.
 
     Args:
-        folder: with `model.safetensors`, or with `model.safetensors.index.json` and the files that it names.
+        folder: with `model.safetensors`, or with `model.safetensors.index.json` and the files that it names; if it has
+            both, the index is stale and not read, as in transformers.
 
     Raises:
         VectorError: if there are no such files, or one is missing, corrupt or truncated; on reading, also if a file has
@@ -64,10 +67,11 @@ class StoredTensors(Mapping[str, Tensor]):
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
-        self._stamps: dict[Path, tuple[int, int]] = {}
-        index = self.folder / INDEX
-        promised = _weight_map(index) if index.is_file() else {}
-        for file in [self.folder / name for name in sorted({*promised.values()} or {"model.safetensors"})]:
+        self._stamps: dict[Path, tuple[int, ...]] = {}
+        index, whole = self.folder / INDEX, self.folder / _WHOLE
+        self.index = index if index.is_file() and not whole.is_file() else None
+        promised = _weight_map(index) if self.index else {}
+        for file in [self.folder / name for name in sorted({*promised.values()} or {_WHOLE})]:
             if not file.is_file():
                 raise self._absent(file)
             self._stamps[file] = _stamp(file)
@@ -131,16 +135,35 @@ def write_tensors(
         folder: where; it exists.
         dtype: what each is rounded to.
         limit: the most that one file holds, such as `1GB`.
+
+    Raises:
+        VectorError: if a number is beyond the dtype.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     sizes = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in tensors}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=limit)
-    for file, names in (plan.filename_to_tensors or {"model.safetensors": []}).items():
-        shard = {name: tensors[name].to(dtype).contiguous() for name in names}
+    for file, names in (plan.filename_to_tensors or {_WHOLE: []}).items():
+        shard = {name: _rounded(tensors[name], dtype, name) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing, such as a full disk, into an error that says so.
+
+    Raises:
+        VectorError: if a file cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise VectorError(
+            f"writing {str(target)!r} failed: {first_sentence(error)}.",
+            "see whether there is space left, and whether you may write there.",
+        ) from error
 
 
 def existing_folder(folder: str | os.PathLike[str], argument: str) -> Path:
@@ -175,14 +198,24 @@ def new_folder(folder: str | os.PathLike[str], argument: str) -> Path:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found: dict[str, str] = read_json(index)["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not all(isinstance(file, str) for file in found.values()):
+            raise TypeError("weight_map names no files")
+    except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _corrupt(index, error) from error
     return found
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = tensor.to(dtype).contiguous()
+    if not bool(rounded.isfinite().all()):
+        raise VectorError(f"{name!r} is beyond {dtype}.", "save it as bfloat16 or float32.")
+    return rounded
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
     status = file.stat()
-    return status.st_size, status.st_mtime_ns
+    # A file that another one has replaced may have its size and its time of change, but is another inode.
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
 
 
 def _corrupt(file: Path, error: Exception) -> VectorError:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import VectorError
 from mavis.vectors.adapter import adapter_differences, is_adapter
-from mavis.vectors.source import Layout, ModelOrFolder, ModelTensors, tensors_of
+from mavis.vectors.source import Layout, ModelOrFolder, ModelTensors, subtracted, tensors_of
 from mavis.vectors.stored import FLOATS, Lazy
 
 
@@ -104,7 +104,8 @@ class AlignmentVector:
             max_shard_size: the most that one file holds, and so that is in memory, such as `1GB`.
 
         Raises:
-            VectorError: if the folder holds something that is no vector, or for another dtype.
+            VectorError: if the folder holds something that is no vector, a number is beyond the dtype, for another
+                dtype, or if there is no space.
         """
         from mavis.vectors.folder import save_vector
 
@@ -135,7 +136,10 @@ class AlignmentVector:
         self.layout.check(tensors_of(policy, "policy").layout, "policy", "the vector")
 
     def is_from(self, policy: ModelOrFolder) -> bool:
-        """Whether the policy has the weights of the vector's base; a vector may be added to others, as a transfer."""
+        """Whether the policy has the weights of the vector's base, as far as the fingerprint's sample of them tells.
+
+        A vector may be added to others too, as a transfer.
+        """
         return tensors_of(policy, "policy").fingerprint == self.base
 
     def __add__(self, other: AlignmentVector) -> AlignmentVector:
@@ -193,6 +197,8 @@ def weighted_sum(terms: Sequence[tuple[float, AlignmentVector]]) -> AlignmentVec
     def total(name: str) -> Tensor:
         parts = [(factor, vector.tensors[name]) for factor, vector in terms if name in vector.tensors]
         (factor, first), *others = parts
+        if factor == 1 and not others:  # which takes no memory
+            return first
         result = first * factor
         for factor, tensor in others:
             result.add_(tensor, alpha=factor)
@@ -233,7 +239,7 @@ def _difference(base: ModelTensors, aligned: ModelTensors, name: str) -> Tensor:
             f"{name!r} is {one.dtype} in base and {other.dtype} in aligned, and differs.",
             "load both without quantisation.",
         )
-    return other.to("cpu", torch.float32) - one.to("cpu", torch.float32)
+    return subtracted(other, one)
 
 
 def _dot(one: AlignmentVector, other: AlignmentVector) -> float:

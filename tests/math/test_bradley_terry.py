@@ -244,3 +244,18 @@ def test_what_is_no_table_of_finite_numbers_is_refused(rows: Tensor, message: st
 def test_candidates_and_weights_of_other_objectives_are_refused() -> None:
     with pytest.raises(PreferenceError, match="candidates has 2 columns, but the weights are of 3 objectives"):
         information_gain(torch.zeros(4, 2), torch.zeros(5, 3))
+
+
+def test_more_objectives_than_can_be_drawn_for_are_refused() -> None:
+    with pytest.raises(PreferenceError, match="effective draws were found, expected at least 400. Hint: give fewer"):
+        posterior_draws(some_choices(10, 48))
+
+
+@pytest.mark.parametrize("size", [1e6, -1e200])
+def test_differences_that_no_reward_can_have_are_refused(size: float) -> None:
+    with pytest.raises(
+        PreferenceError, match=r"in row 1, column 0, expected less than 1000000: its unit is a standard"
+    ):
+        posterior_draws(table([0.0, 1.0], [size, 0.0]))
+    with pytest.raises(PreferenceError, match="candidates is .* its unit is a standard deviation"):
+        information_gain(table([size]), table([1.0]))

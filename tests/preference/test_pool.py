@@ -13,7 +13,7 @@ import torch
 from mavis.critics import HiddenStateCritic
 from mavis.errors import DataError, DecodingError, PreferenceError
 from mavis.preference import candidate_pairs, reward_differences
-from mavis.rollouts import RolloutSettings
+from mavis.rollouts import RolloutSettings, collect
 
 PROMPTS = ["once upon a time", "the dog", "she said"]
 SETTINGS = RolloutSettings(max_new_tokens=12, top_k=20, shard_size=5)
@@ -82,3 +82,16 @@ def test_responses_that_all_earn_the_same_are_refused(parts: tuple[Any, ...], tm
     flat = {name: lambda prompts, responses: [1.0] * len(responses) for name in critic.objectives}
     with pytest.raises(PreferenceError, match="no two responses to any of the 3 prompts differ in their rewards"):
         candidate_pairs(policy, tokenizer, critic, flat, PROMPTS, tmp_path, SETTINGS, beta=4.0)
+
+
+def test_no_question_comes_twice(parts: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_by_turns(*arguments: Any, **options: Any) -> Any:
+        for shard in collect(*arguments, **options):
+            responses = [[" once.", " twice twice.", " once. "][i % 3] for i in range(len(shard["response"]))]
+            rewards = [[float(len(response.strip()))] * 2 for response in responses]
+            yield {"response": responses, "rewards": rewards}
+
+    monkeypatch.setattr("mavis.preference.pool.collect", two_by_turns)
+    pool = candidate_pairs(*parts, PROMPTS, tmp_path, SETTINGS, beta=4.0)
+    questions = [(pair.prompt, frozenset({pair.chosen.strip(), pair.rejected.strip()})) for pair in pool.pairs]
+    assert len(questions) == len(set(questions)) == len(PROMPTS)

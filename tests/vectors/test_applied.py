@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mavis.errors import VectorError
 from mavis.vectors import AlignmentVector, Vectors
+from mavis.vectors.applied import add_to
 
 Build = Callable[..., Any]
 Logits = Callable[[Any], Tensor]
@@ -323,3 +324,198 @@ def test_vectors_have_names_and_one_layout(build: Build, tuned: Build, tmp_path:
         VectorError, match="vector 'w' does not fit vector 'v': 'model.embed_tokens.weight' is of shape"
     ):
         Vectors({"v": vector, "w": AlignmentVector.between(wide, tuned(wide))})
+
+
+# what goes wrong in the block, or on leaving it
+
+
+def interrupted_once(monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseException]) -> None:
+    """Let the `at`-th tensor that is put back come to grief, once."""
+    copy_, calls = Tensor.copy_, 0
+
+    def broken(self: Tensor, *arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return copy_(self, *arguments)
+
+    monkeypatch.setattr(Tensor, "copy_", broken)
+
+
+@KEEP
+@pytest.mark.parametrize("at", [1, 5, 21])
+def test_an_interrupt_while_it_is_put_back_is_raised_when_everything_is(
+    build: Build, tuned: Build, before: Any, temporary: Path, monkeypatch: pytest.MonkeyPatch, keep: str, at: int
+) -> None:
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    was = before(policy)
+    with pytest.raises(KeyboardInterrupt), vectors.applied(policy, {"v": 1}, keep=keep):
+        interrupted_once(monkeypatch, at, KeyboardInterrupt)
+    was.assert_unchanged()
+    assert not list(temporary.iterdir())
+    monkeypatch.undo()
+    with vectors.applied(policy, {"v": 1}):
+        pass
+
+
+@KEEP
+def test_what_cannot_be_put_back_is_named_and_can_be_tried_again(
+    build: Build, tuned: Build, before: Any, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    was = before(policy)
+    applied = vectors.applied(policy, {"v": 1}, keep=keep)
+    applied.__enter__()
+    interrupted_once(monkeypatch, 3, RuntimeError)
+    with pytest.raises(VectorError, match=r"could not be put back: '[^']+' \(RuntimeError\)"):
+        applied.__exit__(None, None, None)
+    now = policy.state_dict()
+    assert sum(not torch.equal(now[name], tensor) for name, tensor in was.tensors.items()) == 1
+    with pytest.raises(VectorError, match="applied already"), vectors.applied(policy, {"v": 1}):
+        pass
+    applied.__exit__(None, None, None)
+    was.assert_unchanged()
+    with vectors.applied(policy, {"v": 1}):
+        pass
+
+
+@KEEP
+def test_an_adapter_that_the_block_puts_on_keeps_nothing_from_being_put_back(
+    build: Build, tuned: Build, keep: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    own = {name: (tensor, tensor.clone()) for name, tensor in policy.named_parameters()}
+    with vectors.applied(policy, {"v": 1}, keep=keep):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj", "down_proj"]), policy)
+    assert all(torch.equal(tensor, before) for tensor, before in own.values())
+    assert {id(tensor) for tensor, _ in own.values()} <= {id(tensor) for tensor in policy.parameters()}
+
+
+def test_embeddings_that_the_block_resizes_are_named_and_the_rest_is_put_back(build: Build, tuned: Build) -> None:
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    own = {name: tensor.clone() for name, tensor in policy.named_parameters()}
+    with pytest.raises(VectorError, match="could not be put back") as raised, vectors.applied(policy, {"v": 1}):
+        policy.resize_token_embeddings(44)
+    for name, tensor in policy.named_parameters():
+        assert (repr(name) in str(raised.value)) == (tensor.shape != own[name].shape)
+        assert tensor.shape != own[name].shape or torch.equal(tensor, own[name])
+
+
+def test_an_interrupt_on_entering_leaves_the_policy_free(
+    build: Build, tuned: Build, before: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    was = before(policy)
+    interrupted_once(monkeypatch, 4, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), vectors.applied(policy, {"v": 1}):
+        pytest.fail("it was interrupted")
+    monkeypatch.undo()
+    was.assert_unchanged()
+    with vectors.applied(policy, {"v": 1}):
+        pass
+
+
+# memory that tensors share
+
+
+def test_two_parameters_in_one_place_are_tied(build: Build, tuned: Build, before: Any) -> None:
+    policy = build()
+    shared = policy.model.embed_tokens.weight
+    policy.lm_head.weight = torch.nn.Parameter(shared.detach(), requires_grad=False)
+    assert policy.lm_head.weight is not shared
+    vector = AlignmentVector.between(policy, tuned(build(tied=True)))
+    assert "lm_head.weight" not in vector.tensors
+    was = before(policy)
+    for keep in ("cpu", "disk"):
+        with Vectors({"v": vector}).applied(policy, {"v": 1}, keep=keep):  # type: ignore[arg-type]
+            now = was.tensors["lm_head.weight"] + vector.tensors["model.embed_tokens.weight"]
+            assert torch.equal(policy.lm_head.weight, now)
+        was.assert_unchanged()
+
+
+def test_tensors_that_overlap_are_refused_before_they_are_touched(build: Build, tuned: Build, before: Any) -> None:
+    policy = build()
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(policy))})
+    places = torch.randn(17)
+    for one, other in [(torch.ones(1).expand(16), torch.ones(16)), (places[:16], places[1:])]:
+        policy.model.norm.weight = torch.nn.Parameter(one, requires_grad=False)
+        policy.model.layers[0].input_layernorm.weight = torch.nn.Parameter(other, requires_grad=False)
+        was = before(policy)
+        with (
+            pytest.raises(VectorError, match="policy keeps .* place.*'model.norm.weight'|'model.norm.weight' in"),
+            vectors.applied(policy, {"v": 1}),
+        ):
+            pytest.fail("it was applied")
+        was.assert_unchanged()
+
+
+# sums in parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_sum_in_parts_is_the_whole_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, difference = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    weight = weight.to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    expected = (weight.to(exact) + difference.to(exact)).to(dtype)
+    monkeypatch.setattr("mavis.vectors.applied._AT_ONCE", 8)
+    for made in (weight.clone(), weight.t().contiguous().t()):
+        add_to(made, difference, "w")
+        assert torch.equal(made, expected)
+
+
+def test_a_weight_that_is_not_finite_does_not_hide_a_sum_that_is_not() -> None:
+    weight = torch.tensor([math.inf, 3e38])
+    with pytest.raises(VectorError, match="'w' plus the vectors is beyond torch.float32"):
+        add_to(weight, torch.tensor([0.0, 3e38]), "w")
+    weight = torch.tensor([math.inf, 1.0])
+    add_to(weight, torch.tensor([0.0, 1.0]), "w")
+    assert weight.tolist() == [math.inf, 2.0]
+
+
+# what is no policy, and what has no space
+
+
+def test_a_policy_that_is_a_folder_is_refused(build: Build, tuned: Build) -> None:
+    base = build()
+    vectors = Vectors({"v": AlignmentVector.between(base, tuned(base))})
+    with pytest.raises(VectorError, match="policy is a str, expected a model"):
+        vectors.applied("folder", {"v": 1})
+
+
+def test_a_policy_that_was_built_in_inference_mode_can_be_given(build: Build, tuned: Build) -> None:
+    with torch.inference_mode():
+        policy = build()
+        own = [tensor.clone() for tensor in policy.parameters()]
+    vectors = Vectors({"v": AlignmentVector.between(policy, tuned(build()))})
+    with vectors.applied(policy, {"v": 1}):
+        assert not torch.equal(next(policy.parameters()), own[0])
+    assert all(torch.equal(tensor, before) for tensor, before in zip(policy.parameters(), own, strict=True))
+
+
+def test_without_space_on_the_disk_it_says_so(
+    build: Build, tuned: Build, before: Any, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    policy = build()
+    vector = AlignmentVector.between(policy, tuned(policy))
+    was = before(policy)
+    monkeypatch.setattr("mavis.vectors.applied.save_file", full)
+    monkeypatch.setattr("mavis.vectors.stored.save_file", full)
+    with pytest.raises(VectorError, match="No space left on device"):
+        with Vectors({"v": vector}).applied(policy, {"v": 1}, keep="disk"):
+            pytest.fail("it was applied")
+    was.assert_unchanged()
+    with pytest.raises(VectorError, match="writing .* failed: .*No space left on device"):
+        vector.save(temporary / "v")
+    assert not list(temporary.iterdir())

@@ -162,3 +162,14 @@ def test_without_peft_it_says_what_to_install(
     with pytest.raises(VectorError, match="method 'ties' needs peft, which is not installed. Hint: pip install 'mavis"):
         combine(three, {"x": 1}, "ties", 0.5)
     assert combine(three, {"x": 1}).tensors
+
+
+def test_other_generators_are_left_alone(three: dict[str, AlignmentVector], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it was seeded"))
+    assert combine(three, {"x": 1}, "dare", 0.5).tensors["a"].any()
+
+
+def test_nothing_cannot_be_combined() -> None:
+    with pytest.raises(VectorError, match=r"vectors is \{\}. Hint: give at least one by name"):
+        combine({}, {})

@@ -108,3 +108,20 @@ def test_merging_is_whole_or_not_at_all_and_overwrites_nothing(
     with pytest.raises(VectorError, match="base does not fit the vector: 'model.embed_tokens.weight' is of shape"):
         vectors.merge(saved(build(vocab_size=44), "other"), {"v": 1}, tmp_path / "merged")
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 40
+
+
+def test_beside_a_whole_file_an_index_is_stale(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
+    base, old = build(), build(seed=9)
+    folder = saved(old, "base", max_shard_size="3KB")
+    index = (folder / "model.safetensors.index.json").read_bytes()
+    shards = {path.name: path.read_bytes() for path in folder.glob("model-*")}
+    saved(base, "base")
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    for name, content in shards.items():
+        (folder / name).write_bytes(content)
+    assert torch.equal(read(folder).lm_head.weight, base.lm_head.weight)  # as transformers reads it
+    vector = AlignmentVector.between(folder, tuned(base))
+    assert vector.is_from(base)
+    merged = Vectors({"v": vector}).merge(folder, {"v": 1}, tmp_path / "merged")
+    assert {path.name for path in merged.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert (read(merged).lm_head.weight - base.lm_head.weight).abs().max() < 1

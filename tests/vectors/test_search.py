@@ -116,3 +116,30 @@ def test_storage_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(VectorError, match="search_coefficients needs optuna, which is not installed"):
         search_coefficients(quadratic, NAMES)
+
+
+def test_a_last_line_that_was_torn_loses_nothing_before_it(tmp_path: Path) -> None:
+    whole = search_coefficients(quadratic, NAMES, trials=8)
+    storage = tmp_path / "search.jsonl"
+    search_coefficients(quadratic, NAMES, trials=5, storage=storage)
+    with storage.open("ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "x", "stu')
+    for _ in range(2):
+        assert search_coefficients(quadratic, NAMES, trials=8, storage=storage) == whole
+    notes = tmp_path / "notes.txt"
+    notes.write_text("hello\nworld")
+    with pytest.raises(VectorError, match="which keeps no search"):
+        search_coefficients(quadratic, NAMES, trials=2, storage=notes)
+    assert notes.read_text().startswith("hello\nworld")
+
+
+def test_storage_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VectorError, match="which keeps no search"):
+        search_coefficients(quadratic, NAMES, trials=2, storage=tmp_path / "file" / "search.jsonl")
+
+
+@pytest.mark.parametrize("score", [None, "high"])
+def test_a_score_that_is_no_number_is_refused(score: Any) -> None:
+    with pytest.raises(VectorError, match=f"score returned {score!r}, expected a number"):
+        search_coefficients(lambda _: score, NAMES, trials=2)

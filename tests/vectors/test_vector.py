@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -349,3 +350,56 @@ def test_what_is_calculated_from_vectors_of_several_bases_is_from_none(build: Bu
     assert not (v + w).is_from(one)
     assert not (v + w).is_from(other)
     assert repr(v) == f"AlignmentVector(llama, 21 of 21 tensors, base {Fingerprint.of(one).weights})"
+
+
+# numbers at the edge, and files that are broken
+
+
+def test_an_infinity_in_both_models_is_no_difference(build: Build, tuned: Build, saved: Saved) -> None:
+    base = build()
+    aligned = tuned(base)
+    with torch.no_grad():
+        for model in (base, aligned):
+            model.lm_head.weight[0, 0] = -math.inf
+    for one, other in [(base, aligned), (saved(base, "b"), saved(aligned, "a"))]:
+        vector = AlignmentVector.between(one, other)
+        assert vector.tensors["lm_head.weight"][0, 0] == 0
+        assert math.isfinite(vector.norm())
+
+
+def test_a_number_that_a_precision_does_not_have_is_not_saved(tmp_path: Path) -> None:
+    vector = toy(a=[1.0, 1e5])
+    with pytest.raises(VectorError, match="'a' is beyond torch.float16. Hint: save it as bfloat16"):
+        vector.save(tmp_path / "v", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    vector.save(tmp_path / "v", dtype=torch.bfloat16)
+
+
+def test_a_file_that_another_replaces_is_noticed(build: Build, tuned: Build, saved: Saved) -> None:
+    base = build()
+    folder, other = saved(base, "b"), saved(tuned(base), "a")
+    vector = AlignmentVector.between(folder, other)
+    file = other / "model.safetensors"
+    status = file.stat()
+    shutil.copyfile(folder / "model.safetensors", other / "new")
+    os.utime(other / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(other / "new", file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    with pytest.raises(VectorError, match="has changed since it was opened"):
+        vector.norm()
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', "{"])
+def test_an_index_that_is_none_is_corrupt(build: Build, tuned: Build, saved: Saved, index: str) -> None:
+    folder = saved(build(), "b", max_shard_size="3KB")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(VectorError, match="index.json' is corrupt"):
+        AlignmentVector.between(folder, tuned(build()))
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "3"])
+def test_a_config_of_an_adapter_that_is_none_is_corrupt(build: Build, tmp_path: Path, config: str) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(VectorError, match="adapter_config.json' is corrupt.*Hint: save the adapter again"):
+        AlignmentVector.between(build(), tmp_path)

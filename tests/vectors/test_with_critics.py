@@ -114,3 +114,31 @@ def test_a_coefficient_can_be_searched_for_under_a_tilt(
 
     found = search_coefficients(likelihood, ["happy"], bounds=(-3, 3), trials=12)
     assert found.score == likelihood(found.coefficients) > likelihood({})
+
+
+def test_what_changes_only_weights_that_are_not_sampled_is_told_too(
+    tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors
+) -> None:
+    critic, vector = make_tiny_critic(), vectors["happy"]
+    name = next(name for name, shape in vector.layout.shapes.items() if torch.Size(shape).numel() >= 128)
+    change = torch.zeros(vector.layout.shapes[name])
+    change.view(-1)[1] = 1.0
+    happy = Vectors({"happy": AlignmentVector({name: change}, vector.layout, vector.base)})
+    with happy.applied(tiny_policy, {"happy": 1.0}):
+        assert Fingerprint.of(tiny_policy) == critic.fingerprint
+        with pytest.warns(UserWarning, match=WITHOUT):
+            critic.attach(tiny_policy).detach()
+    with critic.attach(tiny_policy), pytest.warns(UserWarning, match=WITHOUT):
+        with happy.applied(tiny_policy, {"happy": 1.0}):
+            pass
+
+
+@pytest.mark.parametrize("is_wrapper_first", [False, True])
+def test_a_critic_on_the_model_in_a_wrapper_says_so_too(
+    tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors, is_wrapper_first: bool
+) -> None:
+    policies = tiny_policy, torch.compile(tiny_policy, backend="eager")
+    one, other = reversed(policies) if is_wrapper_first else policies
+    with make_tiny_critic().attach(one), pytest.warns(UserWarning, match=WITHOUT):
+        with vectors.applied(other, {"happy": 0.5}):
+            pass
