@@ -30,14 +30,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, embedded
-from mavis.errors import EvaluationError
+from mavis.evaluation.evaluate import efficiency_at
 from mavis.files import claimed, write_json
 from mavis.math.divergence import step_kl
-from mavis.math.frontier import frontier_efficiency, optimal_reward_at, reward_at
+from mavis.math.frontier import reward_at
 from mavis.rewards import Brevity
 from mavis.rollouts import Plan, RolloutSettings, collect
 from mavis.rollouts.divergence import response_kl
-from mavis.rollouts.replay import Sequences, replay
+from mavis.rollouts.replay import Sequences, read_again
 from mavis.training import AlignSettings, ImprovementSettings, align, improve
 from mavis.training.fit import FitSettings
 from mavis.vectors import AlignmentVector, Vectors
@@ -91,16 +91,13 @@ class Lab:
     def _kl(self, policy: Any, sequences: Sequences, critic: Any, beta: float) -> Tensor:
         if critic is None:
             return response_kl(policy, self.untouched, sequences)
-        none = torch.zeros(policy.get_output_embeddings().out_features, 0)
-        states = [replay(model, sequences, none, top_k=None).states for model in (policy, self.untouched)]
+        (states, logits), (_, plain) = (read_again(model, sequences) for model in (policy, self.untouched))
         spent = []
-        for row in range(len(states[0])):  # a response at once: all distributions of a shard would fill the memory
-            inputs = critic.inputs_of_responses(states[0][row : row + 1])[0]
-            lam = (beta * HALF).float().expand(len(inputs), -1)
-            tilted = policy.get_output_embeddings()(states[0][row]) + critic.tilt_of_inputs(inputs, None, lam)
-            plain = self.untouched.get_output_embeddings()(states[1][row])
-            steps = step_kl(tilted.log_softmax(-1), plain.log_softmax(-1)) * sequences.is_response[row]
-            spent.append(steps.double().sum())
+        for row in range(len(states)):  # a response at once: all distributions of a shard would fill the memory
+            inputs = critic.inputs_of_responses(states[row : row + 1])[0]
+            tilt = critic.tilt_of_inputs(inputs, None, (beta * HALF).float().expand(len(inputs), -1))
+            steps = step_kl((logits[row] + tilt).log_softmax(-1), plain[row].log_softmax(-1))
+            spent.append((steps * sequences.is_response[row]).double().sum())
         return torch.stack(spent)
 
     def aligned(self, name: str, objective: Any, policy: Any) -> Any:
@@ -134,10 +131,7 @@ class Lab:
             torch.tensor([base, *(r for _, r in line)], dtype=torch.float64),
             kl,
         )
-        try:
-            return None if found is None else frontier_efficiency(found, base, optimal_reward_at(rewards, kl))
-        except EvaluationError:
-            return None
+        return efficiency_at(rewards, found, kl)
 
 
 def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -68,6 +68,23 @@ class EvaluationError(MavisError):
     """A quantity that the given evaluation data cannot support."""
 
 
+def check_whole(error: type[MavisError], hint: str, least: int = 1, **values: object) -> None:
+    """Refuse values that are no whole numbers or too small.
+
+    Args:
+        error: what to raise.
+        hint: its hint.
+        least: the smallest that is allowed.
+        values: by the name of the argument.
+
+    Raises:
+        MavisError: of the kind of `error`, naming the first of them.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise error(f"{name} is {value!r}, expected a whole number ≥ {least}.", hint)
+
+
 PAD_ON_THE_LEFT = "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."
 """The hint for prompts that are padded on the wrong side, or are no tensors."""
 

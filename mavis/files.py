@@ -69,6 +69,16 @@ def _differing(found: Mapping[str, Any], claim: Mapping[str, Any], prefix: str =
     return names
 
 
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+"""The endings of files that may be pickles, which are never read."""
+
+
+def pickles_in(folder: Path) -> str:
+    """Say that a folder without the wanted file holds pickles; nothing if it holds none."""
+    found = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES))
+    return f"; it holds {found}, which is never read because loading a pickle can run code" if found else ""
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write `content` as indented JSON, whole or not at all; NaN and infinities are refused."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)

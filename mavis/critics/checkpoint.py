@@ -17,7 +17,7 @@ from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.value_model import ValueModelCritic
 from mavis.errors import CriticError, MissingPackageError, closest
-from mavis.files import atomic_folder, write_json
+from mavis.files import atomic_folder, pickles_in, write_json
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -111,11 +111,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_weights(critic: Critic, path: Path) -> None:
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
-        found = f"; it holds {', '.join(pickles)}, which is never read because loading a pickle can run code"
         raise CriticError(
-            f"folder {str(path)!r} has no {WEIGHTS}{found if pickles else ''}.",
-            "save the critic again with Critic.save.",
+            f"folder {str(path)!r} has no {WEIGHTS}{pickles_in(path)}.", "save the critic again with Critic.save."
         )
     try:
         tensors = load_file(path / WEIGHTS)

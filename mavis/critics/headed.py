@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mavis.critics.base import Composition, Critic
 from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device, weights_at_hand
 from mavis.critics.heads import ValueHeads
-from mavis.errors import CriticError
+from mavis.errors import CriticError, check_whole
 from mavis.math.mixture import kl_unit, tilt_coefficients
 
 
@@ -200,11 +200,7 @@ def check_sizes(least: int = 1, **sizes: object) -> None:
     Raises:
         CriticError: naming the first of them.
     """
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < least:
-            raise CriticError(
-                f"{name} is {size!r}, expected a whole number ≥ {least}.", "128, 64 and 128 are good sizes."
-            )
+    check_whole(CriticError, "128, 64 and 128 are good sizes.", least, **sizes)
 
 
 def token_embeddings(policy: Any) -> Tensor:

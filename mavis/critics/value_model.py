@@ -19,7 +19,7 @@ from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
 from mavis.critics.lora import add_lora, merge_lora
 from mavis.critics.prefix_reader import PrefixReader
-from mavis.errors import CriticError, closest, first_sentence
+from mavis.errors import CriticError, check_whole, closest, first_sentence
 
 Readout = Literal["token", "candidates"]
 """Where values are read: for all tokens at once at the prefix's last token, or at every candidate after the prefix."""
@@ -230,7 +230,7 @@ class ValueModelCritic(HeadedCritic):
         self._reader, self._watched = PrefixReader(self.eval().trunk), threading.local()
 
     def _add_lora(self, rank: int) -> None:
-        check_sizes(0, lora_rank=rank)
+        check_whole(CriticError, "16 is a good rank; 0 trains the trunk whole.", 0, lora_rank=rank)
         if rank:
             add_lora(self.trunk, rank)
             self.lora_rank = rank

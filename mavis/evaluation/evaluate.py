@@ -150,7 +150,9 @@ def evaluate(
     size = len(prompts) * settings.samples
     for index, (weights, beta) in enumerate(points):
         rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
-        rows[-1]["efficiency"] = _efficiency(per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"])
+        rows[-1]["efficiency"] = efficiency_at(
+            per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
+        )
         say("scoring", index + 1, len(points))
     return {
         "objectives": list(critic.objectives),
@@ -225,8 +227,19 @@ def _weighted(row: dict[str, Any], weights: Tensor, critic: HeadedCritic) -> flo
     return float(sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True)))
 
 
-def _efficiency(rewards: Tensor, ours: float, kl: float) -> float | None:
-    """The efficiency at one KL, or None where the limit cannot be trusted."""
+def efficiency_at(rewards: Tensor, ours: float | None, kl: float) -> float | None:
+    """Compute the frontier efficiency at one KL.
+
+    Args:
+        rewards: (P, N) rewards w·R of reference rollouts.
+        ours: the reward that is reached at this KL, or None.
+        kl: in nats per response.
+
+    Returns:
+        The efficiency; None where nothing is reached or the limit cannot be trusted.
+    """
+    if ours is None:
+        return None
     try:
         return frontier_efficiency(ours, float(rewards.mean()), optimal_reward_at(rewards, kl))
     except EvaluationError:
@@ -256,7 +269,7 @@ def _efficiencies(
                     "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
                     "kl": float(target),
                     "reward": reached,
-                    "efficiency": None if reached is None else _efficiency(rewards, reached, target),
+                    "efficiency": efficiency_at(rewards, reached, target),
                 }
             )
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mavis.critics.fingerprint import embedding_shape, output_embedding, states_device
 from mavis.math.divergence import step_kl
-from mavis.rollouts.replay import Sequences, forward_inputs, rows_at_once
+from mavis.rollouts.replay import Sequences, read_again, rows_at_once
 
 
 @torch.no_grad()
@@ -31,19 +31,11 @@ def response_kl(policy: Any, reference: Any, sequences: Sequences, *, temperatur
     at_once = rows_at_once(device, length, embedding_shape(output_embedding(policy))[1])
     spent = []
     for at in range(0, len(sequences.ids), at_once):
-        rows = slice(at, at + at_once)
+        some = sequences.rows(slice(at, at + at_once))
         logprobs, reference_logprobs = (
-            torch.log_softmax(_logits(model, sequences, rows, length).to(device).float() / temperature, dim=-1)
+            torch.log_softmax(read_again(model, some)[1].to(device).float() / temperature, dim=-1)
             for model in (policy, reference)
         )
-        steps = step_kl(logprobs, reference_logprobs) * sequences.is_response[rows].to(device)
+        steps = step_kl(logprobs, reference_logprobs) * some.is_response.to(device)
         spent.append(steps.double().sum(1).cpu())
     return torch.cat(spent)
-
-
-def _logits(model: Any, sequences: Sequences, rows: slice, length: int) -> Tensor:
-    """Compute the logits (b, T, V) that each response token of some rows was drawn from."""
-    device = states_device(model)
-    ids, is_token = sequences.ids[rows].to(device), sequences.is_token[rows].to(device)
-    logits: Tensor = model(**forward_inputs(model, ids, is_token, length)).logits
-    return logits[:, -length - 1 : -1]

@@ -48,6 +48,10 @@ class Sequences:
             is_token[row, start:stop] = True
         return cls(ids, is_token, is_token[:, before:].clone())
 
+    def rows(self, rows: slice) -> Sequences:
+        """Take some of them."""
+        return Sequences(self.ids[rows], self.is_token[rows], self.is_response[rows])
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -70,25 +74,28 @@ class Steps:
     is_response: Tensor
 
 
-def forward_inputs(policy: Any, ids: Tensor, is_token: Tensor, length: int) -> dict[str, Any]:
-    """Say what a policy's `forward` takes to read finished responses as `generate` would have.
+@torch.no_grad()
+def read_again(policy: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Read finished responses in one forward pass, as `generate` would have step by step.
 
     Args:
         policy: a causal LM.
-        ids: (B, P + T) integer, padded on the left before prompts and on the right after responses.
-        is_token: (B, P + T) bool.
-        length: T; the logits of the last T + 1 positions are wanted.
+        sequences: B prompts and responses.
 
     Returns:
-        Arguments by name.
+        The last hidden states (B, T, H) and the logits (B, T, V) that each response token is drawn from, on the
+        policy's device.
     """
+    device, length = states_device(policy), sequences.is_response.shape[1]
+    ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": is_token.long(), "use_cache": False}
     accepted = inspect.signature(policy.forward).parameters
     if "position_ids" in accepted:  # as `generate` counts: padding has no position
         inputs["position_ids"] = (is_token.long().cumsum(1) - 1).clamp_min(0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = length + 1
-    return inputs
+    states, logits = forward_states(policy, **inputs)
+    return states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
 
 
 def rows_at_once(device: torch.device, length: int, vocabulary: int) -> int:
@@ -125,8 +132,7 @@ def replay(
     ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     is_response = sequences.is_response.to(device)
     length = is_response.shape[1]
-    states, logits = forward_states(policy, **forward_inputs(policy, ids, is_token, length))
-    states, logits = states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
+    states, logits = read_again(policy, sequences)
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
     inputs_of_heads = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mavis.errors import ConfigError, closest
+from mavis.errors import ConfigError, check_whole, closest
 from mavis.rollouts.sample import RolloutSettings
 
 METHODS = ("rloo", "grpo")
@@ -72,10 +72,7 @@ class AlignSettings:
             value = getattr(self, name)
             if name == "micro_rows" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ConfigError(
-                    f"{name} is {value!r}, expected a whole number ≥ {bound}.", f"e.g. {name}={max(bound, 2)}."
-                )
+            check_whole(ConfigError, f"e.g. {name}={max(bound, 2)}.", bound, **{name: value})
         for name in ("learning_rate", "beta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mavis.critics.headed import HeadedCritic
-from mavis.errors import ConfigError, TrainingError
+from mavis.errors import ConfigError, TrainingError, check_whole
 from mavis.training.replayed import Replayed
 
 
@@ -39,10 +39,7 @@ class DescentSettings:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}, expected a whole number ≥ 1.", "the defaults are 6 and 32.")
+        check_whole(ConfigError, "the defaults are 6 and 32.", epochs=self.epochs, batch_size=self.batch_size)
         for name in ("held_out", "learning_rate", "trunk_rate", "weight_decay"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{name} is {value!r}, expected a number.", "e.g. learning_rate=3e-3.")

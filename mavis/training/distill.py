@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mavis.critics import Critic
 from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
 from mavis.critics.group import together
 from mavis.critics.headed import HeadedCritic, token_embeddings
-from mavis.errors import ConfigError, DataError
+from mavis.errors import ConfigError, DataError, check_whole
 from mavis.files import read_json, write_json
 from mavis.rollouts.collect import Plan, critic_digest
 from mavis.rollouts.prompts import draw_prompts
-from mavis.rollouts.replay import replay
+from mavis.rollouts.replay import read_again
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.descent import DescentSettings, descend, draw_held_out
 from mavis.training.imitation import Imitation, explained
@@ -49,13 +48,9 @@ class DistillSettings:
     fit: DescentSettings = field(default_factory=DescentSettings)
 
     def __post_init__(self) -> None:
-        for name, least in (("rollouts", 4), ("candidates", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"{name} is {value!r}, expected a whole number ≥ {least}.",
-                    "the defaults are 2048 rollouts and 40 candidates.",
-                )
+        hint = "the defaults are 2048 rollouts and 40 candidates."
+        check_whole(ConfigError, hint, 4, rollouts=self.rollouts)
+        check_whole(ConfigError, hint, candidates=self.candidates)
 
     def check(self, policy: Any) -> None:
         """Refuse a policy that has fewer tokens than there are to be candidates.
@@ -144,15 +139,7 @@ def distill(
     student.fingerprint.check(policy)
     student.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
-    claim = {
-        "settings": asdict(settings),
-        "teachers": critic_digest(teacher),
-        "objectives": list(student.objectives),
-        "critic": student.settings(),
-        "policy": student.fingerprint.to_json(),
-        "prompts": Plan.reference(prompts, 0).digest(),
-    }
-    begin(run, student, claim)
+    begin(run, student, prompts, settings, teachers=critic_digest(teacher))
     student.to(states_device(policy))
     student.calibration = None
     if (run / "report.json").is_file():
@@ -165,7 +152,7 @@ def distill(
     parts: list[Recordings] = []
     say("rollouts", 0, settings.rollouts)
     for part in record(policy, tokenizer, teacher, plan, run / "rollouts", settings.sampling, settings.candidates):
-        parts.append(_with_states(part, policy, embeddings) if student.reads_states else part)
+        parts.append(_with_states(part, policy) if student.reads_states else part)
         say("rollouts", sum(map(len, parts)), settings.rollouts)
     recordings = joined(parts)
     del parts
@@ -190,9 +177,9 @@ def distill(
     return report
 
 
-def _with_states(part: Recordings, policy: Any, embeddings: Tensor) -> Recordings:
+def _with_states(part: Recordings, policy: Any) -> Recordings:
     states = [
-        replay(policy, part.rows(index).sequences, embeddings[:, :0], top_k=None).states.cpu()
+        read_again(policy, part.rows(index).sequences)[0].cpu()
         for index in torch.arange(len(part)).split(ROWS_PER_PASS)
     ]
     return replace(part, states=torch.cat(states))

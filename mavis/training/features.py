@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.critics.headed import HeadedCritic
-from mavis.rollouts.replay import Sequences, replay
+from mavis.rollouts.replay import Sequences, read_again, replay
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.replayed import ROWS_PER_PASS, Replayed, joined
 
@@ -88,7 +88,7 @@ def extract(
                 kl = _per_step(rows["kl"], sequences.is_response.shape[1])
                 states = expected = kl.new_zeros(*kl.shape, 0)
                 if critic.reads_states:
-                    states = replay(policy, sequences, embeddings[:, :0], top_k=None).states.cpu()
+                    states = read_again(policy, sequences)[0].cpu()
             parts.append(
                 Features(
                     prompt_ids=sequences.ids[:, :prompts],

@@ -159,14 +159,7 @@ def improve(
     critic.fingerprint.check(policy)
     critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
-    claim = {
-        "settings": asdict(settings),
-        "objectives": list(critic.objectives),
-        "critic": critic.settings(),
-        "policy": critic.fingerprint.to_json(),
-        "prompts": Plan.reference(prompts, 0).digest(),
-    }
-    begin(run, critic, claim)
+    begin(run, critic, prompts, settings)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mavis.critics import load_critic
 from mavis.critics.headed import HeadedCritic
 from mavis.files import claimed, write_json
+from mavis.rollouts import Plan
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
-def begin(folder: Path, critic: HeadedCritic, claim: Mapping[str, Any]) -> None:
+def begin(folder: Path, critic: HeadedCritic, prompts: Sequence[str], settings: Any, **more: Any) -> None:
     """Claim a folder for a run and keep the start there; in a folder that is claimed already, go back to its start.
 
     Args:
         folder: of the run.
-        critic: the start; it may have been trained in place when the run broke off.
-        claim: what the run is made of, plain data.
+        critic: the start; it may have been trained in place when the run broke off. Its fingerprint is the policy's.
+        prompts: to sample from.
+        settings: a dataclass.
+        more: what else the run is made of, plain data by name.
 
     Raises:
-        DataError: if the folder belongs to a run with another claim; names the parts that differ.
+        DataError: if the folder belongs to a run that is made of something else; names the parts that differ.
     """
+    claim = {
+        "settings": asdict(settings),
+        "objectives": list(critic.objectives),
+        "critic": critic.settings(),
+        "policy": critic.fingerprint.to_json(),
+        "prompts": Plan.reference(prompts, 0).digest(),
+        **more,
+    }
     if claimed(folder / "run.json", claim, "a run with other"):
         adopt(critic, folder / "start")
         return

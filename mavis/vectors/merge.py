@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from mavis.errors import VectorError
-from mavis.files import atomic_folder
+from mavis.files import PICKLES, atomic_folder
 from mavis.vectors.applied import add_to
 from mavis.vectors.source import ModelTensors, tensors_of
-from mavis.vectors.stored import INDEX, PICKLES, new_folder, writing
+from mavis.vectors.stored import INDEX, new_folder, writing
 from mavis.vectors.vector import AlignmentVector
 
 _WEIGHTS = {*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}

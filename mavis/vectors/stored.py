@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mavis.errors import VectorError, first_sentence
-from mavis.files import read_json, write_json
+from mavis.files import pickles_in, read_json, write_json
 
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The precisions of weights that are not quantised."""
 
@@ -116,10 +115,8 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._files)
 
     def _absent(self, file: Path) -> VectorError:
-        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
-        found = f"; it holds {', '.join(pickles)}, which is never read because loading a pickle can run code"
         return VectorError(
-            f"folder {str(self.folder)!r} has no {file.name}{found if pickles else ''}.",
+            f"folder {str(self.folder)!r} has no {file.name}{pickles_in(self.folder)}.",
             "save the weights as safetensors, e.g. by save_pretrained.",
         )
 
