@@ -52,6 +52,10 @@ class TrainingError(MavisError):
     """A fit that came to nothing."""
 
 
+class ProcessError(MavisError):
+    """Several processes of one job that do not go together, or one that has lost another."""
+
+
 class PolicyError(MavisError):
     """A policy that cannot be loaded or steered."""
 

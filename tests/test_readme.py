@@ -100,6 +100,30 @@ def test_every_mavis_command_runs_in_order(demo: tuple[Path, str]) -> None:
     assert len(list((where / "outputs" / "sweep").glob("*/critic/config.json"))) == 4
 
 
+def test_the_command_for_many_processes_runs(demo: tuple[Path, str]) -> None:
+    where, _ = demo
+    (command,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("accelerate ")]
+    launch, module, *given = re.split(r" -m (\S+)", command, maxsplit=1)
+    assert module == "mavis.cli.train"
+    words = [*shlex.split(launch)[1:], "--main_process_port", "0", "-m", module, *shlex.split(given[0])]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            *words,
+            *f"decoding.max_new_tokens=16 improvement.shard_size=32 {SWEEP}".split(),
+        ],
+        cwd=where,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("critic: ") == 1
+    assert (where / "outputs" / "together" / "critic" / "config.json").is_file()
+
+
 def test_every_make_target_exists_and_ci_calls_the_test_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {

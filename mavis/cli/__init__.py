@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mavis.cli.overrides import check_overrides
 from mavis.errors import ConfigError, closest
+from mavis.processes import started_as
 
 COMMANDS = {
     "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
@@ -20,6 +21,9 @@ COMMANDS = {
     "align": "fine-tune a copy of a policy for an objective, at a price for its distance",
     "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
+
+_SILENT = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides that keep Hydra from writing files, which of several processes only the main one does."""
 
 _MAPPINGS = {"weights": ("objective", "weight"), "vectors": ("folder", "coefficient")}
 """The settings that map names to numbers, and what they call these."""
@@ -61,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_overrides(command, overrides)
     except ConfigError as error:
-        print(f"mavis: {error}", file=sys.stderr)
+        if started_as() == 0:  # the others have been given the same
+            print(f"mavis: {error}", file=sys.stderr)
         return 2
     # Hydra reads the process's arguments and names the app after the script.
-    sys.argv = [f"mavis-{command}", *_named_by_what_differs(overrides)]
+    sys.argv = [f"mavis-{command}", *_named_by_what_differs(overrides), *(_SILENT if started_as() else [])]
     importlib.import_module(f"mavis.cli.{command}").main()
     return 0
 

@@ -9,15 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mavis.cli.conf_path import conf_dir
 from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
+from mavis.processes import here, leave, started_as, started_together
+
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What `policy.device` may say instead of one device; transformers spreads the policy in this way."""
 
 
-def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a function of a config into a command whose mistakes end in one line and exit status 2.
 
     Args:
         config_name: the file in the conf tree, without its ending.
+        together: whether several processes can run it as one job; else they are refused.
     """
 
     def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
@@ -26,20 +33,34 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
         from omegaconf import MissingMandatoryValue
 
         def guarded(config: Any) -> None:
+            count = started_together()
+            name = "mavis" if count == 1 else f"mavis (process {started_as()} of {count})"
             try:
+                if count > 1:
+                    _join(config_name, config, together)
                 prepare(config)
                 run(config)
             except MavisError as error:
-                print(f"mavis: {error}", file=sys.stderr)
+                print(f"{name}: {error}", file=sys.stderr)
                 sys.exit(2)
             except KeyboardInterrupt:
-                print(
-                    "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.",
-                    file=sys.stderr,
-                )
+                if started_as() == 0:
+                    print(
+                        "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.",
+                        file=sys.stderr,
+                    )
                 sys.exit(130)
             except MissingMandatoryValue as error:
-                print(f"mavis: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
+                print(f"{name}: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
+                sys.exit(2)
+            except (OSError, SafetensorError) as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                print(
+                    f"{name}: {' '.join(str(error).split()).rstrip('.')}. Hint: what is finished is kept; make room or "
+                    "mend what is said, and repeat the command to go on.",
+                    file=sys.stderr,
+                )
                 sys.exit(2)
             except (TypeError, ValueError, RuntimeError) as error:
                 # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
@@ -48,15 +69,42 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[]
                 given = ", ".join(HydraConfig.get().overrides.task) or "none"
                 said = " ".join(str(error).split()).rstrip(".")
                 print(
-                    f"mavis: {type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
+                    f"{name}: {type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
                     "HYDRA_FULL_ERROR=1 shows where it happened.",
                     file=sys.stderr,
                 )
                 sys.exit(2)
 
-        return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+        command = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+
+        def whole() -> None:
+            command()
+            leave()
+
+        return whole
 
     return wrap
+
+
+def _join(command: str, config: Any, together: bool) -> None:
+    """Join the processes that were started with this one, before anything is put on a device."""
+    if not together:
+        raise ConfigError(
+            f"{started_together()} processes were started, but mavis {command} runs in one.",
+            "leave the launcher out; train, distill and evaluate share their work out over processes.",
+        )
+    import torch
+
+    device = "cpu" if config.policy.path is None else str(config.policy.get("device", "cpu"))
+    if device in _DEVICE_MAPS:
+        if torch.cuda.is_available():
+            raise ConfigError(
+                f"policy.device is {device!r}, which spreads the policy over all accelerators, but "
+                f"{started_together()} processes were started.",
+                "start one process for a policy that fits on no single accelerator; else let policy.device be cuda.",
+            )
+        device = "cpu"
+    here(device)
 
 
 def prepare(config: Any) -> None:
@@ -65,6 +113,8 @@ def prepare(config: Any) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if started_as() != 0:  # what there is to say of all processes one says
+        logging.set_verbosity_error()
     # The embedded policy is so small that a second thread costs more than it brings.
     threads = config.get("threads") or (1 if config.policy.path is None else None)
     if threads:
@@ -88,7 +138,6 @@ def load_policy(config: Any) -> tuple[Any, Any]:
         from mavis import embedded
 
         return embedded.load()
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = Path(config.path).expanduser()
@@ -103,7 +152,7 @@ def load_policy(config: Any) -> tuple[Any, Any]:
             source,
             dtype=config.get("dtype", "auto"),
             use_safetensors=True,
-            **({"device_map": "auto"} if device == "auto" else {}),
+            **({"device_map": device} if device in _DEVICE_MAPS else {}),
             **shared,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -118,7 +167,7 @@ def load_policy(config: Any) -> tuple[Any, Any]:
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    policy = policy if device == "auto" else policy.to(device)
+    policy = policy if device in _DEVICE_MAPS else policy.to(device)
     return policy.eval().requires_grad_(False), tokenizer
 
 
@@ -169,7 +218,9 @@ def claim_objectives(config: Any, names: Sequence[str], folder: Path) -> None:
     from mavis.files import claimed, write_json
 
     claim = {name: OmegaConf.to_container(config.objectives[name], resolve=True) for name in names}
-    if not claimed(folder / "objectives.json", claim, "a run whose objectives are configured otherwise:"):
+    if here().main and not claimed(
+        folder / "objectives.json", claim, "a run whose objectives are configured otherwise:"
+    ):
         write_json(folder / "objectives.json", claim)
 
 
@@ -220,7 +271,13 @@ def as_trained(decoding: Any, name: str, critic: Any | None) -> Any:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar per stage; yields what to call with a stage, how much is done and how much there is."""
+    """Show a bar per stage; yields what to call with a stage, how much is done and how much there is.
+
+    Of several processes only the main one shows anything.
+    """
+    if not here().main:
+        yield lambda stage, done, total: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -235,8 +292,16 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+def say(text: str) -> None:
+    """Print a line, of several processes only in the main one."""
+    if here().main:
+        print(text)
+
+
 def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table; numbers get three digits and a missing one a dash."""
+    """Print rows as a table, as `say` does; numbers get three digits and a missing one a dash."""
+    if not here().main:
+        return
     from rich.console import Console
     from rich.table import Table
 

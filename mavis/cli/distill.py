@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from mavis.cli.app import hydra_app, load_policy, progress_bars, read_prompts, sampling_settings, show_table
+from mavis.cli.app import hydra_app, load_policy, progress_bars, read_prompts, sampling_settings, say, show_table
 from mavis.cli.train import make_critic
 from mavis.errors import ConfigError
 
@@ -53,13 +54,15 @@ def _run(config: Any) -> None:
             for name in report.explained
         ],
     )
-    print(f"critic: {folder / 'critic'}")
+    say(f"critic: {folder / 'critic'}")
 
 
 def main() -> None:
     """Run the command with the process's arguments."""
-    hydra_app("distill")(_run)()
+    hydra_app("distill", together=True)(_run)()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as a launcher starts it: `accelerate launch -m mavis.cli.distill`
+    from mavis.cli import main as mavis
+
+    sys.exit(mavis(["distill", *sys.argv[1:]]))

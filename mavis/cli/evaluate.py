@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             held_out=make_objectives({"objectives": held_out}) if held_out else None,
             progress=progress,
         )
-    _show(report)
+    if report:
+        _show(report)
     return report
 
 
@@ -126,14 +128,17 @@ def _run(config: Any) -> None:
     critic = load_critic(config.checkpoint)
     policy, tokenizer = load_policy(config.policy)
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
-    for path in write_report(folder, report):
-        print(path)
+    if report:  # of several processes only the main one has it
+        for path in write_report(folder, report):
+            print(path)
 
 
 def main() -> None:
     """Run the command with the process's arguments."""
-    hydra_app("evaluate")(_run)()
+    hydra_app("evaluate", together=True)(_run)()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as a launcher starts it: `accelerate launch -m mavis.cli.evaluate`
+    from mavis.cli import main as mavis
+
+    sys.exit(mavis(["evaluate", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mavis.cli.app import (
     progress_bars,
     read_prompts,
     sampling_settings,
+    say,
     show_table,
 )
 
@@ -101,13 +103,15 @@ def _run(config: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     policy, tokenizer = load_policy(config.policy)
     train(config, policy, tokenizer, folder)
-    print(f"critic: {folder / 'critic'}")
+    say(f"critic: {folder / 'critic'}")
 
 
 def main() -> None:
     """Run the command with the process's arguments."""
-    hydra_app("train")(_run)()
+    hydra_app("train", together=True)(_run)()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as a launcher starts it: `accelerate launch -m mavis.cli.train`
+    from mavis.cli import main as mavis
+
+    sys.exit(mavis(["train", *sys.argv[1:]]))

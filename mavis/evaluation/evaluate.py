@@ -24,6 +24,7 @@ from mavis.evaluation.values import value_calibration
 from mavis.math.best_of_n import best_of_n
 from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
 from mavis.math.preference import simplex_grid
+from mavis.processes import here
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect
 from mavis.rollouts.sample import RolloutSettings
@@ -90,6 +91,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what a critic's tilt earns, what it costs, and how far it is from the best that is possible.
 
+    Several processes share out the sampling, which is most of the work; the main one alone does the rest.
+
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
@@ -106,7 +109,7 @@ def evaluate(
         scale and their standard errors, KL, the frontier efficiency at the row's own KL, length in tokens,
         distinct-2, perplexity under the reference policy, held-out objectives and tokens per second; `efficiency` at
         the target KLs by weights; `limits`, the optimal frontier and best-of-n by weights; `front`; `values`, the
-        calibration of the heads; `speed`.
+        calibration of the heads; `speed`. Nothing in processes other than the main one.
 
     Raises:
         ConfigError: if a setting is out of range or the objectives are not the critic's.
@@ -114,7 +117,8 @@ def evaluate(
     """
     _check(prompts, critic, objectives)
     settings.sampling.check(policy)
-    say = progress or (lambda stage, done, total: None)
+    processes = here(states_device(policy))
+    say = (progress if processes.main else None) or (lambda stage, done, total: None)
     place = Path(folder)
     grid = simplex_grid(len(objectives), settings.divisions)
 
@@ -132,6 +136,8 @@ def evaluate(
         len(plan.prompts),
         collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
     )
+    if not processes.main:
+        return {}
     speed = _speed(policy, tokenizer, critic, prompts, settings)
     scored = RowMaker(
         policy,

@@ -1,11 +1,11 @@
-"""Sampling rollouts shard by shard, so that a killed run goes on where it stopped."""
+"""Sampling rollouts shard by shard on all processes, so that a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic, CriticGroup
-from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding
+from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
 from mavis.decoding import MavisTilt
 from mavis.errors import ConfigError, DataError
 from mavis.files import atomic_folder, claimed, write_json
+from mavis.processes import here
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import Sequences, replay
 from mavis.rollouts.sample import RolloutSettings, sample, shard_seed
+from mavis.rollouts.shards import each_stored
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,16 @@ def collect(
     *,
     critic: Critic | None = None,
     truncate_reference: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Sample, score and store a plan, yielding each shard as it is on disk.
 
     Shards that are on disk already are read back and not sampled again; each shard has its own seed, so a run that was
     killed and started again ends with the same rollouts as an unbroken one.
+
+    Several processes share the missing shards out among them, each writes those that it samples, and all yield all
+    shards in their order, once the last is there. So the rollouts are the same whatever the number of processes; a
+    multiple of it as the number of shards keeps all of them busy. The folder must be on a disk that all of them see.
 
     Args:
         policy: the reference policy.
@@ -87,6 +94,7 @@ def collect(
         critic: tilts rows whose λ is not 0; None samples every row from the reference policy.
         truncate_reference: without a critic, sample from the top-k of the reference policy instead of from all of it,
             so that iteration 0 samples from the same candidates as later ones; the truncation is counted as KL.
+        progress: called with how many rows are on disk and how many there will be, as they come.
 
     Yields:
         `datasets.Dataset` with columns prompt, response, prompt_ids, response_ids, weights, beta, kl and rewards (raw);
@@ -96,8 +104,9 @@ def collect(
         ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
         DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
         ObjectiveError: if an objective returns something other than one finite number per response.
+        ProcessError: if the processes are not about to sample the same, or one has stopped.
     """
-    target = Path(folder)
+    target, processes = Path(folder), here(states_device(policy))
     settings.check(policy)
     _refuse_hidden_bans(policy)
     claim = {
@@ -108,15 +117,25 @@ def collect(
         "critic": critic_digest(critic),
         "truncate_reference": truncate_reference,
     }
-    if not claimed(target / "plan.json", claim, "rollouts of another run: different"):
+    processes.agree("plan of rollouts", claim)
+    if processes.main and not claimed(target / "plan.json", claim, "rollouts of another run: different"):
         write_json(target / "plan.json", claim)
-    for index, shard in enumerate(plan.shards(settings.shard_size)):
-        path = target / f"shard-{index:05d}"
-        if not path.is_dir():
-            rows = _sample(policy, tokenizer, shard, settings, critic, truncate_reference, index)
-            raw = score(objectives, rows["prompt"], rows["response"])
-            _write_shard(path, rows | {"rewards": raw.tolist()})
-        yield _read_shard(path, len(shard.prompts))
+    processes.wait()
+    processes.check_sees(target / "plan.json")
+    shards = plan.shards(settings.shard_size)
+    paths = [target / f"shard-{index:05d}" for index in range(len(shards))]
+
+    def store(index: int) -> None:
+        rows = _sample(policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
+        raw = score(objectives, rows["prompt"], rows["response"])
+        _write_shard(paths[index], rows | {"rewards": raw.tolist()})
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(min(done * settings.shard_size, len(plan.prompts)), len(plan.prompts))
+
+    for index in each_stored(paths, store, processes, tell):
+        yield _read_shard(paths[index], len(shards[index].prompts))
 
 
 def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:

@@ -64,19 +64,30 @@ def calibrate(
     cut: list[float] = []
     untilted = Plan.reference(plan.prompts[: samples * len(betas)], len(critic.objectives))
     total = len(grid) + (len(untilted.prompts) if settings.top_k is not None else 0)
-    if progress is not None:
-        progress(0, total)
+    say = progress or (lambda done, total: None)
     if settings.top_k is not None:
         for shard in collect(
-            policy, tokenizer, objectives, untilted, Path(folder) / "untilted", settings, truncate_reference=True
+            policy,
+            tokenizer,
+            objectives,
+            untilted,
+            Path(folder) / "untilted",
+            settings,
+            truncate_reference=True,
+            progress=lambda done, _: say(done, total),
         ):
             cut.extend(sum(row) for row in shard["kl"])
-            if progress is not None:
-                progress(len(cut), total)
-    for shard in collect(policy, tokenizer, objectives, plan, folder, settings, critic=critic):
+    for shard in collect(
+        policy,
+        tokenizer,
+        objectives,
+        plan,
+        folder,
+        settings,
+        critic=critic,
+        progress=lambda done, _: say(len(cut) + done, total),
+    ):
         spent.extend(sum(row) for row in shard["kl"])
-        if progress is not None:
-            progress(len(cut) + len(spent), total)
     kl = torch.tensor(spent, dtype=torch.float64).view(len(directions), len(betas), samples).mean(-1)
     return Calibration(
         list(betas),

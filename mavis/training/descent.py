@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError, TrainingError, check_whole
-from mavis.training.replayed import Replayed
+from mavis.processes import Processes
+from mavis.training.accelerating import accelerator, sharded
+from mavis.training.replayed import Rollouts, Shared
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class DescentSettings:
 
     Args:
         epochs: passes over the rollouts, ≥ 1; the one with the smallest held-out error is kept.
-        batch_size: rollouts per step, ≥ 1.
+        batch_size: rollouts per step, of all processes together, ≥ 1.
         learning_rate: the peak, reached after a tenth of the steps and falling to 0 along a cosine.
         trunk_rate: share of it that the trunk of a value model learns with, > 0.
         weight_decay: of AdamW.
@@ -57,7 +60,7 @@ class DescentSettings:
 def descend(
     critic: HeadedCritic,
     network: nn.Module,
-    rollouts: Replayed,
+    rollouts: Shared[Any],
     settings: DescentSettings,
     *,
     held_out: Tensor,
@@ -65,6 +68,11 @@ def descend(
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[int, list[float]]:
     """Bring a squared error down over the parameters of a critic, in place.
+
+        L(batch) = Σ_r Σ_{i held by r} squared_i / Σ_r Σ_{i held by r} weight_i
+
+    with r the processes: each goes through what it holds of a batch, and the gradient is that of the whole batch
+    however unevenly it lies, as if one process had gone through it.
 
     Args:
         critic: the start and the result, as it was after the epoch with the smallest held-out error; its token table
@@ -84,55 +92,95 @@ def descend(
     Raises:
         TrainingError: if an error is not finite; the critic is as it was then.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=critic.reward_mean.device.type == "cpu")
-    optimiser = torch.optim.AdamW(
-        _groups(critic, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    network, optimiser = accelerator.prepare(network, optimiser)
-    watched, training = rollouts.rows(held_out.nonzero()[:, 0]), (~held_out).nonzero()[:, 0]
+    device, watched, training = _device(critic), held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
     batches = math.ceil(len(training) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
+    with accelerator(device) as accelerate, rollouts.processes.talking():
+        learner, network = _to_shard(critic, network) if sharded(accelerate) else (critic, network)
+        optimiser = torch.optim.AdamW(
+            _groups(learner, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        network, optimiser = accelerate.prepare(network, optimiser)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(settings.epochs * batches))
 
-    def watch() -> float:
-        critic.eval()
-        return mean_error(network, watched, settings.batch_size, accelerator.device).mean().item()
+        def watch() -> float:
+            learner.eval()
+            return mean_error(network, rollouts, watched, settings.batch_size, device).mean().item()
 
-    losses = [watch()]
-    best, best_state = 0, _state(critic)
-    for epoch in range(1, settings.epochs + 1):
-        critic.train()
-        for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
-            squared, weight = network(rollouts.rows(index).to(accelerator.device))
-            optimiser.zero_grad()
-            accelerator.backward(squared.sum() / weight.sum().clamp_min(1))
-            accelerator.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-        losses.append(watch())
-        if not math.isfinite(losses[0] + losses[-1]):
-            raise TrainingError(
-                f"the held-out error was {losses[0]} before the fit and is {losses[-1]} after epoch {epoch}.",
-                "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
-            )
-        if losses[-1] < losses[best]:
-            best, best_state = epoch, _state(critic)
-        if on_epoch is not None:
-            on_epoch(epoch, losses[-1])
+        losses = [watch()]
+        best, best_state = 0, _state(learner)
+        for epoch in range(1, settings.epochs + 1):
+            learner.train()
+            for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
+                squared, weight = network(rollouts.rows(index).to(device))
+                optimiser.zero_grad()
+                accelerate.backward(_share(squared, weight, rollouts.processes))
+                accelerate.clip_grad_norm_(network.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
+            losses.append(watch())
+            if not math.isfinite(losses[0] + losses[-1]):
+                raise TrainingError(
+                    f"the held-out error was {losses[0]} before the fit and is {losses[-1]} after epoch {epoch}.",
+                    "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
+                )
+            if losses[-1] < losses[best]:
+                best, best_state = epoch, _state(learner)
+            if on_epoch is not None:
+                on_epoch(epoch, losses[-1])
     critic.load_state_dict(best_state, strict=False)
     return best, losses
 
 
+def _share(squared: Tensor, weight: Tensor, processes: Processes) -> Tensor:
+    """Compute what this process adds to the mean error of a batch, times the number of processes.
+
+    For the gradients are averaged over the processes, and that of the mean error is the sum of what each adds.
+    """
+    whole = processes.total(weight.detach().sum())
+    return processes.count * squared.sum() / whole.clamp_min(1)
+
+
 @torch.no_grad()
-def mean_error(network: nn.Module, rollouts: Replayed, batch_size: int, device: torch.device) -> Tensor:
-    """Compute the mean squared error of each output, (O,)."""
-    squared = weights = torch.zeros((), device=device)
-    for index in torch.arange(len(rollouts)).split(batch_size):
-        error, weight = network(rollouts.rows(index).to(device))
-        squared = squared + error.sum((0, 1))
-        weights = weights + weight.sum((0, 1))
+def mean_error(
+    network: nn.Module, rollouts: Shared[Any], index: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Compute the mean squared error of each output over some rollouts of all processes, (O,).
+
+    Args:
+        network: see `descend`.
+        rollouts: of which the error is asked.
+        index: (n,) integer, their places among all.
+        batch_size: rollouts at once.
+        device: of the network.
+    """
+    squared, weights = sums_over(rollouts, index, batch_size, device, lambda batch: network(batch))
     return squared / weights.clamp_min(1e-6)
+
+
+def sums_over(
+    rollouts: Shared[Rollouts],
+    index: Tensor,
+    batch_size: int,
+    device: torch.device,
+    terms: Callable[[Rollouts], Sequence[Tensor]],
+) -> Tensor:
+    """Add up figures of every step of some rollouts, over all processes.
+
+    Args:
+        rollouts: that have them.
+        index: (n,) integer, their places among all.
+        batch_size: rollouts at once.
+        device: where they are worked on.
+        terms: maps a batch to F figures of every step, (B, T, O) each, 0 on steps that are no response.
+
+    Returns:
+        (F, O), the same in every process.
+    """
+    sums = torch.zeros((), device=device)
+    for some in index.split(batch_size):
+        figures = terms(rollouts.rows(some).to(device))
+        sums = sums + torch.stack([figure.sum((0, 1)) for figure in figures])
+    return rollouts.processes.total(sums)
 
 
 def explained_share(names: Sequence[str], error: Tensor, variance: Tensor) -> dict[str, float | None]:
@@ -164,10 +212,30 @@ def _groups(critic: HeadedCritic, settings: DescentSettings) -> list[dict[str, A
     return [*groups, {"params": slow, "lr": settings.learning_rate * settings.trunk_rate}] if slow else groups
 
 
+def _device(critic: HeadedCritic) -> torch.device:
+    return critic.reward_mean.device
+
+
+def _to_shard(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, nn.Module]:
+    """Copy a network that is to be cut into shards, which cannot be undone, with the critic that it holds."""
+    twin = copy.deepcopy(network)
+    names = [name for name, module in network.named_modules() if module is critic]
+    learner: Any = twin.get_submodule(names[0])
+    # What accelerate is to keep together is asked of the network, and known by a value model's trunk.
+    twin._no_split_modules = getattr(getattr(critic, "trunk", None), "_no_split_modules", None)  # type: ignore[assignment]
+    return learner, twin
+
+
 def _state(critic: HeadedCritic) -> dict[str, Tensor]:
-    """Copy all that a descent may change: a frozen trunk can be too large to be held twice."""
+    """Copy all that a descent may change, whole: a frozen trunk can be too large to be held twice."""
     frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
-    return {name: tensor.detach().clone() for name, tensor in critic.state_dict().items() if name not in frozen}
+    return {name: _whole(tensor) for name, tensor in critic.state_dict().items() if name not in frozen}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Copy a tensor, gathered from all processes if it is in shards."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach().clone() if gather is None else gather().detach()
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:

@@ -16,14 +16,15 @@ from mavis.critics.group import together
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError, check_whole
 from mavis.files import read_json, write_json
+from mavis.processes import here
 from mavis.rollouts.collect import Plan, critic_digest
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import read_again
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.descent import DescentSettings, descend, draw_held_out
 from mavis.training.imitation import Imitation, explained
-from mavis.training.record import Recordings, record
-from mavis.training.replayed import ROWS_PER_PASS, joined
+from mavis.training.record import Recordings, record, scale
+from mavis.training.replayed import ROWS_PER_PASS, Shared, joined, own_places
 from mavis.training.run import Progress, adopt, begin
 
 
@@ -107,7 +108,8 @@ def distill(
     because nothing is known of the KL that it spends.
 
     Everything is written to `folder` as it is finished: the start, what the teachers said by shard, and at the end the
-    student in `folder/critic` with its report. The same call on the same folder goes on where it stopped.
+    student in `folder/critic` with its report. The same call on the same folder goes on where it stopped. Several
+    processes share the work out as in `improve`.
 
     Args:
         student: the start and the result; in the `independent` composition, with the teachers' objectives in their
@@ -138,11 +140,12 @@ def distill(
     settings.check(policy)
     student.fingerprint.check(policy)
     student.fingerprint = Fingerprint.of(policy)
-    run, say = Path(folder), progress or (lambda stage, done, total: None)
-    begin(run, student, prompts, settings, teachers=critic_digest(teacher))
+    processes = here(states_device(policy))
+    run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
+    begin(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
     student.to(states_device(policy))
     student.calibration = None
-    if (run / "report.json").is_file():
+    if processes.of_main(torch.tensor((run / "report.json").is_file(), dtype=torch.uint8)):
         adopt(student, run / "critic")
         return DistillReport(**read_json(run / "report.json"))
     student.reward_mean.copy_(teacher.reward_mean)
@@ -150,15 +153,30 @@ def distill(
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
     plan = Plan.reference(draw_prompts(prompts, settings.rollouts, seed), 0)
     parts: list[Recordings] = []
-    say("rollouts", 0, settings.rollouts)
-    for part in record(policy, tokenizer, teacher, plan, run / "rollouts", settings.sampling, settings.candidates):
-        parts.append(_with_states(part, policy) if student.reads_states else part)
-        say("rollouts", sum(map(len, parts)), settings.rollouts)
-    recordings = joined(parts)
+    before = 0
+    for part in record(
+        policy,
+        tokenizer,
+        teacher,
+        plan,
+        run / "rollouts",
+        settings.sampling,
+        settings.candidates,
+        processes=processes,
+        tell=lambda done: say(
+            "rollouts", min(done * settings.sampling.shard_size, settings.rollouts), settings.rollouts
+        ),
+    ):
+        own = torch.arange((processes.index - before) % processes.count, len(part), processes.count)
+        before += len(part)
+        if len(own):
+            parts.append(_with_states(part.rows(own), policy) if student.reads_states else part.rows(own))
+    places = own_places(before, processes)
+    recordings = Shared(joined(parts), places, before, processes)
     del parts
     order = torch.Generator().manual_seed(seed)
     held_out = draw_held_out(len(recordings), settings.fit.held_out, order)
-    imitation = Imitation(student, embeddings, recordings.scale().to(embeddings.device))
+    imitation = Imitation(student, embeddings, scale(recordings).to(embeddings.device))
     say("fit", 0, settings.fit.epochs)
     epoch, losses = descend(
         student,
@@ -170,10 +188,12 @@ def distill(
         on_epoch=lambda epoch, loss: say("fit", epoch, settings.fit.epochs),
     )
     student.refresh_token_table(embeddings)
-    watched = recordings.rows(held_out.nonzero()[:, 0])
-    report = DistillReport(*explained(imitation, watched, settings.fit.batch_size), epoch, losses)
-    student.save(run / "critic")
-    write_json(run / "report.json", asdict(report))
+    watched = held_out.nonzero()[:, 0]
+    report = DistillReport(*explained(imitation, recordings, watched, settings.fit.batch_size), epoch, losses)
+    if processes.main:
+        student.save(run / "critic")
+        write_json(run / "report.json", asdict(report))
+    processes.wait()
     return report
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.critics.headed import HeadedCritic
+from mavis.processes import ALONE, Processes
 from mavis.rollouts.replay import Sequences, read_again, replay
 from mavis.rollouts.sample import RolloutSettings
-from mavis.training.replayed import ROWS_PER_PASS, Replayed, joined
+from mavis.training.replayed import ROWS_PER_PASS, Replayed, Shared, joined, own_places
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def extract(
     *,
     tilted: bool,
     expectations: bool = True,
-) -> Features:
-    """Replay shards of rollouts, under the policy that their λ names.
+    processes: Processes = ALONE,
+) -> Shared[Features]:
+    """Replay this process's share of rollouts, under the policy that their λ names.
 
     Args:
         policy: the reference policy.
@@ -60,13 +62,21 @@ def extract(
             reference policy. Any other may have sampled the rollouts.
         expectations: whether to compute the expected embeddings that return decomposition needs. Without them the KL
             is the recorded one, of the policy that sampled.
+        processes: that the rollouts are shared out over; all of them are given the same shards.
 
     Returns:
         The features of all rollouts that have at least one response token.
+
+    Raises:
+        ConfigError: if there are fewer of them than processes.
     """
     parts: list[Features] = []
+    total = 0
     for shard in shards:
-        shard = shard.select([i for i, ids in enumerate(shard["response_ids"]) if ids])
+        filled = [i for i, ids in enumerate(shard["response_ids"]) if ids]
+        before, total = total, total + len(filled)
+        first = (processes.index - before) % processes.count
+        shard = shard.select(filled[first :: processes.count])
         for at in range(0, len(shard), ROWS_PER_PASS):
             rows = shard[at : at + ROWS_PER_PASS]
             weights = torch.tensor(rows["weights"], dtype=torch.float64)
@@ -105,7 +115,8 @@ def extract(
                     else torch.ones_like(weights, dtype=torch.bool),
                 )
             )
-    return joined(parts)
+    places = own_places(total, processes)
+    return Shared(joined(parts), places, total, processes)
 
 
 def _per_step(rows: list[list[float]], length: int) -> Tensor:

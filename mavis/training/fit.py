@@ -13,8 +13,10 @@ from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError
 from mavis.math.mixture import kl_unit
 from mavis.math.returns import later_sum, soft_returns
-from mavis.training.descent import DescentSettings, descend, draw_held_out, explained_share, mean_error
+from mavis.processes import here
+from mavis.training.descent import DescentSettings, descend, draw_held_out, explained_share, mean_error, sums_over
 from mavis.training.features import Features
+from mavis.training.replayed import Shared
 
 Target = Literal["decomposition", "monte_carlo"]
 
@@ -57,7 +59,7 @@ class FitReport:
 
 def fit(
     critic: HeadedCritic,
-    features: Features,
+    features: Features | Shared[Features],
     embeddings: Tensor,
     zeta: float,
     settings: FitSettings,
@@ -83,7 +85,7 @@ def fit(
     Args:
         critic: its heads, memory and trunk are the start and the result; its normalisation and whatever requires no
             gradient stay.
-        features: the rollouts.
+        features: the rollouts; all of them in every process, or shared out over the processes.
         embeddings: (V, E) float32, the e_a.
         zeta: ζ ≥ 0 in reward per nat; a conditioned critic, which learns the KL apart, does not use it.
         settings: how.
@@ -95,8 +97,10 @@ def fit(
         The report.
 
     Raises:
-        ConfigError: if there are fewer than four rollouts, or decomposition is asked for a readout that would have to
-            read every candidate at every step.
+        ConfigError: if there are fewer than four rollouts or fewer than processes, or decomposition is asked for a
+            readout that would have to read every candidate at every step.
+        TrainingError: if the error is not finite.
+        ProcessError: if another process has stopped.
 
     Source: soft policy evaluation of MAVIS (arXiv 2508.13415); the decomposition of a return into advantages is the
     one of Direct Advantage Estimation (Pan et al., NeurIPS 2022).
@@ -109,15 +113,17 @@ def fit(
             "set target to monte_carlo and reuse to False, or choose the token readout.",
         )
     predictor = _Predictor(critic, embeddings, 0.0 if critic.conditioned else zeta, settings.target)
+    device = critic.reward_mean.device
+    shared = features if isinstance(features, Shared) else Shared.out_of(features, here(device))
     order = torch.Generator().manual_seed(seed)
     if held_out is None:
-        held_out = draw_held_out(len(features), settings.held_out, order)
-    best, losses = descend(critic, predictor, features, settings, held_out=held_out, order=order, on_epoch=on_epoch)
+        held_out = draw_held_out(len(shared), settings.held_out, order)
+    best, losses = descend(critic, predictor, shared, settings, held_out=held_out, order=order, on_epoch=on_epoch)
     critic.refresh_token_table(embeddings)
     predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
-    watched, device = features.rows(held_out.nonzero()[:, 0]), critic.reward_mean.device
-    error = mean_error(predictor, watched, settings.batch_size, device)
-    variance = _variance(predictor, watched, settings.batch_size, device)
+    watched = held_out.nonzero()[:, 0]
+    error = mean_error(predictor, shared, watched, settings.batch_size, device)
+    variance = _variance(predictor, shared, watched, settings.batch_size, device)
     return FitReport(explained_share(critic.objectives, error, variance), best, losses)
 
 
@@ -160,13 +166,15 @@ class _Predictor(nn.Module):
 
 
 @torch.no_grad()
-def _variance(predictor: _Predictor, features: Features, batch_size: int, device: torch.device) -> Tensor:
+def _variance(
+    predictor: _Predictor, features: Shared[Features], index: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
     """Compute the variance of the returns, per output, (O,)."""
-    weights = first = second = torch.zeros((), device=device)
-    for index in torch.arange(len(features)).split(batch_size):
-        returns, weight = predictor.returns(features.rows(index).to(device))
-        weights = weights + weight.sum((0, 1))
-        first = first + (returns * weight).sum((0, 1))
-        second = second + (returns.square() * weight).sum((0, 1))
+
+    def moments(batch: Features) -> list[Tensor]:
+        returns, weight = predictor.returns(batch)
+        return [weight, returns * weight, returns.square() * weight]
+
+    weights, first, second = sums_over(features, index, batch_size, device, moments)
     weights = weights.clamp_min(1e-6)
     return second / weights - (first / weights).square()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mavis.critics.headed import HeadedCritic
 from mavis.training.descent import explained_share
 from mavis.training.record import Recordings
+from mavis.training.replayed import Shared
 
 _BETWEEN = 20.0
 """What a difference between candidates weighs beside what a step's candidates share, which no tilt depends on."""
@@ -56,7 +57,7 @@ class Imitation(nn.Module):
 
 @torch.no_grad()
 def explained(
-    imitation: Imitation, recordings: Recordings, batch_size: int
+    imitation: Imitation, recordings: Shared[Recordings], index: Tensor, batch_size: int
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Tell what share of the variance of recorded values a student explains.
 
@@ -64,21 +65,24 @@ def explained(
 
     Args:
         imitation: holds the student.
-        recordings: that it was not trained on.
+        recordings: of all processes.
+        index: (n,) integer, the places of those that it was not trained on.
         batch_size: rollouts at once.
 
     Returns:
         The share by objective, and the same of differences to the mean of a step's candidates.
     """
     student = imitation.student
-    sums = torch.zeros((), dtype=torch.float64)
-    for index in torch.arange(len(recordings)).split(batch_size):
-        batch = recordings.rows(index).to(student.reward_mean.device)
+    sums = torch.zeros(7, len(student.objectives), dtype=torch.float64)
+    for some in index.split(batch_size):
+        batch = recordings.rows(some).to(student.reward_mean.device)
         probs, taught = batch.logprobs.exp().double()[batch.is_response], batch.values.double()[batch.is_response]
         wrong = imitation.values(batch)[batch.is_response] - taught
         means = [torch.einsum("sk,skm->sm", probs, x) for x in (taught, taught**2, wrong, wrong**2)]
-        sums = sums + torch.stack([*means, means[0] ** 2, means[2] ** 2]).sum(1).cpu()
-    mean, second, _, error, common, common_error = sums / recordings.is_response.sum()
+        figures = [*means, means[0] ** 2, means[2] ** 2, torch.ones_like(means[0])]
+        sums = sums + torch.stack(figures).sum(1).cpu()
+    *sums, steps = recordings.processes.total(sums)
+    mean, second, _, error, common, common_error = (figure / steps for figure in sums)
     return (
         explained_share(student.objectives, error, second - mean**2),
         explained_share(student.objectives, error - common_error, second - common),

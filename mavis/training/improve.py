@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
 from mavis.files import read_json, write_json
+from mavis.processes import here
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
 from mavis.rollouts.prompts import draw_prompts
@@ -27,7 +29,7 @@ from mavis.training.descent import draw_held_out
 from mavis.training.features import extract
 from mavis.training.fit import FitSettings, fit
 from mavis.training.iteration import IterationReport, means_by_goal
-from mavis.training.replayed import joined
+from mavis.training.replayed import all_shared
 from mavis.training.run import Progress, adopt, begin
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
@@ -134,6 +136,10 @@ def improve(
     iteration, and at the end the calibrated critic in `folder/critic`. The same call on the same folder goes on where
     it stopped.
 
+    Under `accelerate launch` or `torchrun` all processes make the same call: they share out the rollouts, their replay
+    and every batch of the fit, and come to the critic of one process but for rounding. The main one alone writes,
+    except for shards of rollouts, and is the only one to be told of progress.
+
     Args:
         policy: the reference policy; it stays as it is.
         tokenizer: its tokenizer.
@@ -148,7 +154,8 @@ def improve(
         One report per iteration, finished ones of an earlier run included.
 
     Raises:
-        ConfigError: if the objectives or the composition are not the critic's.
+        ConfigError: if the objectives or the composition are not the critic's, or the processes cannot work together.
+        ProcessError: if a process runs something else than the others, does not see the folder, or has stopped.
         DataError: if the folder belongs to a run with other settings.
         CriticError: if the critic is for another shape of policy, or an objective never varies.
 
@@ -158,34 +165,34 @@ def improve(
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
     critic.fingerprint = Fingerprint.of(policy)
-    run, say = Path(folder), progress or (lambda stage, done, total: None)
-    begin(run, critic, prompts, settings)
+    processes = here(states_device(policy))
+    run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
+    begin(run, critic, prompts, settings, processes)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
     zeta = 1 / settings.beta if settings.zeta is None else settings.zeta
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"
-        if (place / "report.json").is_file():
+        if processes.of_main(torch.tensor((place / "report.json").is_file(), dtype=torch.uint8)):
             adopt(critic, place / "critic")
             yield IterationReport(**read_json(place / "report.json"))
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
         sampling = _sampling(iteration, settings)
-        shards, stage = [], f"iteration {iteration}: rollouts"
-        say(stage, 0, len(plan.prompts))
-        for shard in collect(
-            policy,
-            tokenizer,
-            objectives,
-            plan,
-            place / "rollouts",
-            sampling,
-            critic=critic if iteration else None,
-            truncate_reference=True,
-        ):
-            shards.append(shard)
-            say(stage, sum(map(len, shards)), len(plan.prompts))
+        shards = list(
+            collect(
+                policy,
+                tokenizer,
+                objectives,
+                plan,
+                place / "rollouts",
+                sampling,
+                critic=critic if iteration else None,
+                truncate_reference=True,
+                progress=partial(say, f"iteration {iteration}: rollouts"),
+            )
+        )
         if iteration == 0:
             rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]
             critic.set_normalisation(torch.cat(rewards))
@@ -196,18 +203,28 @@ def improve(
         told = _told(rounds, f"iteration {iteration}: replay", say)
         decomposed = settings.fit.target == "decomposition"
         parts = [
-            extract(policy, shards, embeddings, critic, sampling, tilted=iteration > 0, expectations=decomposed)
+            extract(
+                policy,
+                shards,
+                embeddings,
+                critic,
+                sampling,
+                tilted=iteration > 0,
+                expectations=decomposed,
+                processes=processes,
+            )
             for shards in told
         ]
         if iteration == 0 and critic.conditioned:  # whatever λ they are told, the policy is the reference
             weights, betas = _draw(len(parts[0]), len(critic.objectives), settings, [sampling.seed])
-            parts[0] = replace(parts[0], lam=(betas[:, None] * weights).float())
+            lam = (betas[:, None] * weights).float()[parts[0].places]
+            parts[0] = replace(parts[0], held=replace(parts[0].held, lam=lam))
         means = means_by_goal(critic, parts[0], settings.beta)
         held_out = [  # the same of every round, whichever round reads it
             draw_held_out(len(part), settings.fit.held_out, torch.Generator().manual_seed(_sampling(j, settings).seed))
             for part, j in zip(parts, [iteration, *range(iteration)], strict=False)
         ]
-        features = joined(parts)
+        features = all_shared(parts)
         del parts
         stage = f"iteration {iteration}: fit"
         say(stage, 0, settings.fit.epochs)
@@ -223,7 +240,6 @@ def improve(
             held_out=torch.cat(held_out),
             on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
         )
-        critic.save(place / "critic")
         report = IterationReport(
             iteration=iteration,
             rollouts=len(plan.prompts),
@@ -232,7 +248,9 @@ def improve(
             losses=fitted.losses,
             critic=str(place / "critic"),
         )
-        write_json(place / "report.json", asdict(report))
+        if processes.main:
+            critic.save(place / "critic")
+            write_json(place / "report.json", asdict(report))
         yield report
     if settings.calibration_samples:
         critic.calibration = calibrate(
@@ -246,7 +264,9 @@ def improve(
             samples=settings.calibration_samples,
             progress=lambda done, total: say("calibration", done, total),
         )
-    critic.save(run / "critic")
+    if processes.main:
+        critic.save(run / "critic")
+    processes.wait()  # who returns may rely on the critic to be there
 
 
 def _told(rounds: Sequence[Sequence[Any]], stage: str, say: Progress) -> Iterator[Iterator[Any]]:

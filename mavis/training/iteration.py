@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mavis.critics.headed import HeadedCritic
 from mavis.training.features import Features
+from mavis.training.replayed import Shared
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ MIXTURES = "mixtures"
 """What a report calls the rollouts whose weights lie between the objectives."""
 
 
-def means_by_goal(critic: HeadedCritic, features: Features, beta: float) -> dict[str, dict[str, float]]:
+def means_by_goal(critic: HeadedCritic, features: Shared[Features], beta: float) -> dict[str, dict[str, float]]:
     """Average what an iteration's rollouts earned and spent, goal by goal.
 
     Args:
@@ -56,11 +57,13 @@ def means_by_goal(critic: HeadedCritic, features: Features, beta: float) -> dict
     Returns:
         `rewards`, `kl`, `goal` and `goal_error` of `IterationReport`.
     """
-    rewards, kl = features.rewards.double(), features.kl.double().sum(1)
+    held = features.held
+    rewards, kl = features.of_all(held.rewards.double()), features.of_all(held.kl.double().sum(1))
+    lam, counts_for = features.of_all(held.lam), features.of_all(held.counts_for.to(torch.uint8)).bool()
     groups: list[tuple[str, Tensor, Tensor, Tensor]] = []  # name, rows, weighted reward, β
     if critic.conditioned:
-        strength = features.lam.double().sum(1)
-        weights = features.lam / strength[:, None]
+        strength = lam.double().sum(1)
+        weights = lam / strength[:, None]
         alone = weights.max(1).values > 1 - 1e-6
         weighted = (weights * rewards).sum(1)
         groups += [
@@ -69,9 +72,7 @@ def means_by_goal(critic: HeadedCritic, features: Features, beta: float) -> dict
         groups.append((MIXTURES, ~alone, weighted, strength))
     else:
         strength = torch.full_like(kl, beta)
-        groups += [
-            (name, features.counts_for[:, m], rewards[:, m], strength) for m, name in enumerate(critic.objectives)
-        ]
+        groups += [(name, counts_for[:, m], rewards[:, m], strength) for m, name in enumerate(critic.objectives)]
     named: dict[str, dict[str, float]] = {"rewards": {}, "kl": {}, "goal": {}, "goal_error": {}}
     for name, rows, reward, betas in groups:
         if not bool(rows.any()):

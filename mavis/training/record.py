@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from mavis.critics import Critic
 from mavis.errors import DataError
 from mavis.files import atomic_file
 from mavis.math.tilt import candidates
+from mavis.processes import ALONE, Processes
 from mavis.rollouts.collect import Plan
 from mavis.rollouts.replay import Sequences
 from mavis.rollouts.sample import RolloutSettings, sample, shard_seed
-from mavis.training.replayed import Replayed
+from mavis.rollouts.shards import each_stored
+from mavis.training.replayed import Replayed, Shared
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,33 @@ class Recordings(Replayed):
     logprobs: Tensor
     values: Tensor
 
-    def scale(self) -> Tensor:
-        """Compute the standard deviation of the values of each objective, (M,); 1 where they do not vary."""
-        said = self.values[self.is_response].flatten(0, 1)
-        spread = said.std(dim=0)
-        return torch.where(spread > 1e-6, spread, 1.0)
+
+def scale(recordings: Shared[Recordings]) -> Tensor:
+    """Compute the standard deviation of the values of each objective, (M,) float32; 1 where they do not vary."""
+    held = recordings.held
+    said = held.values[held.is_response].flatten(0, 1).double()
+    moments = torch.stack([torch.ones_like(said), said, said.square()]).sum(1)
+    count, first, second = recordings.processes.total(moments)
+    spread = ((second - first.square() / count) / (count - 1).clamp_min(1)).clamp_min(0).sqrt().float()
+    return torch.where(spread > 1e-6, spread, 1.0)
 
 
 def record(
-    policy: Any, tokenizer: Any, critic: Critic, plan: Plan, folder: Path, settings: RolloutSettings, top_k: int
+    policy: Any,
+    tokenizer: Any,
+    critic: Critic,
+    plan: Plan,
+    folder: Path,
+    settings: RolloutSettings,
+    top_k: int,
+    *,
+    processes: Processes = ALONE,
+    tell: Callable[[int], None] | None = None,
 ) -> Iterator[Recordings]:
     """Sample a plan's prompts from the reference policy and ask a critic at every step, yielding each shard.
 
-    Shards that are on disk already are read back and not sampled again; each has its own seed.
+    Shards that are on disk already are read back and not sampled again; each has its own seed. Several processes share
+    them out as `collect` does.
 
     Args:
         policy: the reference policy.
@@ -59,6 +75,8 @@ def record(
         folder: where the shards go, one safetensors file each; that they are this plan's is the caller's to know.
         settings: how to sample.
         top_k: K, number of candidates the critic is asked about, 1 ≤ K ≤ V, whatever the responses are sampled from.
+        processes: that record together.
+        tell: told how many shards are on disk, as they come.
 
     Yields:
         The rollouts of a shard, without states, as they are on disk.
@@ -66,20 +84,24 @@ def record(
     Raises:
         CriticError: if the critic is attached to another policy, or does not fit this one.
         DataError: if a shard cannot be read.
+        ProcessError: if another process has stopped.
     """
-    for index, shard in enumerate(plan.shards(settings.shard_size)):
-        path = folder / f"shard-{index:05d}.safetensors"
-        if not path.is_file():
-            recorder = _Recorder(critic, top_k, settings.temperature)
-            seed = shard_seed(settings.seed, shard.digest(), index)
-            with critic.attached_to(policy):
-                prompt_ids, response_ids = sample(
-                    policy, tokenizer, shard.prompts, settings, seed, top_k=settings.top_k, processor=recorder
-                )
-            recordings = recorder.recordings(Sequences.pack(prompt_ids, response_ids))
-            with atomic_file(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in vars(recordings).items()}, temporary)
-        yield _read(path, len(shard.prompts))
+    shards = plan.shards(settings.shard_size)
+    paths = [folder / f"shard-{index:05d}.safetensors" for index in range(len(shards))]
+
+    def store(index: int) -> None:
+        shard, recorder = shards[index], _Recorder(critic, top_k, settings.temperature)
+        seed = shard_seed(settings.seed, shard.digest(), index)
+        with critic.attached_to(policy):
+            prompt_ids, response_ids = sample(
+                policy, tokenizer, shard.prompts, settings, seed, top_k=settings.top_k, processor=recorder
+            )
+        recordings = recorder.recordings(Sequences.pack(prompt_ids, response_ids))
+        with atomic_file(paths[index]) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in vars(recordings).items()}, temporary)
+
+    for index in each_stored(paths, store, processes, tell):
+        yield _read(paths[index], len(shards[index].prompts))
 
 
 class _Recorder(LogitsProcessor):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self, TypeVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.critics.headed import HeadedCritic
+from mavis.errors import ConfigError
+from mavis.processes import Processes
 from mavis.rollouts.replay import Sequences
 
 ROWS_PER_PASS = 32
@@ -78,6 +81,93 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
             tensors = [_padded(tensor, longest, before) for tensor in tensors]
         columns[name] = torch.cat(tensors)
     return type(parts[0])(**columns)
+
+
+@dataclass(frozen=True)
+class Shared(Generic[Rollouts]):
+    """A set of rollouts that lie spread over the processes, each in one of them.
+
+    Args:
+        held: the n that this process holds, n ≥ 1.
+        places: (n,) integer, their places among all.
+        total: N, how many there are in all processes together.
+        processes: that hold them.
+    """
+
+    held: Rollouts
+    places: Tensor
+    total: int
+    processes: Processes
+
+    @classmethod
+    def out_of(cls, rollouts: Rollouts, processes: Processes) -> Self:
+        """Share out rollouts that every process has all of."""
+        places = own_places(len(rollouts), processes)
+        return cls(rollouts.rows(places) if processes.count > 1 else rollouts, places, len(rollouts), processes)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def rows(self, index: Tensor) -> Rollouts:
+        """Take those of some rollouts that lie here, at least one row.
+
+        Where none does there is a row that counts for nothing, for all processes go through a network together.
+
+        Args:
+            index: (n,) integer, places among all.
+        """
+        if self.processes.count == 1:
+            return self.held.rows(index)
+        local = self._where[index]
+        local = local[local >= 0]
+        if len(local):
+            return self.held.rows(local)
+        idle = self.held.rows(torch.zeros(1, dtype=torch.long))
+        return replace(idle, is_response=torch.zeros_like(idle.is_response))
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """Bring together what every process knows of the rollouts that it holds, in their order.
+
+        Args:
+            values: (n, ...), of the rollouts held here.
+
+        Returns:
+            (N, ...), the same in every process.
+        """
+        whole = values.new_zeros(self.total, *values.shape[1:])
+        whole[self.places] = values
+        return self.processes.total(whole)
+
+    @cached_property
+    def _where(self) -> Tensor:
+        """(N,) integer, where a rollout lies here, −1 for those of other processes."""
+        where = torch.full((self.total,), -1)
+        where[self.places] = torch.arange(len(self.places))
+        return where
+
+
+def own_places(rollouts: int, processes: Processes) -> Tensor:
+    """Say which of some rollouts this process is to hold: every `count`-th, (n,) integer.
+
+    Raises:
+        ConfigError: if there are fewer rollouts than processes.
+    """
+    if rollouts < processes.count:
+        raise ConfigError(
+            f"there are {rollouts} rollouts for {processes.count} processes.", "sample more, or start fewer processes."
+        )
+    return torch.arange(processes.index, rollouts, processes.count)
+
+
+def all_shared(parts: Sequence[Shared[Rollouts]]) -> Shared[Rollouts]:
+    """Make one set of several that are spread over the same processes, one after the other."""
+    before = torch.tensor([0, *(part.total for part in parts)]).cumsum(0)
+    return Shared(
+        held=joined([part.held for part in parts]),
+        places=torch.cat([part.places + start for part, start in zip(parts, before[:-1], strict=True)]),
+        total=int(before[-1]),
+        processes=parts[0].processes,
+    )
 
 
 def _padded(tensor: Tensor, length: int, before: bool) -> Tensor:

@@ -101,6 +101,29 @@ def test_a_value_model_is_trained_and_used_like_any_critic(
     assert told.out.startswith("the dog")
 
 
+@pytest.mark.parametrize("placed", ["auto", "balanced", "sequential"])
+def test_a_policy_that_is_spread_over_what_there_is_is_trained_on_like_any(
+    mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path, placed: str
+) -> None:
+    ran = mavis("train", *small, f"policy.device={placed}", "output=run")
+    assert ran.code == 0, ran.err
+    state = load_critic(trained).state_dict()
+    for name, tensor in load_critic(tmp_path / "run" / "critic").state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "align", "elicit"])
+def test_what_one_process_does_is_refused_to_several(mavis: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    ran = mavis(command, *(["prompt=hello"] if command == "generate" else []))
+    assert ran.code == 2
+    assert ran.err.startswith(
+        f"mavis (process 1 of 2): 2 processes were started, but mavis {command} runs in one. Hint"
+    )
+    assert ran.err.count("\n") == 1
+
+
 def test_a_critic_of_no_kind_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
     assert_refused(mavis("train", *small, "critic.kind=value", "output=run"), "critic.kind is 'value'.")
 

@@ -18,11 +18,13 @@ from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, V
 from mavis.critics.headed import token_embeddings
 from mavis.errors import ConfigError, CriticError, DataError, TrainingError
 from mavis.files import read_json
+from mavis.processes import ALONE
 from mavis.rollouts import Plan, RolloutSettings
 from mavis.rollouts.collect import critic_digest
 from mavis.training import DescentSettings, DistillReport, DistillSettings, distill
 from mavis.training.imitation import Imitation, explained
-from mavis.training.record import Recordings, record
+from mavis.training.record import Recordings, record, scale
+from mavis.training.replayed import Shared
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = DistillSettings(
@@ -183,7 +185,8 @@ def test_the_error_is_what_candidates_share_and_twenty_times_what_they_do_not(
     def centred(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([v - (p * v).sum(0) for p, v in zip(probs, values, strict=True)])
 
-    found = explained(imitation, batch, batch_size=2)
+    shared = Shared.out_of(batch, ALONE)
+    found = explained(imitation, shared, torch.arange(len(batch)), batch_size=2)
     assert list(found[0].values()) == pytest.approx(share(torch.stack(wrong), torch.stack(said)), abs=1e-4)
     assert list(found[1].values()) == pytest.approx(share(centred(wrong), centred(said)), abs=1e-4)
 
@@ -395,9 +398,9 @@ def test_no_prompt_is_an_error(run: Any, make: Any, teachers: list[Critic], tmp_
 
 def test_the_scale_is_the_spread_of_what_was_said(recordings: Recordings) -> None:
     said = recordings.values[recordings.is_response].flatten(0, 1)
-    torch.testing.assert_close(recordings.scale(), said.std(dim=0))
+    torch.testing.assert_close(scale(Shared.out_of(recordings, ALONE)), said.std(dim=0))
     constant = replace(recordings, values=torch.ones_like(recordings.values))
-    assert constant.scale().tolist() == [1.0] * 4
+    assert scale(Shared.out_of(constant, ALONE)).tolist() == [1.0] * 4
 
 
 def test_one_text_is_no_list_of_prompts(run: Any, make: Any, teachers: list[Critic], tmp_path: Path) -> None:

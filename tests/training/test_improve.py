@@ -302,8 +302,8 @@ def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own
 ) -> None:
     given: list[tuple[Features, torch.Tensor]] = []
 
-    def listening(critic: Any, features: Features, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
-        given.append((features, held_out))
+    def listening(critic: Any, features: Any, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
+        given.append((features.held, held_out))
         return fit(critic, features, *others, held_out=held_out, **options)
 
     monkeypatch.setattr(sys.modules["mavis.training.improve"], "fit", listening)

@@ -1,0 +1,118 @@
+"""How many rollouts more do two processes sample than one, with one thread each?
+
+    python benchmarks/bench_processes.py
+
+Each round starts one process, and then two by `accelerate launch`, which collect the same plan: sample, score and write
+it shard by shard. Counted is from when all processes have loaded what they need until all shards are on disk, after a
+first shard that warms up. The medians of the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import results
+
+
+def collect_once(arguments: argparse.Namespace) -> None:
+    """Collect the plan in this process and those that were started with it; the main one prints rows and seconds."""
+    import torch
+
+    from mavis import embedded
+    from mavis.processes import here, leave
+    from mavis.rewards import Dialogue, Positive
+    from mavis.rollouts import Plan, RolloutSettings, collect
+
+    torch.set_num_threads(1)
+    policy, tokenizer = embedded.load()
+    processes = here("cpu")
+    objectives = {"positive": Positive(), "dialogue": Dialogue()}
+    settings = RolloutSettings(max_new_tokens=arguments.new_tokens, shard_size=arguments.shard_size)
+    openings = (embedded.path() / "openings.txt").read_text(encoding="utf-8").splitlines()
+    prompts = [openings[row % len(openings)] for row in range(arguments.rollouts)]
+    with tempfile.TemporaryDirectory() as own:
+        warm = Plan.reference(prompts[: arguments.shard_size * processes.count], len(objectives))
+        # In a folder that all share, beside the one that is timed.
+        folder = Path(arguments.folder or own)
+        for _ in collect(policy, tokenizer, objectives, warm, folder / "warm", settings):
+            pass
+        processes.wait()
+        start = time.perf_counter()
+        shards = list(
+            collect(policy, tokenizer, objectives, Plan.reference(prompts, len(objectives)), folder / "timed", settings)
+        )
+        seconds = time.perf_counter() - start
+    if processes.main:
+        tokens = sum(len(ids) for shard in shards for ids in shard["response_ids"])
+        print(json.dumps({"rollouts": sum(map(len, shards)), "tokens": tokens, "seconds": seconds}), flush=True)
+    leave()
+
+
+def measure(processes: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Start so many processes and return what the main one tells."""
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = ("rollouts", "shard_size", "new_tokens")
+        given = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in sizes]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *(launch if processes > 1 else []), __file__, "--folder", folder, *given],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "rollouts_per_second": found["rollouts"] / found["seconds"],
+        "tokens_per_second": found["tokens"] / found["seconds"],
+        "seconds": found["seconds"],
+        "seconds_with_start": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    """Run the benchmark and write `results/processes.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="of one process and two")
+    parser.add_argument("--rollouts", type=int, default=2048)
+    parser.add_argument("--shard-size", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--name", default="processes", help="of the result file")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # given to those that this command starts
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        collect_once(arguments)
+        return
+    rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    for number in range(arguments.rounds):
+        for processes, measured in rounds.items():
+            measured.append(measure(processes, arguments))
+            rate = measured[-1]["rollouts_per_second"]
+            print(f"round {number}, processes {processes}: {rate:.1f} rollouts/s", file=sys.stderr, flush=True)
+    medians = {n: {key: median(row[key] for row in found) for key in found[0]} for n, found in rounds.items()}
+    rows = [
+        {
+            "processes": n,
+            "threads_each": 1,
+            **{key: round(value, 3) for key, value in figures.items()},
+            "ratio": round(figures["rollouts_per_second"] / medians[1]["rollouts_per_second"], 4),
+            "rounds": [round(row["rollouts_per_second"], 3) for row in rounds[n]],
+        }
+        for n, figures in medians.items()
+    ]
+    print(f"two processes: {rows[1]['ratio']:.3f} × one", file=sys.stderr)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("folder", "name")}
+    results.write(arguments.name, settings | {"policy": "embedded"}, rows)
+
+
+if __name__ == "__main__":
+    main()

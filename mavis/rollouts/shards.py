@@ -1,0 +1,49 @@
+"""Shards of sampled responses: which are missing, and which process samples which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from mavis.processes import Processes
+
+
+def each_stored(
+    paths: Sequence[Path],
+    store: Callable[[int], None],
+    processes: Processes,
+    tell: Callable[[int], None] | None = None,
+) -> Iterator[int]:
+    """Have every missing shard stored by one process, and yield the number of each as it is on disk, in order.
+
+    A process alone goes on from one to the next as it is asked. Several share the missing ones out among them and yield
+    nothing until the last is there, for whoever asks wants all of them.
+
+    Args:
+        paths: of the shards, whole where they exist.
+        store: samples the shard of a number and writes it, whole or not at all.
+        processes: that call this together.
+        tell: told how many shards are on disk, as they come.
+
+    Raises:
+        ProcessError: if another process has stopped.
+    """
+    say = tell or (lambda done: None)
+    # One process looks, before any writes: all shares must be cut from the same list.
+    missing = processes.of_main(torch.tensor([not path.exists() for path in paths], dtype=torch.uint8))
+    mine = list(processes.mine(missing.nonzero()[:, 0].tolist()))
+    say(0)
+    if processes.count > 1:
+        for index in mine:
+            store(index)
+            say(sum(path.exists() for path in paths))
+        processes.wait()
+        mine.clear()
+    waiting = set(mine)
+    for index in range(len(paths)):
+        if index in waiting:
+            store(index)
+        yield index
+        say(index + 1)

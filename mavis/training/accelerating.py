@@ -1,0 +1,69 @@
+"""Accelerate, borrowed for one fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mavis.errors import ConfigError
+
+
+@contextmanager
+def accelerator(device: torch.device) -> Iterator[Any]:
+    """Borrow Accelerate: its configuration decides on precision, sharding and what the processes talk over.
+
+    Accelerate keeps one state per process, with one device. So it places nothing, and a lone process that had no such
+    state before has none afterwards: it can train on a CPU and then on an accelerator.
+
+    Args:
+        device: where the fit is.
+
+    Yields:
+        An `Accelerator`.
+
+    Raises:
+        ConfigError: if it is configured for a way of sharding that is not supported.
+    """
+    check_sharding()
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    borrowed = PartialState._shared_state == {}
+    options = {"cpu": True} if borrowed and device.type == "cpu" else {}
+    # Buffers are the same everywhere, and some as large as a vocabulary: they are not sent round at every step.
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
+    try:
+        yield Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
+    finally:
+        if borrowed:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def sharded(accelerate: Any) -> bool:
+    """Whether an `Accelerator` cuts what it prepares into shards, so that nobody holds it whole."""
+    return bool(accelerate.is_fsdp2)
+
+
+def check_sharding() -> None:
+    """Refuse the ways of sharding under which a fit would come to something else, or that nobody has tried.
+
+    FSDP 1 flattens the parameters of trunk and heads into one tensor, which then learns at one rate.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    names = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
+    if os.environ.get("FSDP_VERSION") == "2":
+        del names["FSDP"]
+    for name, shown in names.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise ConfigError(
+                f"Accelerate is configured for {shown}, under which critics are not trained.",
+                "shard by FSDP 2 (--use_fsdp --fsdp_version 2), or run data parallel (--multi_gpu).",
+            )

@@ -1,0 +1,85 @@
+"""Jobs of one process and of two, run for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = Path(__file__).with_name("job.py")
+
+
+def launcher(name: str) -> list[str]:
+    """The beginning of a command that starts one process, or two in one of the ways that users have."""
+    if name == "alone":
+        return [sys.executable]
+    if name == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["--num_processes", "2", "--main_process_port", "0"]  # any that is free
+    how = ["--cpu"] if name == "accelerate --cpu" else ["--multi_gpu"]
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, *asked]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(JOB.parent)])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
+    return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that runs `job.py` by a launcher and returns the folder it has filled."""
+
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp("job")
+        done = subprocess.run(
+            [*launcher(name), str(JOB), str(tiny_folder), str(out)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(tiny_folder: Path) -> Callable[..., Any]:
+    """A function that starts `mavis train` on the tiny policy by a launcher, in a process group of its own."""
+    small = (
+        "policy=pretrained",
+        f"policy.path={tiny_folder}",
+        "objective=[positive,brevity]",
+        "critic.hidden=8",
+        "critic.rank=4",
+        "decoding.max_new_tokens=8",
+        "decoding.top_k=20",
+        "improvement.iterations=2",
+        "improvement.rollouts=32",
+        "improvement.shard_size=4",
+        "improvement.calibration_samples=2",
+        "improvement.fit.epochs=1",
+    )
+
+    def start(name: str, where: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launcher(name), "-m", "mavis.cli.train", *small, *overrides],
+            cwd=where,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    return start

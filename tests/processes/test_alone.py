@@ -1,0 +1,140 @@
+"""What a process takes itself for, and what is refused because it would come to something wrong."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+
+from mavis.errors import ConfigError, ProcessError
+from mavis.processes import Processes, here, started_as, started_together
+from mavis.training.accelerating import accelerator, check_sharding
+from mavis.training.replayed import own_places
+
+
+@pytest.mark.parametrize(
+    ("given", "together", "number"),
+    [
+        ({}, 1, 0),
+        ({"WORLD_SIZE": "4", "RANK": "2"}, 1, 0),  # a cluster may set these for every job
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "3"}, 4, 3),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"}, 1, 0),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "2"}, 3, 2),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 2, 1),
+    ],
+)
+def test_what_launchers_say_is_understood(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], together: int, number: int
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert (started_together(), started_as()) == (together, number)
+
+
+def test_a_process_alone_is_the_main_one_has_all_and_touches_nothing_global() -> None:
+    found = here("cpu")
+    assert found == Processes() == here()
+    assert found.main
+    assert found.mine([1, 2, 3]) == [1, 2, 3]
+    values = torch.tensor([1.0])
+    assert found.total(values) is values
+    found.wait()
+    found.agree("nothing", {"a": 1})
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_the_whole_each_item_once(count: int) -> None:
+    shares = [list(Processes(index, count).mine(range(20))) for index in range(count)]
+    assert sorted(item for share in shares for item in share) == list(range(20))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    places = torch.cat([own_places(20, Processes(index, count)) for index in range(count)])
+    assert sorted(places.tolist()) == list(range(20))
+
+
+def test_fewer_rollouts_than_processes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="there are 3 rollouts for 4 processes. Hint: sample more"):
+        own_places(3, Processes(1, 4))
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProcessError, match="process 1 does not see .*, which process 0 has written. Hint: put the out"):
+        Processes(1, 2).check_sees(tmp_path / "run.json")
+
+
+def test_what_gloo_says_of_a_lost_process_is_one_line_and_other_errors_are_their_own() -> None:
+    with pytest.raises(ProcessError, match="process 0 of 2 has lost another one"), Processes(0, 2).talking():
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    for processes in (Processes(), Processes(0, 2)):
+        with pytest.raises(RuntimeError, match="^shapes$"), processes.talking():
+            raise RuntimeError("shapes")
+
+
+def test_accelerate_is_given_back_as_it_was() -> None:
+    assert PartialState._shared_state == {}
+    for _ in range(2):  # so that another device can be next
+        with accelerator(torch.device("cpu")) as borrowed:
+            assert borrowed.device.type == "cpu"
+        assert PartialState._shared_state == {}
+
+
+def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
+    from accelerate.state import AcceleratorState
+
+    own = Accelerator(cpu=True)
+    try:
+        with accelerator(torch.device("cpu")):
+            pass
+        assert own.state.device.type == "cpu"
+        assert own.num_processes == 1
+        model = own.prepare(torch.nn.Linear(2, 2))
+        assert next(model.parameters()).device.type == "cpu"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ],
+)
+def test_sharding_that_would_come_to_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], said: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match=f"configured for {said}, under which critics are not trained. Hint: shard by"
+    ):
+        check_sharding()
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState
+
+    Accelerator(cpu=True)  # a script's own, built before the launcher's environment was looked at
+    try:
+        for name, value in {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConfigError, match="there are 2 processes, but Accelerate takes this one to be alone. Hint:"
+        ):
+            here("cpu")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_found_out(train: Any, tmp_path: Path) -> None:
+    process: subprocess.Popen[str] = train("accelerate --cpu", tmp_path, "output=run")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = "mavis: several processes were asked for, but `accelerate launch --cpu` starts only one. Hint: start them by"
+    assert err.count(said) == 1, err
+    assert not (tmp_path / "run" / "run.json").exists()
