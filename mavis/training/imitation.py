@@ -81,8 +81,8 @@ def explained(
         means = [torch.einsum("sk,skm->sm", probs, x) for x in (taught, taught**2, wrong, wrong**2)]
         figures = [*means, means[0] ** 2, means[2] ** 2, torch.ones_like(means[0])]
         sums = sums + torch.stack(figures).sum(1).cpu()
-    *sums, steps = recordings.processes.total(sums)
-    mean, second, _, error, common, common_error = (figure / steps for figure in sums)
+    mean, second, _, error, common, common_error, steps = recordings.processes.total(sums)
+    mean, second, error, common, common_error = (x / steps for x in (mean, second, error, common, common_error))
     return (
         explained_share(student.objectives, error, second - mean**2),
         explained_share(student.objectives, error - common_error, second - common),

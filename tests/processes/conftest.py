@@ -33,13 +33,13 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that runs `job.py` by a launcher and returns the folder it has filled."""
 
-    def run(name: str) -> Path:
+    def run(name: str, *how: str) -> Path:
         out = tmp_path_factory.mktemp("job")
         done = subprocess.run(
-            [*launcher(name), str(JOB), str(tiny_folder), str(out)],
+            [*launcher(name), str(JOB), str(tiny_folder), str(out), *how],
             env=environment(),
             capture_output=True,
             text=True,

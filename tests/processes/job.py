@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,6 +97,9 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
         lam=draw(rows, 2).abs(),
         counts_for=torch.ones(rows, 2, dtype=torch.bool),
     )
+    again = torch.arange(rows)
+    again[[2, 9]] = torch.tensor([3, 10])  # those that are held out are not new, so that there is something to learn
+    features = features.rows(again)
     # Process 0 holds the first four rollouts alone, so most batches of three lie in process 1 or nearly so.
     places = torch.arange(rows) if processes.count == 1 else [torch.arange(4), torch.arange(4, rows)][processes.index]
     shared = Shared(features.rows(places), places, rows, processes)
@@ -108,9 +113,10 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
     def note(optimiser: Any, arguments: Any, options: Any) -> None:
         step = len({name.partition("/")[0] for name in found})
         for index, weight in enumerate(p for group in optimiser.param_groups for p in group["params"]):
-            found[f"{step}/{index}"] = weight.grad.detach().clone()
+            assert hasattr(weight.grad, "full_tensor") == ("ACCELERATE_USE_FSDP" in os.environ)
+            whole = getattr(weight.grad, "full_tensor", weight.grad.clone)
+            found[f"{step}/{index}"] = whole().detach()
 
-    from accelerate import Accelerator
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     Accelerator.clip_grad_norm_ = lambda *arguments, **options: None
@@ -121,6 +127,7 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
     settings = FitSettings(epochs=2, batch_size=3)
     report = fit(critic, shared, embeddings, 0.5, settings, seed=0, held_out=held_out)
     hook.remove()
+    assert report.epoch == 2
     return found | {f"critic/{k}": v for k, v in critic.state_dict().items()} | {"losses": torch.tensor(report.losses)}
 
 
@@ -208,7 +215,19 @@ def work(policy_folder: Path, out: Path) -> None:
     leave()
 
 
+def sharded(out: Path) -> None:
+    """The same gradients with every weight cut in two by FSDP 2, which Accelerate offers for accelerators alone."""
+    processes = here("cpu")
+    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # for all it knows
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    save_file(gradients(processes), out / f"{processes.index}.safetensors")
+    (out / f"{processes.index}.json").write_text("{}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[3:] == ["sharded"]:
+        sharded(Path(sys.argv[2]))
+        sys.exit()
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # what a process draws elsewhere is its own affair
     work(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -49,6 +49,19 @@ def rows(folder: Path) -> dict[str, list[Any]]:
     return {name: [value for shard in shards for value in shard[name]] for name in shards[0].column_names}
 
 
+def assert_close(found: Any, expected: Any, name: str) -> None:
+    """Compare figures by name or in a list; those that are none are the same."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), name
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert [x is None for x in found] == [x is None for x in expected], name
+        found, expected = ([x for x in figures if x is not None] for figures in (found, expected))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), name
+    else:
+        assert found == expected, name
+
+
 def test_sums_and_shares_and_the_main_ones_word_are_the_same_everywhere(together: Job) -> None:
     one, other = (facts["words"] for facts in together.facts)
     assert one["total"] == other["total"] == [3.0, 4.0]
@@ -118,6 +131,15 @@ def test_the_gradient_of_every_batch_is_that_of_one_process(together: Job, alone
     assert any(value.abs().max() > 1e-3 for name, value in expected.items() if name.startswith("gradients/7/"))
 
 
+def test_the_gradient_is_the_same_with_every_weight_in_shards(job: Callable[..., Path], alone: Job) -> None:
+    for tensors in Job.of(job("torchrun", "sharded"), 2).tensors:
+        expected = {name: value for name, value in alone.tensors[0].items() if name.startswith("gradients/")}
+        assert {f"gradients/{name}" for name in tensors} == set(expected)
+        for name, value in expected.items():
+            found = tensors[name.removeprefix("gradients/")]
+            torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9 if "losses" not in name else 1e-6)
+
+
 def test_every_process_ends_with_the_same_critic_to_the_bit(together: Job) -> None:
     one, other = together.tensors
     assert list(one) == list(other)
@@ -138,8 +160,7 @@ def test_reports_are_those_of_one_process_and_the_same_in_all(together: Job, alo
     for report, expected in zip(one, alone.facts[0][composition], strict=True):
         assert set(report) == set(expected)
         for name, figures in expected.items():
-            if name != "critic":  # left empty, for it names the folder
-                assert report[name] == pytest.approx(figures, rel=1e-3, abs=1e-4), name
+            assert_close(report[name], figures, name)
 
 
 def test_only_the_main_process_is_told_of_progress_and_has_the_evaluation(together: Job, alone: Job) -> None:
@@ -157,7 +178,7 @@ def test_distillation_comes_to_what_one_process_comes_to(together: Job, alone: J
     one, other = (facts["distilled"] for facts in together.facts)
     assert one == other
     for name, figures in alone.facts[0]["distilled"].items():
-        assert one[name] == pytest.approx(figures, rel=1e-3, abs=1e-4), name
+        assert_close(one[name], figures, name)
 
 
 def test_what_is_on_disk_is_what_is_in_hand(together: Job) -> None:
