@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import results
 
@@ -38,18 +39,16 @@ def collect_once(arguments: argparse.Namespace) -> None:
     settings = RolloutSettings(max_new_tokens=arguments.new_tokens, shard_size=arguments.shard_size)
     openings = (embedded.path() / "openings.txt").read_text(encoding="utf-8").splitlines()
     prompts = [openings[row % len(openings)] for row in range(arguments.rollouts)]
-    with tempfile.TemporaryDirectory() as own:
-        warm = Plan.reference(prompts[: arguments.shard_size * processes.count], len(objectives))
-        # In a folder that all share, beside the one that is timed.
-        folder = Path(arguments.folder or own)
-        for _ in collect(policy, tokenizer, objectives, warm, folder / "warm", settings):
-            pass
-        processes.wait()
-        start = time.perf_counter()
-        shards = list(
-            collect(policy, tokenizer, objectives, Plan.reference(prompts, len(objectives)), folder / "timed", settings)
-        )
-        seconds = time.perf_counter() - start
+
+    def collected(name: str, prompts: list[str]) -> list[Any]:
+        plan = Plan.reference(prompts, len(objectives))
+        return list(collect(policy, tokenizer, objectives, plan, Path(arguments.folder) / name, settings))
+
+    collected("warm", prompts[: arguments.shard_size * processes.count])
+    processes.wait()
+    start = time.perf_counter()
+    shards = collected("timed", prompts)
+    seconds = time.perf_counter() - start
     if processes.main:
         tokens = sum(len(ids) for shard in shards for ids in shard["response_ids"])
         print(json.dumps({"rollouts": sum(map(len, shards)), "tokens": tokens, "seconds": seconds}), flush=True)
@@ -59,6 +58,7 @@ def collect_once(arguments: argparse.Namespace) -> None:
 def measure(processes: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Start so many processes and return what the main one tells."""
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # its defaults, unsaid
     with tempfile.TemporaryDirectory() as folder:
         sizes = ("rollouts", "shard_size", "new_tokens")
         given = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in sizes]

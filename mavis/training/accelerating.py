@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 
 from mavis.errors import ConfigError
+
+_borrowing = threading.Lock()
+_borrowers = 0  # how many fits, in as many threads, use it now
+_ours = False  # whether there was no state before the first of them
 
 
 @contextmanager
@@ -33,16 +38,23 @@ def accelerator(device: torch.device) -> Iterator[Any]:
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    borrowed = PartialState._shared_state == {}
-    options = {"cpu": True} if borrowed and device.type == "cpu" else {}
     # Buffers are the same everywhere, and some as large as a vocabulary: they are not sent round at every step.
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
+    global _borrowers, _ours
+    with _borrowing:
+        fresh = PartialState._shared_state == {}
+        _ours = fresh if _borrowers == 0 else _ours
+        options = {"cpu": True} if fresh and device.type == "cpu" else {}
+        borrowed = Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
+        _borrowers += 1
     try:
-        yield Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
+        yield borrowed
     finally:
-        if borrowed:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+        with _borrowing:
+            _borrowers -= 1
+            if _ours and _borrowers == 0:
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
 
 
 def sharded(accelerate: Any) -> bool:

@@ -52,8 +52,28 @@ def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.fixture(scope="session")
-def train(tiny_folder: Path) -> Callable[..., Any]:
-    """A function that starts `mavis train` on the tiny policy by a launcher, in a process group of its own."""
+def command() -> Callable[..., Any]:
+    """A function that starts a command of `mavis` by a launcher, in a process group of its own."""
+
+    def start(name: str, where: Path, module: str, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launcher(name), "-m", f"mavis.cli.{module}", *overrides],
+            cwd=where,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def train(command: Callable[..., Any], tiny_folder: Path) -> Callable[..., Any]:
+    """A function that starts `mavis train` on the tiny policy by a launcher."""
     small = (
         "policy=pretrained",
         f"policy.path={tiny_folder}",
@@ -70,16 +90,7 @@ def train(tiny_folder: Path) -> Callable[..., Any]:
     )
 
     def start(name: str, where: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*launcher(name), "-m", "mavis.cli.train", *small, *overrides],
-            cwd=where,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            **options,
-        )
+        process: subprocess.Popen[str] = command(name, where, "train", *small, *overrides, **options)
+        return process
 
     return start

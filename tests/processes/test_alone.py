@@ -82,6 +82,16 @@ def test_accelerate_is_given_back_as_it_was() -> None:
         assert PartialState._shared_state == {}
 
 
+def test_accelerate_stays_until_the_last_of_several_fits_has_ended() -> None:
+    first, second = accelerator(torch.device("cpu")), accelerator(torch.device("cpu"))
+    first.__enter__()
+    other = second.__enter__()
+    first.__exit__(None, None, None)
+    assert other.state.device.type == "cpu"
+    second.__exit__(None, None, None)
+    assert PartialState._shared_state == {}
+
+
 def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
     from accelerate.state import AcceleratorState
 

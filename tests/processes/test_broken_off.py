@@ -136,7 +136,7 @@ def test_breaking_off_by_the_keyboard_leaves_what_goes_on(
     assert code != 0
     assert name != "alone" or err.count("mavis: interrupted. Hint: what is finished is kept") == 1
     assert assert_whole(tmp_path / "run") > 0
-    assert_goes_on(train, name, tmp_path, overrides, unbroken)
+    assert_goes_on(train, "alone", tmp_path, overrides, unbroken)
 
 
 def test_a_disk_quota_is_told_in_one_line_and_what_was_written_before_stays(

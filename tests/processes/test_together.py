@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,35 @@ def test_distillation_comes_to_what_one_process_comes_to(together: Job, alone: J
     assert one == other
     for name, figures in alone.facts[0]["distilled"].items():
         assert_close(one[name], figures, name)
+
+
+def test_the_command_evaluates_with_two_processes_and_reports_once(
+    command: Any, tiny_folder: Path, together: Job, tmp_path: Path
+) -> None:
+    given = (
+        "policy=pretrained",
+        f"policy.path={tiny_folder}",
+        f"checkpoint={together.folder / 'independent' / 'critic'}",
+        "objective=[brevity]",
+        "+objectives.good._target_=hydra.utils.get_method",
+        "+objectives.good.path=job.good",
+        "evaluation.divisions=1",
+        "evaluation.betas=[1.0]",
+        "evaluation.samples=2",
+        "evaluation.reference_samples=4",
+        "evaluation.shard_size=8",
+        "evaluation.speed_repeats=1",
+        "evaluation.speed_batch=2",
+        "decoding.max_new_tokens=8",
+        "output=run",
+    )
+    process: subprocess.Popen[str] = command("torchrun", tmp_path, "evaluate", *given)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("report.json") == out.count("tilted decoding: ") == 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["speed"]["tilted"]["ratio"] > 0
+    assert len(list((tmp_path / "run" / "rollouts" / "reference").glob("shard-*"))) == 3
 
 
 def test_what_is_on_disk_is_what_is_in_hand(together: Job) -> None:
