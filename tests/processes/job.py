@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics import HiddenStateCritic, ValueModelCritic
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.headed import HeadedCritic
 from mavis.errors import ProcessError
@@ -184,6 +184,10 @@ def work(policy_folder: Path, out: Path) -> None:
         facts[composition] = [asdict(report) | {"critic": ""} for report in reports]
         facts[f"{composition} told"] = len(told)
         critics[composition] = critic
+    value_model = ValueModelCritic.for_policy(policy, list(OBJECTIVES), hidden=8, rank=4)
+    once = ImprovementSettings(**SETTINGS | {"iterations": 1, "calibration_samples": 0})  # type: ignore[arg-type]
+    (report,) = improve(policy, tokenizer, value_model, OBJECTIVES, PROMPTS, out / "value-model", once)
+    facts["value model"] = report.losses
     measured = evaluate(
         policy,
         tokenizer,
@@ -208,6 +212,7 @@ def work(policy_folder: Path, out: Path) -> None:
     )
     facts["distilled"] = asdict(told_of_student)
     tensors = {f"{name}/{key}": value for name, one in critics.items() for key, value in one.state_dict().items()}
+    tensors |= {f"value model/{key}": value for key, value in value_model.state_dict().items()}
     tensors |= {f"student/{key}": value for key, value in student.state_dict().items()}
     tensors |= {f"gradients/{key}": value for key, value in gradients(processes).items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"{processes.index}.safetensors")

@@ -164,6 +164,13 @@ def test_reports_are_those_of_one_process_and_the_same_in_all(together: Job, alo
             assert_close(report[name], figures, name)
 
 
+def test_a_value_model_learns_what_it_learns_in_one_process(together: Job, alone: Job) -> None:
+    one, other = (facts["value model"] for facts in together.facts)
+    assert one == other
+    assert one == pytest.approx(alone.facts[0]["value model"], rel=1e-4)
+    assert abs(one[-1] - one[0]) > 1e-3
+
+
 def test_only_the_main_process_is_told_of_progress_and_has_the_evaluation(together: Job, alone: Job) -> None:
     main, other = together.facts
     assert main["independent told"] > 0
