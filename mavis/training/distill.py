@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embed
 from mavis.critics.group import together
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError, check_whole
-from mavis.files import read_json, write_json
 from mavis.processes import here
 from mavis.rollouts.collect import Plan, critic_digest
 from mavis.rollouts.prompts import draw_prompts
@@ -25,7 +24,7 @@ from mavis.training.descent import DescentSettings, descend, draw_held_out
 from mavis.training.imitation import Imitation, explained
 from mavis.training.record import Recordings, record, scale
 from mavis.training.replayed import ROWS_PER_PASS, Shared, joined, own_places
-from mavis.training.run import Progress, adopt, begin
+from mavis.training.run import Progress, begin, finish, finished
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,8 @@ def distill(
     begin(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
     student.to(states_device(policy))
     student.calibration = None
-    if processes.of_main(torch.tensor((run / "report.json").is_file(), dtype=torch.uint8)):
-        adopt(student, run / "critic")
-        return DistillReport(**read_json(run / "report.json"))
+    if (found := finished(run, student, processes)) is not None:
+        return DistillReport(**found)
     student.reward_mean.copy_(teacher.reward_mean)
     student.reward_std.copy_(teacher.reward_std)
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
@@ -190,10 +188,7 @@ def distill(
     student.refresh_token_table(embeddings)
     watched = held_out.nonzero()[:, 0]
     report = DistillReport(*explained(imitation, recordings, watched, settings.fit.batch_size), epoch, losses)
-    if processes.main:
-        student.save(run / "critic")
-        write_json(run / "report.json", asdict(report))
-    processes.wait()
+    finish(run, student, report, processes)
     return report
 
 

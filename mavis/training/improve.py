@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mavis.critics.base import Composition
 from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.critics.headed import HeadedCritic, token_embeddings
 from mavis.errors import ConfigError, DataError
-from mavis.files import read_json, write_json
 from mavis.processes import here
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
@@ -30,7 +29,7 @@ from mavis.training.features import extract
 from mavis.training.fit import FitSettings, fit
 from mavis.training.iteration import IterationReport, means_by_goal
 from mavis.training.replayed import all_shared
-from mavis.training.run import Progress, adopt, begin
+from mavis.training.run import Progress, begin, finish, finished
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
 _CORNERS = 0.3
@@ -174,9 +173,8 @@ def improve(
     zeta = 1 / settings.beta if settings.zeta is None else settings.zeta
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"
-        if processes.of_main(torch.tensor((place / "report.json").is_file(), dtype=torch.uint8)):
-            adopt(critic, place / "critic")
-            yield IterationReport(**read_json(place / "report.json"))
+        if (found := finished(place, critic, processes)) is not None:
+            yield IterationReport(**found)
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
         sampling = _sampling(iteration, settings)
@@ -200,7 +198,6 @@ def improve(
         rounds = [shards]
         if settings.reuse:
             rounds += [_read_again(run, iteration, j, prompts, critic, settings) for j in range(iteration)]
-        told = _told(rounds, f"iteration {iteration}: replay", say)
         decomposed = settings.fit.target == "decomposition"
         parts = [
             extract(
@@ -213,7 +210,7 @@ def improve(
                 expectations=decomposed,
                 processes=processes,
             )
-            for shards in told
+            for shards in _told(rounds, f"iteration {iteration}: replay", say)
         ]
         if iteration == 0 and critic.conditioned:  # whatever λ they are told, the policy is the reference
             weights, betas = _draw(len(parts[0]), len(critic.objectives), settings, [sampling.seed])
@@ -248,9 +245,7 @@ def improve(
             losses=fitted.losses,
             critic=str(place / "critic"),
         )
-        if processes.main:
-            critic.save(place / "critic")
-            write_json(place / "report.json", asdict(report))
+        finish(place, critic, report, processes)
         yield report
     if settings.calibration_samples:
         critic.calibration = calibrate(
@@ -330,8 +325,10 @@ def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Seque
     weights = torch.from_numpy(source.dirichlet(np.ones(objectives), rows))
     corners = torch.eye(objectives, dtype=torch.float64)[torch.from_numpy(source.integers(objectives, size=rows))]
     alone = torch.from_numpy(source.random(rows)) < _CORNERS
-    betas = np.exp(source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows))
-    return torch.where(alone[:, None], corners, weights), torch.from_numpy(betas)
+    logs = source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows).tolist()
+    # Not np.exp, which rounds differently on another CPU: there the run could not go on, nor a process take part.
+    betas = torch.tensor([math.exp(log) for log in logs], dtype=torch.float64)
+    return torch.where(alone[:, None], corners, weights), betas
 
 
 def _check(

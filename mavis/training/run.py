@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mavis.critics import load_critic
 from mavis.critics.headed import HeadedCritic
-from mavis.files import claimed, write_json
+from mavis.files import claimed, read_json, write_json
 from mavis.processes import Processes
 from mavis.rollouts import Plan
 from mavis.training.accelerating import check_sharding
@@ -59,6 +61,47 @@ def begin(
     processes.wait()
     processes.check_sees(folder / "run.json")
     adopt(critic, folder / "start")
+
+
+def finished(folder: Path, critic: HeadedCritic, processes: Processes) -> dict[str, Any] | None:
+    """Read what `finish` has written, if it has, and make the critic the one that lies there.
+
+    Args:
+        folder: that `finish` was given.
+        critic: of the same kind and sizes.
+        processes: that ask together; the main one's disk decides for all.
+
+    Returns:
+        The report as plain data; None if there is none.
+    """
+    there = processes.of_main(torch.tensor((folder / "report.json").is_file(), dtype=torch.uint8))
+    if not there:
+        return None
+    adopt(critic, folder / "critic")
+    report: dict[str, Any] = read_json(folder / "report.json")
+    return report
+
+
+def finish(folder: Path, critic: HeadedCritic, report: Any, processes: Processes) -> None:
+    """Write a critic and then its report, and have every process go on with what was written.
+
+    Machines of different kinds round differently, so what each has come to by itself may differ in its last digits.
+
+    Args:
+        folder: takes `critic` and `report.json`.
+        critic: to be saved.
+        report: a dataclass.
+        processes: that have come to it together.
+
+    Raises:
+        ProcessError: if another process has stopped.
+    """
+    if processes.main:
+        critic.save(folder / "critic")
+        write_json(folder / "report.json", asdict(report))
+    processes.wait()
+    if not processes.main:
+        adopt(critic, folder / "critic")
 
 
 def adopt(critic: HeadedCritic, folder: Path) -> None:
