@@ -28,7 +28,7 @@ def collect_once(arguments: argparse.Namespace) -> None:
     import torch
 
     from mavis import embedded
-    from mavis.processes import here, leave
+    from mavis.processes import here
     from mavis.rewards import Dialogue, Positive
     from mavis.rollouts import Plan, RolloutSettings, collect
 
@@ -52,7 +52,6 @@ def collect_once(arguments: argparse.Namespace) -> None:
     if processes.main:
         tokens = sum(len(ids) for shard in shards for ids in shard["response_ids"])
         print(json.dumps({"rollouts": sum(map(len, shards)), "tokens": tokens, "seconds": seconds}), flush=True)
-    leave()
 
 
 def measure(processes: int, arguments: argparse.Namespace) -> dict[str, float]:

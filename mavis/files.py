@@ -43,9 +43,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _to_disk(path)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
         try:
             if target.exists():

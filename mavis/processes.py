@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -18,8 +19,8 @@ from torch import Tensor
 from mavis.errors import ConfigError, ProcessError
 
 # How long a process waits for the others. One that has died is noticed at once; this is for one that hangs, and must be
-# longer than the slowest process needs for the shard that the others have already finished.
-_PATIENCE = timedelta(hours=1)
+# longer than the slowest process may be behind with its share of the rollouts, of which all are cut in advance.
+_PATIENCE = timedelta(days=1)
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -46,13 +47,15 @@ class Processes:
         """Whether this is the main process."""
         return self.index == 0
 
-    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
+    def mine(self, items: Sequence[Item], before: int = 0) -> Sequence[Item]:
         """Take this process's share: every `count`-th item; the shares of all processes are the whole, each item once.
 
         Args:
-            items: the same in every process.
+            items: the same in every process; item i of them is number before + i of all, and goes to the process whose
+                index that is modulo `count`.
+            before: how many items earlier calls have shared out.
         """
-        return items[self.index :: self.count]
+        return items[(self.index - before) % self.count :: self.count]
 
     def wait(self) -> None:
         """Wait until every process has come here.
@@ -179,7 +182,7 @@ def here(device: torch.device | str | None = None) -> Processes:
     if device is None:
         device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"
     where = torch.device(device)
-    fresh = PartialState._shared_state == {}
+    ours, fresh = not torch.distributed.is_initialized(), PartialState._shared_state == {}
     state = PartialState(cpu=where.type == "cpu", timeout=_PATIENCE) if fresh else PartialState()
     together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else started
     if together != state.num_processes:
@@ -187,6 +190,8 @@ def here(device: torch.device | str | None = None) -> Processes:
             f"there are {together} processes, but Accelerate takes this one to be alone.",
             "build its Accelerator with cpu=True where there are only CPUs, or leave that to mavis.",
         )
+    if ours and state.backend == "gloo":  # which aborts about every second process that ends without parting
+        atexit.register(leave)  # not so NCCL, where one that has failed would wait here for the others
     if state.num_processes > 1:
         _check_place(where, state)
     return Processes(state.process_index, state.num_processes, state.device)
@@ -206,7 +211,7 @@ def started_as() -> int:
 
 
 def leave() -> None:
-    """Part from the other processes at the end of a job."""
+    """Part from the other processes at the end of a job that has come to its end in all of them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -232,6 +237,6 @@ def _check_place(where: torch.device, state: Any) -> None:
     if where.index not in (None, state.device.index):
         raise ConfigError(
             f"process {state.process_index} has its policy on {str(where)!r}, but works on {str(state.device)!r}.",
-            "let policy.device be cuda, which is each process's own; a policy that is spread over several accelerators "
-            "is trained by one process.",
+            "put each process's policy on its own (policy.device=cuda does); a policy that is spread over several "
+            "accelerators is for one process.",
         )

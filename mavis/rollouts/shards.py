@@ -32,18 +32,24 @@ def each_stored(
     """
     say = tell or (lambda done: None)
     # One process looks, before any writes: all shares must be cut from the same list.
-    missing = processes.of_main(torch.tensor([not path.exists() for path in paths], dtype=torch.uint8))
-    mine = list(processes.mine(missing.nonzero()[:, 0].tolist()))
+    missing = processes.of_main(torch.tensor([not there for there in _on_disk(paths)], dtype=torch.uint8))
+    mine = processes.mine(missing.nonzero()[:, 0].tolist())
     say(0)
     if processes.count > 1:
         for index in mine:
             store(index)
-            say(sum(path.exists() for path in paths))
+            if processes.main:
+                say(sum(_on_disk(paths)))
         processes.wait()
-        mine.clear()
-    waiting = set(mine)
+        mine = []
     for index in range(len(paths)):
-        if index in waiting:
+        if index in mine:
             store(index)
         yield index
         say(index + 1)
+
+
+def _on_disk(paths: Sequence[Path]) -> list[bool]:
+    """Tell which paths are there, by reading their folders: a disk shared over a network remembers names it lacked."""
+    there = {entry for folder in {path.parent for path in paths} if folder.is_dir() for entry in folder.iterdir()}
+    return [path in there for path in paths]

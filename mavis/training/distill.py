@@ -151,7 +151,7 @@ def distill(
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
     plan = Plan.reference(draw_prompts(prompts, settings.rollouts, seed), 0)
     parts: list[Recordings] = []
-    before = 0
+    total = 0
     for part in record(
         policy,
         tokenizer,
@@ -165,12 +165,13 @@ def distill(
             "rollouts", min(done * settings.sampling.shard_size, settings.rollouts), settings.rollouts
         ),
     ):
-        own = torch.arange((processes.index - before) % processes.count, len(part), processes.count)
-        before += len(part)
+        own = torch.tensor(processes.mine(range(len(part)), before=total))
+        total += len(part)
         if len(own):
-            parts.append(_with_states(part.rows(own), policy) if student.reads_states else part.rows(own))
-    places = own_places(before, processes)
-    recordings = Shared(joined(parts), places, before, processes)
+            part = part.rows(own) if processes.count > 1 else part
+            parts.append(_with_states(part, policy) if student.reads_states else part)
+    places = own_places(total, processes)
+    recordings = Shared(joined(parts), places, total, processes)
     del parts
     order = torch.Generator().manual_seed(seed)
     held_out = draw_held_out(len(recordings), settings.fit.held_out, order)

@@ -74,9 +74,8 @@ def extract(
     total = 0
     for shard in shards:
         filled = [i for i, ids in enumerate(shard["response_ids"]) if ids]
-        before, total = total, total + len(filled)
-        first = (processes.index - before) % processes.count
-        shard = shard.select(filled[first :: processes.count])
+        shard = shard.select(processes.mine(filled, before=total))
+        total += len(filled)
         for at in range(0, len(shard), ROWS_PER_PASS):
             rows = shard[at : at + ROWS_PER_PASS]
             weights = torch.tensor(rows["weights"], dtype=torch.float64)

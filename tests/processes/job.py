@@ -28,7 +28,7 @@ from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.headed import HeadedCritic
 from mavis.errors import ProcessError
 from mavis.evaluation import EvaluationSettings, evaluate
-from mavis.processes import Processes, here, leave
+from mavis.processes import Processes, here
 from mavis.rollouts import Plan, RolloutSettings, collect
 from mavis.training import DescentSettings, DistillSettings, ImprovementSettings, distill, improve
 from mavis.training.features import Features
@@ -217,7 +217,6 @@ def work(policy_folder: Path, out: Path) -> None:
     tensors |= {f"gradients/{key}": value for key, value in gradients(processes).items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"{processes.index}.safetensors")
     (out / f"{processes.index}.json").write_text(json.dumps(facts))
-    leave()
 
 
 def sharded(out: Path) -> None:

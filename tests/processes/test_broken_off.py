@@ -25,7 +25,7 @@ from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
 from mavis.training.fit import FitSettings
 
-PATIENCE = 120  # seconds; a hang would be the hour that processes wait for each other
+PATIENCE = 120  # seconds; a hang would be the day that processes wait for each other
 
 
 def mishap(what: str, where: Path) -> list[str]:
