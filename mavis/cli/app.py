@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +114,8 @@ def prepare(config: Any) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Accelerate passes on an option under its old name, and torch would tell every user of it.
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
     if started_as() != 0:  # what there is to say of all processes one says
         logging.set_verbosity_error()
     # The embedded policy is so small that a second thread costs more than it brings.

@@ -63,9 +63,9 @@ def sharded(accelerate: Any) -> bool:
 
 
 def check_sharding() -> None:
-    """Refuse the ways of sharding under which a fit would come to something else, or that nobody has tried.
+    """Refuse the ways of sharding that a fit does not undo: each has its own form for a network cut in pieces.
 
-    FSDP 1 flattens the parameters of trunk and heads into one tensor, which then learns at one rate.
+    Only FSDP 2 leaves every weight a tensor of its own, under its own name and at its own rate.
 
     Raises:
         ConfigError: naming it.
@@ -76,6 +76,6 @@ def check_sharding() -> None:
     for name, shown in names.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ConfigError(
-                f"Accelerate is configured for {shown}, under which critics are not trained.",
-                "shard by FSDP 2 (--use_fsdp --fsdp_version 2), or run data parallel (--multi_gpu).",
+                f"Accelerate is configured for {shown}, which mavis does not train with.",
+                "shard by FSDP 2 (--use_fsdp --fsdp_version 2), or do not shard (--multi_gpu): most critics are small.",
             )

@@ -127,7 +127,7 @@ def descend(
                 best, best_state = epoch, _state(learner)
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1])
-    critic.load_state_dict(best_state, strict=False)
+    critic.load_state_dict(critic.state_dict() | best_state)
     return best, losses
 
 

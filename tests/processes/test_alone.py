@@ -115,14 +115,12 @@ def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )
-def test_sharding_that_would_come_to_something_else_is_refused(
+def test_sharding_that_a_fit_does_not_undo_is_refused(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], said: str
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        ConfigError, match=f"configured for {said}, under which critics are not trained. Hint: shard by"
-    ):
+    with pytest.raises(ConfigError, match=f"configured for {said}, which mavis does not train with. Hint: shard by"):
         check_sharding()
 
 
