@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +124,23 @@ def evaluate(
     grid = simplex_grid(len(objectives), settings.divisions)
 
     reference = _gather(
-        "reference rollouts",
-        say,
-        len(prompts) * settings.reference_samples,
-        reference_rollouts(policy, tokenizer, objectives, prompts, place, settings),
+        reference_rollouts(
+            policy, tokenizer, objectives, prompts, place, settings, progress=partial(say, "reference rollouts")
+        )
     )
     plan = _sweep_plan(prompts, grid, settings)
     sampling = replace(settings.sampling, seed=settings.sampling.seed + 1)
     sweep = _gather(
-        "sweep",
-        say,
-        len(plan.prompts),
-        collect(policy, tokenizer, objectives, plan, place / "sweep", sampling, critic=critic),
+        collect(
+            policy,
+            tokenizer,
+            objectives,
+            plan,
+            place / "sweep",
+            sampling,
+            critic=critic,
+            progress=partial(say, "sweep"),
+        )
     )
     if not processes.main:
         return {}
@@ -184,6 +190,8 @@ def reference_rollouts(
     prompts: Sequence[str],
     folder: str | os.PathLike[str],
     settings: EvaluationSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Sample what the optimal frontier is computed from; it needs no critic, so it can be done before there is one.
 
@@ -194,6 +202,7 @@ def reference_rollouts(
         prompts: the evaluation prompts.
         folder: the one that `evaluate` will be given; it takes the rollouts from there.
         settings: the same as for `evaluate`.
+        progress: see `collect`.
 
     Yields:
         Shards, see `collect`.
@@ -201,7 +210,7 @@ def reference_rollouts(
     repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
     plan = Plan.reference(repeated, len(objectives))
     sampling = replace(settings.sampling, top_k=None)  # the limit is that of the whole policy
-    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling)
+    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling, progress=progress)
 
 
 def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
@@ -219,13 +228,11 @@ def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettin
     )
 
 
-def _gather(stage: str, say: Callable[[str, int, int], None], total: int, shards: Any) -> dict[str, list[Any]]:
+def _gather(shards: Iterator[Any]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
-    say(stage, 0, total)
     for shard in shards:
         for name, values in shard[:].items():
             columns.setdefault(name, []).extend(values)
-        say(stage, len(columns["prompt"]), total)
     return columns
 
 
