@@ -56,19 +56,20 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 class Mishap:
-    """Brevity, and in one process, once, something that goes wrong while its second shard is scored."""
+    """Brevity, and in the last process, once, what a file tells to go wrong while its second shard is scored."""
 
-    def __init__(self, what: str, marker: str) -> None:
-        self.what, self.marker, self.calls = what, Path(marker), 0
+    def __init__(self, marker: str) -> None:
+        self.marker, self.calls = Path(marker), 0
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         self.calls += 1
         last = int(os.environ.get("WORLD_SIZE", "1")) - 1
         if self.calls == 2 and int(os.environ.get("RANK", "0")) == last and self.marker.exists():
+            what = self.marker.read_text()
             self.marker.unlink()
-            if self.what == "killed":
+            if what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.what == "wrong":
+            if what == "wrong":
                 return []
             time.sleep(600)
         return brevity(prompts, responses)

@@ -1,6 +1,6 @@
 """A process dies, a disk is full, a key is pressed: the job ends, what is on disk is whole, and it goes on.
 
-The objective `mishap` of `job.py` does once what its options say, in the last process, while it scores a second shard.
+The objective `mishap` of `job.py` does once what its marker says, in the last process, while it scores a second shard.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from mavis.training.fit import FitSettings
 PATIENCE = 120  # seconds; a hang would be the day that processes wait for each other
 
 
-def mishap(what: str, where: Path) -> list[str]:
-    """Overrides for an objective that does something wrong once."""
-    (where / "marker").touch()
-    return [
-        "+objectives.mishap._target_=job.Mishap",
-        f"+objectives.mishap.what={what}",
-        f"+objectives.mishap.marker={where / 'marker'}",
-        "output=run",
-    ]
+@pytest.fixture(scope="module")
+def start(train: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that starts a training in which something goes wrong once; nothing if it is not said what."""
+
+    def begin(name: str, where: Path, what: str = "", **options: Any) -> Any:
+        if what:
+            (where / "marker").write_text(what)
+        objective = ["+objectives.mishap._target_=job.Mishap", f"+objectives.mishap.marker={where / 'marker'}"]
+        return train(name, where, *objective, "output=run", **options)
+
+    return begin
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -73,91 +75,64 @@ def rollouts(run: Path) -> list[Any]:
     return [ids for shard in shards for ids in shard["response_ids"]]
 
 
-@pytest.fixture(scope="module")
-def unbroken(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one process in which nothing goes wrong."""
-    where = tmp_path_factory.mktemp("unbroken")
-    overrides = mishap("nothing", where)
-    (where / "marker").unlink()
-    code, _, err = ended(train("alone", where, *overrides))
-    assert code == 0, err
-    return where / "run"
-
-
-def assert_goes_on(train: Callable[..., Any], name: str, where: Path, overrides: list[str], unbroken: Path) -> str:
-    """Repeat the command; it must end where the unbroken run has ended."""
-    code, out, err = ended(train(name, where, *overrides))
-    assert code == 0, err
-    run = where / "run"
-    assert_whole(run)
-    assert rollouts(run) == rollouts(unbroken)
-    state = load_critic(unbroken / "critic").state_dict()
-    for key, value in load_critic(run / "critic").state_dict().items():
-        torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-4)
-    return str(out)
-
-
-def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(train: Any, tmp_path: Path, unbroken: Path) -> None:
-    overrides = mishap("killed", tmp_path)
-    code, _, err = ended(train("accelerate", tmp_path, *overrides))
-    assert code != 0
-    assert "SIGKILL" in err  # as the launcher says it, and of which process
-    assert 0 < assert_whole(tmp_path / "run") < 8
-    assert not (tmp_path / "run" / "critic").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("shard-*/state.json")}
-    out = assert_goes_on(train, "accelerate", tmp_path, overrides, unbroken)
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # what was there is not sampled again
-    assert out.count("critic: ") == out.count("J = reward") == 1  # one process speaks
-    assert len(list((tmp_path / "run").glob("*.log"))) == len(list((tmp_path / "run").glob(".hydra"))) == 1
-
-
-def test_a_mistake_in_one_process_ends_all_is_told_by_the_one_that_met_it_and_one_process_can_go_on(
-    train: Any, tmp_path: Path, unbroken: Path
+def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happened_to(
+    start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    overrides = mishap("wrong", tmp_path)
-    code, _, err = ended(train("torchrun", tmp_path, *overrides))
+    """The same command all the time, by two processes and by one."""
+    calm, where = tmp_path_factory.mktemp("calm"), tmp_path_factory.mktemp("where")
+    expected, run = calm / "run", where / "run"
+    code, _, err = ended(start("alone", calm))
+    assert code == 0, err
+
+    # A process is killed: the launcher says so and ends the others.
+    code, _, err = ended(start("accelerate", where, "killed"))
+    assert code != 0
+    assert "SIGKILL" in err
+    assert 0 < assert_whole(run) < 8
+    assert not (run / "iteration-1").exists()
+    first = {path: path.stat().st_mtime_ns for path in run.rglob("shard-*/state.json")}
+
+    # An objective answers nonsense in one process: that one says so, and all end.
+    code, _, err = ended(start("torchrun", where, "wrong"))
     assert code != 0
     assert re.search(r"^mavis \(process 1 of 2\): objective 'mishap' .*Hint: ", err, flags=re.MULTILINE), err
-    assert assert_whole(tmp_path / "run") > 0
-    assert_goes_on(train, "alone", tmp_path, overrides, unbroken)
+    assert assert_whole(run) > len(first)
 
+    # Ctrl-C, as a terminal sends it: to all of the job.
+    for name in ("torchrun", "alone"):
+        job = start(name, where, "waits")
+        deadline = time.monotonic() + PATIENCE
+        while (where / "marker").exists() and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)
+        code, _, err = ended(job)
+        assert code != 0
+        assert not (where / "marker").exists()
+        assert name != "alone" or err.count("mavis: interrupted. Hint: what is finished is kept") == 1
+        assert assert_whole(run) > len(first)
 
-@pytest.mark.parametrize("name", ["alone", "torchrun"])
-def test_breaking_off_by_the_keyboard_leaves_what_goes_on(
-    train: Any, tmp_path: Path, unbroken: Path, name: str
-) -> None:
-    overrides = mishap("waits", tmp_path)
-    process = train(name, tmp_path, *overrides)
-    deadline = time.monotonic() + PATIENCE
-    while (tmp_path / "marker").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the job
-    code, _, err = ended(process)
-    assert code != 0
-    assert name != "alone" or err.count("mavis: interrupted. Hint: what is finished is kept") == 1
-    assert assert_whole(tmp_path / "run") > 0
-    assert_goes_on(train, "alone", tmp_path, overrides, unbroken)
-
-
-def test_a_disk_quota_is_told_in_one_line_and_what_was_written_before_stays(
-    train: Any, tmp_path: Path, unbroken: Path
-) -> None:
-    overrides = mishap("nothing", tmp_path)
-    (tmp_path / "marker").unlink()
-    # No file may be longer than this: shards still fit, what a round's critic is told of itself does not.
-    largest = max(path.stat().st_size for path in unbroken.rglob("*.safetensors"))
-    assert all(path.stat().st_size < largest for path in unbroken.rglob("*.arrow"))
-    limit = largest - 1
-    code, _, err = ended(
-        train(
-            "alone", tmp_path, *overrides, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        )
-    )
+    # A quota: no file may be longer than this, so that shards still fit, but no critic.
+    largest = max(path.stat().st_size for path in expected.rglob("*.safetensors"))
+    assert all(path.stat().st_size < largest for path in expected.rglob("*.arrow"))
+    limits = (resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
+    code, _, err = ended(start("alone", where, preexec_fn=lambda: resource.setrlimit(*limits)))
     assert code == 2
     assert re.search(r"^mavis: .*File too large.* Hint: what is finished is kept", err, flags=re.MULTILINE), err
     assert "Traceback" not in err
-    assert_whole(tmp_path / "run")
-    assert_goes_on(train, "alone", tmp_path, overrides, unbroken)
+    assert_whole(run)
+    assert not (run / "critic").exists()
+
+    # Nothing more happens.
+    code, out, err = ended(start("accelerate", where))
+    assert code == 0, err
+    assert out.count("critic: ") == out.count("J = reward") == 1  # one process speaks
+    assert len(list(run.glob("*.log"))) == len(list(run.glob(".hydra"))) == 1
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # what was there was never sampled again
+    assert_whole(run)
+    assert rollouts(run) == rollouts(expected)
+    state = load_critic(expected / "critic").state_dict()
+    for key, value in load_critic(run / "critic").state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-4)
 
 
 class FullDisk:
