@@ -21,9 +21,8 @@ def launcher(name: str) -> list[str]:
         return [sys.executable]
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = ["--num_processes", "2", "--main_process_port", "0"]  # any that is free
-    how = ["--cpu"] if name == "accelerate --cpu" else ["--multi_gpu"]
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, *asked]
+    asked = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *asked]
 
 
 def environment() -> dict[str, str]:
@@ -36,10 +35,10 @@ def environment() -> dict[str, str]:
 def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that runs `job.py` by a launcher and returns the folder it has filled."""
 
-    def run(name: str, *how: str) -> Path:
+    def run(name: str) -> Path:
         out = tmp_path_factory.mktemp("job")
         done = subprocess.run(
-            [*launcher(name), str(JOB), str(tiny_folder), str(out), *how],
+            [*launcher(name), str(JOB), str(tiny_folder), str(out)],
             env=environment(),
             capture_output=True,
             text=True,

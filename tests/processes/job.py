@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -216,23 +217,21 @@ def work(policy_folder: Path, out: Path) -> None:
     tensors |= {f"value model/{key}": value for key, value in value_model.state_dict().items()}
     tensors |= {f"student/{key}": value for key, value in student.state_dict().items()}
     tensors |= {f"gradients/{key}": value for key, value in gradients(processes).items()}
+    if processes.count > 1:
+        tensors |= {f"sharded/{key}": value for key, value in gradients_in_shards(processes).items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"{processes.index}.safetensors")
     (out / f"{processes.index}.json").write_text(json.dumps(facts))
 
 
-def sharded(out: Path) -> None:
+def gradients_in_shards(processes: Processes) -> dict[str, torch.Tensor]:
     """The same gradients with every weight cut in two by FSDP 2, which Accelerate offers for accelerators alone."""
-    processes = here("cpu")
+    AcceleratorState._reset_state()
     PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # for all it knows
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-    save_file(gradients(processes), out / f"{processes.index}.safetensors")
-    (out / f"{processes.index}.json").write_text("{}")
+    return gradients(processes)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[3:] == ["sharded"]:
-        sharded(Path(sys.argv[2]))
-        sys.exit()
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # what a process draws elsewhere is its own affair
     work(Path(sys.argv[1]), Path(sys.argv[2]))
