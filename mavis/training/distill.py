@@ -189,8 +189,7 @@ def distill(
     student.refresh_token_table(embeddings)
     watched = held_out.nonzero()[:, 0]
     report = DistillReport(*explained(imitation, recordings, watched, settings.fit.batch_size), epoch, losses)
-    finish(run, student, report, processes)
-    return report
+    return finish(run, student, report, processes)
 
 
 def _with_states(part: Recordings, policy: Any) -> Recordings:

@@ -245,8 +245,7 @@ def improve(
             losses=fitted.losses,
             critic=str(place / "critic"),
         )
-        finish(place, critic, report, processes)
-        yield report
+        yield finish(place, critic, report, processes)
     if settings.calibration_samples:
         critic.calibration = calibrate(
             policy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from mavis.files import claimed, read_json, write_json
 from mavis.processes import Processes
 from mavis.rollouts import Plan
 from mavis.training.accelerating import check_sharding
+
+Report = TypeVar("Report", bound=Any)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -82,7 +84,7 @@ def finished(folder: Path, critic: HeadedCritic, processes: Processes) -> dict[s
     return report
 
 
-def finish(folder: Path, critic: HeadedCritic, report: Any, processes: Processes) -> None:
+def finish(folder: Path, critic: HeadedCritic, report: Report, processes: Processes) -> Report:
     """Write a critic and then its report, and have every process go on with what was written.
 
     Machines of different kinds round differently, so what each has come to by itself may differ in its last digits.
@@ -93,6 +95,9 @@ def finish(folder: Path, critic: HeadedCritic, report: Any, processes: Processes
         report: a dataclass.
         processes: that have come to it together.
 
+    Returns:
+        The report of the main process.
+
     Raises:
         ProcessError: if another process has stopped.
     """
@@ -100,8 +105,10 @@ def finish(folder: Path, critic: HeadedCritic, report: Any, processes: Processes
         critic.save(folder / "critic")
         write_json(folder / "report.json", asdict(report))
     processes.wait()
-    if not processes.main:
-        adopt(critic, folder / "critic")
+    if processes.main:
+        return report
+    adopt(critic, folder / "critic")
+    return type(report)(**read_json(folder / "report.json"))
 
 
 def adopt(critic: HeadedCritic, folder: Path) -> None:

@@ -149,11 +149,24 @@ def words(processes: Processes) -> dict[str, Any]:
     return said
 
 
+def round_otherwise() -> None:
+    """What a machine of another kind does: it comes to another last digit of a mean."""
+    as_here = HeadedCritic.set_normalisation
+
+    def there(self: HeadedCritic, rewards: torch.Tensor) -> None:
+        as_here(self, rewards)
+        self.reward_mean.copy_(torch.nextafter(self.reward_mean, torch.tensor(torch.inf).to(self.reward_mean)))
+
+    HeadedCritic.set_normalisation = there  # type: ignore[method-assign]
+
+
 def work(policy_folder: Path, out: Path) -> None:
     """Do everything once, and write down what came of it, each process in a file of its own."""
     policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     processes = here("cpu")
+    if not processes.main:
+        round_otherwise()
     facts: dict[str, Any] = {"words": words(processes), "stored": []}
     module: Any = sys.modules["mavis.rollouts.collect"]  # the package's attribute of that name is the function
     write = module._write_shard
