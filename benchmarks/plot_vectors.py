@@ -18,7 +18,7 @@ SHADES = ("#d95f0e", "#9ecae1", "#4292c6", "#08306b")
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Three panels: levels, two at once, and efficiency by KL."""
+    """Three panels: levels, two at once, and reward by KL."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes in panels:
@@ -27,7 +27,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     names = list(dict.fromkeys(row["vector"] for row in rows if row["what"] == "exactness"))
     _levels(panels[0], [row for row in rows if row["what"] == "level"], names)
     _both(panels[1], [row for row in rows if row["what"] == "two"], names)
-    _ways(panels[2], [row for row in rows if row["what"] == "efficiency"])
+    _ways(panels[2], [row for row in rows if row["what"] == "sweep"])
     return figure
 
 
@@ -45,7 +45,7 @@ def _levels(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     axes.set_title("one vector", fontsize=9, loc="left")
     axes.set_xlabel("coefficient", fontsize=8.5)
     axes.set_ylabel("reward (standard deviations)", fontsize=8.5)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=6.5, loc="lower right")
 
 
 def _both(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
@@ -65,27 +65,24 @@ def _both(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     axes.set_title(f"two at once ({second} at the number)", fontsize=9, loc="left")
     axes.set_xlabel(f"reward {first}", fontsize=8.5)
     axes.set_ylabel(f"reward {second}", fontsize=8.5)
-    axes.legend(frameon=False, fontsize=7, loc="lower left")
+    axes.legend(frameon=False, fontsize=7, loc=(0.1, 0.35))
 
 
 def _ways(axes: Any, rows: list[dict[str, Any]]) -> None:
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    for way, colour in zip(ways, SHADES, strict=False):
-        groups: dict[float, list[float]] = {}
+    for way, colour in zip(ways, SHADES, strict=True):
+        groups: dict[float, list[dict[str, Any]]] = {} if "merged" in way else {0.0: [{"kl": 0.0, "reward": 0.0}]}
         for row in rows:
-            if row["way"] == way and row["efficiency"] is not None:
-                groups.setdefault(row["at_kl"], []).append(row["efficiency"])
-        kls = sorted(groups)
-        line = [mean(groups[kl]) for kl in kls]
-        spread = [[m - min(groups[kl]) for m, kl in zip(line, kls, strict=True)],
-                  [max(groups[kl]) - m for m, kl in zip(line, kls, strict=True)]]  # fmt: skip
-        axes.errorbar(kls, line, yerr=spread, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.4,
-                      label=way)  # fmt: skip
-    axes.axhline(1.0, color="#999999", linewidth=1.2)
+            if row["way"] == way:
+                groups.setdefault(row["strength"], []).append(row)
+        points = sorted((mean(r["kl"] for r in g), mean(r["reward"] for r in g)) for g in groups.values())
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1.4, label=way)
+    axes.set_xlim(0, 7.5)
+    axes.set_ylim(bottom=0)
     axes.set_title("both objectives at equal weights", fontsize=9, loc="left")
     axes.set_xlabel("KL to the embedded policy (nats per response)", fontsize=8.5)
-    axes.set_ylabel("frontier efficiency", fontsize=8.5)
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_ylabel("reward", fontsize=8.5)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
 def main() -> None:
