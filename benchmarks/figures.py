@@ -179,8 +179,9 @@ def vectors() -> str:
         + "\nReward at equal weights by both vectors at once, by a tilt, and by a tilt on policies that both vectors "
         "have been merged into, at the same KL to the embedded policy:\n\n"
         + table(["way", *(f"at KL {kl:g}" for kl in kls)], by_way)
-        + "\nAdded to a policy that was trained on (for `readability`), the vectors gain so many times what they gain on "
-        f"the policy that they were made for: {', '.join(shares)}. Applying a vector to a policy of 100 million parameters takes "
+        + "\nAdded to a policy that was trained on (for `readability`), the vectors gain so many times what they gain "
+        f"on the policy that they were made for: {', '.join(shares)}. Applying a vector to a policy of 100 million "
+        "parameters takes "
         f"{copies['memory']:.2f} times the policy's weights in all with the vector in memory, {copies['folder']:.2f} "
         "times with the vector in a folder.\n\n"
         "![Reward against coefficient, and ways of steering at the same KL](benchmarks/results/vectors.svg)\n"
