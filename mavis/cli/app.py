@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,50 +14,72 @@ from mavis.cli.conf_path import conf_dir
 from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
 
 
-def hydra_app(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def hydra_app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Make a function of a config into a command whose mistakes end in one line and exit status 2.
+
+    In a sweep a mistake ends only its own run, and the status is 1 once all others are done.
 
     Args:
         config_name: the file in the conf tree, without its ending.
     """
 
-    def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
+    def wrap(run: Callable[[Any], Any]) -> Callable[[], None]:
         import hydra
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import MissingMandatoryValue
 
-        def guarded(config: Any) -> None:
+        from mavis.cli.sweeps import begin_run, fail_run, in_sweep
+
+        def guarded(config: Any) -> Any:
             try:
+                if in_sweep():
+                    begin_run()
                 prepare(config)
-                run(config)
-            except MavisError as error:
-                print(f"mavis: {error}", file=sys.stderr)
-                sys.exit(2)
+                return run(config)
+            except Exception as error:
+                said = _explained(error)
+                if said is not None and not in_sweep():
+                    print(f"mavis: {said}", file=sys.stderr)
+                    sys.exit(2)
+                if not in_sweep():
+                    raise
+                if said is None:  # nobody may look at the terminal of a sweep; its run's own log keeps the whole story
+                    logging.getLogger(__name__).exception("the run broke off")
+                raise fail_run(said or f"{type(error).__name__}: {error}") from error
+
+        app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+
+        def start() -> None:
+            try:
+                app()
             except KeyboardInterrupt:
                 print(
                     "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.",
                     file=sys.stderr,
                 )
                 sys.exit(130)
-            except MissingMandatoryValue as error:
-                print(f"mavis: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
-                sys.exit(2)
-            except (TypeError, ValueError, RuntimeError) as error:
-                # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
-                if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                    raise
-                given = ", ".join(HydraConfig.get().overrides.task) or "none"
-                said = " ".join(str(error).split()).rstrip(".")
-                print(
-                    f"mavis: {type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
-                    "HYDRA_FULL_ERROR=1 shows where it happened.",
-                    file=sys.stderr,
-                )
-                sys.exit(2)
 
-        return hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+        return start
 
     return wrap
+
+
+def _explained(error: Exception) -> str | None:
+    """Say in one line what a user can mend; None for what only a developer can."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import MissingMandatoryValue
+
+    if isinstance(error, MavisError):
+        return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not given. Hint: write {error.full_key}=..."
+    # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
+    if not isinstance(error, TypeError | ValueError | RuntimeError) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return None
+    given = ", ".join(HydraConfig.get().overrides.task) or "none"
+    said = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"{type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
+        "HYDRA_FULL_ERROR=1 shows where it happened."
+    )
 
 
 def prepare(config: Any) -> None:
@@ -66,10 +89,11 @@ def prepare(config: Any) -> None:
 
     logging.disable_progress_bar()
     # The embedded policy is so small that a second thread costs more than it brings.
-    threads = config.get("threads") or (1 if config.policy.path is None else None)
+    threads = config.get("threads") or (1 if "policy" in config and config.policy.path is None else None)
     if threads:
         torch.set_num_threads(threads)
-    torch.manual_seed(config.seed)
+    if "seed" in config:
+        torch.manual_seed(config.seed)
 
 
 def load_policy(config: Any) -> tuple[Any, Any]:
@@ -186,6 +210,17 @@ def read_prompts(config: Any) -> list[str]:
     return load_prompts(**options)
 
 
+def data_name(config: Any) -> str:
+    """Name the prompts of one entry of a `data` group for a model card: files without their folders."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_list(config.source):
+        return f"{len(config.source)} prompts of its own"
+    if config.source == "embedded":
+        return "the story openings that ship with mavis"
+    return Path(config.source).name if Path(config.source).exists() else str(config.source)
+
+
 def sampling_settings(config: Any, shard_size: int, critic: Any | None = None) -> Any:
     """Build the settings of sampling from the `decoding` group and the seed; see `as_trained`."""
     from mavis.rollouts import RolloutSettings
@@ -221,11 +256,16 @@ def as_trained(decoding: Any, name: str, critic: Any | None) -> Any:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar per stage; yields what to call with a stage, how much is done and how much there is."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mavis.cli.sweeps import side_by_side
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns) as bars:
+    # Bars that several processes redraw on one terminal are no bars: each shows its own once, when it is through.
+    console = Console(force_terminal=False) if side_by_side() else None
+    with Progress(*columns, console=console) as bars:
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

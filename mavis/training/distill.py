@@ -25,6 +25,7 @@ from mavis.training.imitation import Imitation, explained
 from mavis.training.record import Recordings, record
 from mavis.training.replayed import ROWS_PER_PASS, joined
 from mavis.training.run import Progress, adopt, begin
+from mavis.training.track import Curves, Log, note_training
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def distill(
     settings: DistillSettings,
     *,
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> DistillReport:
     """Fit one critic to what others say of the candidates along the reference policy's own responses, in place.
 
@@ -119,6 +121,7 @@ def distill(
         folder: of this run.
         settings: how.
         progress: told how far each stage is.
+        log: told the held-out error after each epoch and what the student explains at the end, see `Curves`.
 
     Returns:
         The report.
@@ -140,11 +143,16 @@ def distill(
     student.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
     begin(run, student, prompts, settings, teachers=critic_digest(teacher))
+    note_training(student, policy, prompts, settings)
+    curves = Curves(log, settings.fit.epochs)
     student.to(states_device(policy))
     student.calibration = None
     if (run / "report.json").is_file():
         adopt(student, run / "critic")
-        return DistillReport(**read_json(run / "report.json"))
+        report = DistillReport(**read_json(run / "report.json"))
+        curves.errors(report.losses)
+        curves.figures(_groups(report))
+        return report
     student.reward_mean.copy_(teacher.reward_mean)
     student.reward_std.copy_(teacher.reward_std)
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
@@ -167,14 +175,19 @@ def distill(
         settings.fit,
         held_out=held_out,
         order=order,
-        on_epoch=lambda epoch, loss: say("fit", epoch, settings.fit.epochs),
+        on_epoch=curves.watch(say, "fit"),
     )
     student.refresh_token_table(embeddings)
     watched = recordings.rows(held_out.nonzero()[:, 0])
     report = DistillReport(*explained(imitation, watched, settings.fit.batch_size), epoch, losses)
     student.save(run / "critic")
     write_json(run / "report.json", asdict(report))
+    curves.figures(_groups(report))
     return report
+
+
+def _groups(report: DistillReport) -> dict[str, dict[str, float | None]]:
+    return {"explained": report.explained, "explained between candidates": report.between_candidates}
 
 
 def _with_states(part: Recordings, policy: Any) -> Recordings:

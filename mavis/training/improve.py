@@ -29,6 +29,7 @@ from mavis.training.fit import FitSettings, fit
 from mavis.training.iteration import IterationReport, means_by_goal
 from mavis.training.replayed import joined
 from mavis.training.run import Progress, adopt, begin
+from mavis.training.track import Curves, Log, note_training
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
 _CORNERS = 0.3
@@ -115,6 +116,7 @@ def improve(
     settings: ImprovementSettings,
     *,
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> Iterator[IterationReport]:
     """Improve a critic round by round, with a report for each; the critic is trained in place.
 
@@ -143,6 +145,7 @@ def improve(
         folder: of this run.
         settings: how.
         progress: told how far each stage is.
+        log: told the held-out error after each epoch and the figures of each iteration, see `Curves`.
 
     Yields:
         One report per iteration, finished ones of an earlier run included.
@@ -160,6 +163,8 @@ def improve(
     critic.fingerprint = Fingerprint.of(policy)
     run, say = Path(folder), progress or (lambda stage, done, total: None)
     begin(run, critic, prompts, settings)
+    note_training(critic, policy, prompts, settings)
+    curves = Curves(log, settings.fit.epochs)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
@@ -168,7 +173,10 @@ def improve(
         place = run / f"iteration-{iteration}"
         if (place / "report.json").is_file():
             adopt(critic, place / "critic")
-            yield IterationReport(**read_json(place / "report.json"))
+            report = IterationReport(**read_json(place / "report.json"))
+            curves.errors(report.losses, iteration)
+            curves.iteration(report)
+            yield report
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
         sampling = _sampling(iteration, settings)
@@ -221,7 +229,7 @@ def improve(
             ),
             seed=sampling.seed,
             held_out=torch.cat(held_out),
-            on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
+            on_epoch=curves.watch(say, stage, iteration),
         )
         critic.save(place / "critic")
         report = IterationReport(
@@ -233,6 +241,7 @@ def improve(
             critic=str(place / "critic"),
         )
         write_json(place / "report.json", asdict(report))
+        curves.iteration(report)
         yield report
     if settings.calibration_samples:
         critic.calibration = calibrate(
