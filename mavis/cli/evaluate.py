@@ -35,7 +35,9 @@ def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
     )
 
 
-def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path) -> dict[str, Any]:
+def evaluate(
+    config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path, *, reference: Path | None = None
+) -> dict[str, Any]:
     """Sweep as a config says, show the result and return the report.
 
     Args:
@@ -44,6 +46,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
         tokenizer: its tokenizer.
         critic: to be measured.
         folder: where the rollouts go.
+        reference: where reference rollouts lie that several evaluations share.
     """
     from mavis.evaluation.evaluate import evaluate as run_evaluation
 
@@ -60,6 +63,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             folder,
             evaluation_settings(config, critic),
             held_out=make_objectives({"objectives": held_out}) if held_out else None,
+            reference=reference,
             progress=progress,
         )
     _show(report)
