@@ -53,7 +53,7 @@ def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
         import optuna
     except ImportError as error:
         raise ConfigError("search needs optuna, which is not installed.", "pip install 'mavis[sweep]'.") from error
-    fixed, space, texts = search_space(arguments, dict(options.space))
+    fixed, space, texts = search_space(arguments, dict(options.space or {}))
     claim = {
         "space": texts,
         "fixed": sorted(one for one in fixed if not one.startswith(_FREE)),
@@ -114,7 +114,7 @@ def _directions(options: Any) -> dict[str, str]:
     """Read which figures are to be high and which low."""
     found = {}
     for wanted, direction in ((options.maximise, "maximize"), (options.minimise, "minimize")):
-        for name in [wanted] if isinstance(wanted, str) else wanted:
+        for name in [wanted] if isinstance(wanted, str) else wanted or ():
             if name not in FIGURES:
                 raise ConfigError(f"{name!r} is not measured.", closest(str(name), FIGURES))
             if name in found:

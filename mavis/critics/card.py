@@ -61,7 +61,7 @@ def model_card(critic: Critic) -> str:
         f"# Critic: {_cell(names)}",
         "Value heads that steer a causal LM between objectives at decoding time, without touching its weights. Made "
         "with `mavis`:",
-        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0)),
+        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0), decoding=_decoding(critic)),
         "## Objectives",
         "Raw rewards are normalised, R = (raw − mean) / std, by what the plain policy earns.",
         _table(
@@ -84,8 +84,14 @@ _USE = """```python
 import mavis
 
 critic = mavis.load_critic("<this folder or repository>")
-output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1.0)
+output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1.0{decoding})
 ```"""
+
+
+def _decoding(critic: Critic) -> str:
+    """The arguments that make `generate` sample as the critic was trained, as far as it knows."""
+    known = critic.calibration
+    return "" if known is None else f", top_k={known.top_k}, temperature={known.temperature:g}"
 
 
 def _policy(critic: Critic, name: Any) -> list[str]:
@@ -118,9 +124,9 @@ def _calibration(critic: Critic) -> list[str]:
         ", ".join(f"{name} {share:g}" for name, share in zip(critic.objectives, row, strict=True) if share)
         for row in calibration_directions(len(critic.objectives)).tolist()
     ]
-    top_k = "every token" if measured.top_k is None else f"{measured.top_k} tokens"
+    candidates = "every token a candidate" if measured.top_k is None else f"{measured.top_k} candidates a step"
     return [
-        f"KL to the plain policy in nats per response, with {top_k} as candidates, at temperature "
+        f"KL to the plain policy in nats per response, with {candidates}, at temperature "
         f"{measured.temperature:g} and up to {measured.max_new_tokens} tokens.",
         _table(
             ("weights", *(f"β = {beta:g}" for beta in measured.betas)),

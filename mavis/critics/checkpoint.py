@@ -61,7 +61,8 @@ def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) 
     """Read a critic folder; its `config.json` says which kind of critic it is.
 
     Args:
-        folder: what `Critic.save` wrote, or the `owner/name` on the hub of what `Critic.push_to_hub` uploaded.
+        folder: what `Critic.save` wrote; or, as a string, the `owner/name` on the hub of what `Critic.push_to_hub`
+            uploaded, if there is no such folder here.
         revision: branch, tag or commit on the hub; None is the default branch.
 
     Returns:
@@ -72,8 +73,8 @@ def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) 
             belong, or is corrupt or truncated; MissingPackageError if its trunk has adapters and peft is not installed.
     """
     path = Path(folder)
-    if is_hub_id(str(folder)):
-        path = fetch_critic(str(folder), [CONFIG, WEIGHTS], revision)
+    if isinstance(folder, str) and is_hub_id(folder):
+        path = fetch_critic(folder, [CONFIG, WEIGHTS], revision)
     config = _read_config(path)
     kinds: dict[str, Callable[..., Critic]] = {known.kind: known for known in (HiddenStateCritic, ValueModelCritic)}
     kind = config.get("kind")
