@@ -47,13 +47,13 @@ def plot_runs(path: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -
         dress(axis)
         axis.grid(axis="y", color=FAINT, linewidth=0.3)
         axis.set_axisbelow(True)
-        axis.set_title(textwrap.fill(title, 60 // columns), fontsize=9, color=INK, loc="left")
+        axis.set_title(textwrap.fill(title, 60 // columns), fontsize=9, color=INK, loc="left", parse_math=False)
         for height, index in zip(heights, order, strict=True):
             if (value := values[index]) is not None:
                 inside = PALETTE[0] if runs[index]["state"] == FINISHED else "white"
                 axis.plot(value, height, "o", color=PALETTE[0], markerfacecolor=inside, markersize=5)
         axis.margins(x=0.08)
-    axes[0].set_yticks(heights, [_label(runs[index]) for index in order])
+    axes[0].set_yticks(heights, [_label(runs[index]) for index in order], parse_math=False)
     axes[0].set_ylim(-0.6, len(runs) - 0.4)
     write_figure(figure, path)
     return figure

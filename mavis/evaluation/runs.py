@@ -113,22 +113,40 @@ def _blank(state: str, error: str | None = None) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Read one run: its overrides and what it came to."""
-    from omegaconf import OmegaConf
-
     overrides: dict[str, str] = {}
     try:
-        overrides = _by_name(list(OmegaConf.load(path / ".hydra" / "overrides.yaml")))
-        command = OmegaConf.load(path / ".hydra" / "hydra.yaml").hydra.job.config_name
+        overrides = _by_name(_as_given(_yaml(path / ".hydra" / "overrides.yaml")))
+        command = _yaml(path / ".hydra" / "hydra.yaml").hydra.job.config_name
         return overrides, _figures(path, str(command))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return overrides, _blank(FAILED, f"its folder cannot be read: {type(error).__name__}: {error}")
+
+
+def _yaml(path: Path) -> Any:
+    """Read what Hydra wrote; a file that is no YAML, such as one that a full disk cut, is a ValueError."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path.name} is cut off or was written by something else") from error
+
+
+def _as_given(overrides: Any) -> list[str]:
+    """List overrides as text, in which `${...}` stands as it was typed."""
+    from omegaconf import OmegaConf
+
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(given)
 
 
 def _figures(path: Path, command: str) -> dict[str, Any]:
     found = _blank(FINISHED if (path / _LAST.get(command, "report.json")).is_file() else UNFINISHED)
     if (path / "error.json").is_file():
         found |= {"state": FAILED, "error": str(read_json(path / "error.json")["error"])}
-    reports = sorted(path.glob("iteration-*/report.json"), key=lambda one: int(one.parent.name.rpartition("-")[2]))
+    numbered = {one.parent.name.partition("-")[2]: one for one in path.glob("iteration-*/report.json")}
+    reports = [numbered[number] for number in sorted(filter(str.isdecimal, numbered), key=int)]
     if (path / "run.json").is_file() and "iterations" in (settings := read_json(path / "run.json")["settings"]):
         found["iterations"] = [len(reports), settings["iterations"]]
     if reports:
@@ -156,18 +174,23 @@ def _value(path: Path, name: str) -> str | None:
     """What a run that was not told a setting took it to be; None for a choice among groups of settings."""
     from omegaconf import OmegaConf
 
-    config = path / ".hydra" / "config.yaml"
-    value = OmegaConf.select(OmegaConf.load(config), name) if config.is_file() else None
+    try:
+        value = OmegaConf.select(_yaml(path / ".hydra" / "config.yaml"), name)
+    except (OSError, ValueError):
+        return None
     return None if value is None or OmegaConf.is_config(value) else str(value)
 
 
 def _never_begun(sweep: Path, begun: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
     """List the overrides of the runs that a sweep was asked for and that have no folder."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
+    from hydra.errors import HydraException
 
-    hydra: Any = OmegaConf.load(sweep / "multirun.yaml")
-    asked = OverridesParser.create().parse_overrides(list(hydra.hydra.overrides.task))
+    try:
+        given = _as_given(_yaml(sweep / "multirun.yaml").hydra.overrides.task)
+        asked = OverridesParser.create().parse_overrides(given)
+    except (OSError, ValueError, TypeError, AttributeError, HydraException):
+        return  # cut off, or not Hydra's
     if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in asked):
         return
     choices = [

@@ -97,6 +97,37 @@ def test_every_run_is_told_of(sweep: Path) -> None:
     assert runs["3", "1"]["run"] == ""
 
 
+def test_a_reference_to_another_setting_is_told_as_it_was_typed(tmp_path: Path) -> None:
+    run(tmp_path / "one", "seed=1", "+a=${seed}", iterations=1)
+    task = ["seed=1,2", "+a=${seed}"]
+    OmegaConf.save({"hydra": {"overrides": {"task": task}}}, tmp_path / "multirun.yaml")
+    assert [(one["state"], one["settings"]) for one in gather_runs(tmp_path)] == [
+        ("finished", {"seed": "1"}),
+        ("not started", {"seed": "2"}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["overrides.yaml", "hydra.yaml"])
+def test_a_run_whose_settings_were_cut_off_is_told_of_beside_the_others(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "one", "beta=1", iterations=1)
+    (run(tmp_path / "two", "beta=2", iterations=1) / ".hydra" / name).write_text("- 'beta=")
+    one, two = gather_runs(tmp_path)
+    assert (one["state"], two["state"]) == ("finished", "failed")
+    assert f"{name} is cut off or was written by something else" in two["error"]
+
+
+def test_what_others_left_in_a_sweeps_folder_is_let_be(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", "beta=1", iterations=1)
+    write_json(one / "iteration-0.old" / "report.json", {})
+    write_json(one / "notes" / "report.json", [])
+    two = run(tmp_path / "two", "critic.hidden=8", iterations=1)
+    (two / ".hydra" / "config.yaml").write_text("beta: '")
+    for text in ("", "[1, 2]", "hydra: '", "hydra: null", "other: 1"):
+        (tmp_path / "multirun.yaml").write_text(text)
+        runs = gather_runs(tmp_path)
+        assert [(one["state"], one["settings"]["beta"]) for one in runs] == [("finished", "1"), ("finished", None)]
+
+
 def test_an_evaluation_in_a_runs_own_folder_is_part_of_the_run(tmp_path: Path) -> None:
     one = run(tmp_path / "s" / "one", "beta=1", iterations=1, asked=1)
     run(one / "evaluation", "checkpoint=x", command="evaluate")
@@ -190,6 +221,13 @@ def test_the_picture_orders_runs_and_marks_those_that_are_not_finished(sweep: Pa
     assert [colour == "white" for _, (_, colour) in sorted(drawn.items())] == [True, True, False]
     assert len(kl.lines) == 3
     assert (tmp_path / "runs.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_dollar_in_a_setting_is_a_dollar(tmp_path: Path) -> None:
+    for setting in (r"a=$\nothing{$", "a=1"):
+        run(tmp_path / setting[-1], setting, iterations=1)
+    figure = plot_runs(tmp_path / "runs.png", gather_runs(tmp_path))
+    assert r"a=$\nothing{$" in [text.get_text() for text in figure.axes[0].get_yticklabels()]
 
 
 def test_efficiency_is_drawn_where_it_is_known(tmp_path: Path) -> None:
