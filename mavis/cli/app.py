@@ -30,8 +30,7 @@ def hydra_app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[],
 
         def guarded(config: Any) -> Any:
             try:
-                if in_sweep():
-                    begin_run()
+                begin_run()
                 prepare(config)
                 return run(config)
             except Exception as error:

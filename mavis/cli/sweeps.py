@@ -35,8 +35,9 @@ def side_by_side() -> bool:
 
 
 def begin_run() -> None:
-    """Forget how an earlier attempt at this run of a sweep failed."""
-    _marker().unlink(missing_ok=True)
+    """Forget how an earlier attempt at this run failed, be it one of a sweep or by itself."""
+    if HydraConfig.get().output_subdir is not None:  # else its folder is no run's
+        _marker().unlink(missing_ok=True)
 
 
 def fail_run(said: str) -> RunError:

@@ -123,6 +123,8 @@ def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
         # The run's own log keeps where it happened, for whoever has to mend the code.
         assert "Traceback" in (tmp_path / "sweep" / "beta=2" / "train.log").read_text()
     assert "2 failed" in mavis("report", "sweep").out
+    assert mavis("train", *small, "beta=2", "output='sweep/beta=2'").code == 0  # one by itself
+    assert "1 finished, 1 failed" in mavis("report", "sweep").out
     assert mavis("train", "-m", *small, "beta=2,4", "output=sweep").code == 0
     assert "2 finished" in mavis("report", "sweep").out
 
