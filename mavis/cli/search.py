@@ -17,7 +17,7 @@ from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
 from mavis.cli.search_space import as_it_is, search_space
 from mavis.cli.sweeps import ERROR
 from mavis.cli.train import train
-from mavis.errors import ConfigError, MavisError, check_whole, closest
+from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence
 from mavis.files import read_json, write_json
 from mavis.studies import open_study, quietly, sampler_of_trial
 
@@ -39,10 +39,34 @@ def search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
         launch: of Hydra's launcher: from lists of overrides to what the runs return.
     """
     try:
-        _search(config, arguments, launch)
+        with _alone(Path(str(config.hydra.sweep.dir))):
+            _search(config, arguments, launch)
     except MavisError as error:
         print(f"mavis: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second search out of a folder: it would take up, as broken off, the trials that the first is at."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"output is {str(folder)!r}, in which another search is at work.", "wait for it, or name a new folder."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"output is {str(folder)!r}, which cannot be written: {first_sentence(error)}.", "name a folder of yours."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
@@ -78,7 +102,7 @@ def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
                 [*fixed, *(f"{name}={value}" for name, value in trial.params.items()), f"hydra.sweep.subdir={_name(n)}"]
                 for n, trial in zip(numbers, batch, strict=True)
             ]
-            results = launch(overrides, initial_job_idx=done)
+            results = _launched(launch, overrides, done)
             for trial, result in zip(batch, results, strict=True):
                 values = _values(result, list(directions))
                 study.tell(trial.number, values, state=states.COMPLETE if values else states.FAIL)
@@ -102,7 +126,18 @@ def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
     print("\n".join(f"best: {folder / _name(number) / 'critic'}" for number in found["best"]))
 
 
-_FREE = ("search.", "launcher=", "output=", "threads=", "tracking.", "hydra.")
+def _launched(launch: Launch, overrides: Sequence[Sequence[str]], first: int) -> Sequence[Any]:
+    """Run a batch; what a launcher itself raises, as when a run was killed, breaks the search off."""
+    try:
+        return launch(overrides, initial_job_idx=first)
+    except Exception as error:  # of whatever the launcher is made of
+        raise ConfigError(
+            f"the launcher broke off: {type(error).__name__}: {first_sentence(error)}.",
+            "repeat the command to go on; if a trial was killed for memory, with fewer trials together.",
+        ) from error
+
+
+_FREE = ("search.", "launcher=", "output=", "threads=", "tracking.", "hydra.", "hydra/")
 """How overrides begin that may change from one call to the next of the same search."""
 
 

@@ -83,15 +83,20 @@ def as_it_is(config: Any, space: Mapping[str, Any]) -> dict[str, Any]:
         config: with Hydra's own part.
         space: distributions by setting.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
     from optuna.distributions import CategoricalDistribution
 
+    parser = OverridesParser.create()
     chosen: Mapping[str, Any] = config.hydra.runtime.choices
     found = {}
     for name, distribution in space.items():
         value = chosen[name] if name in chosen else OmegaConf.select(config, name.lstrip("+"))
+        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         if isinstance(distribution, CategoricalDistribution):
-            value = next((choice for choice in distribution.choices if choice == str(value)), None)
+            # A choice is text in Hydra's grammar, in which null, true and 1e-3 are what None, True and 0.001 are here.
+            same = (one for one in distribution.choices if parser.parse_override(f"_={one}").value() == value)
+            value = next(same, None)
             inside = value is not None
         else:
             number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mavis.cli.conf_path import conf_dir
 from mavis.cli.search import search
-from mavis.cli.search_space import search_space
+from mavis.cli.search_space import as_it_is, search_space
 from mavis.critics import load_critic
 from mavis.errors import ConfigError
 from mavis.files import write_json
@@ -194,13 +194,56 @@ def test_a_mistake_is_one_line(
     assert not launched.tried
 
 
+def test_two_searches_are_never_at_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The second would take the first one's trials for broken off, and run them in the same folders.
+    second = Launched(measured, tmp_path)
+
+    def meanwhile(settings: dict[str, str]) -> Figures:
+        with pytest.raises(SystemExit) as stop:
+            searched(tmp_path, second)
+        assert stop.value.code == 2
+        assert "in which another search is at work. Hint: " in capsys.readouterr().err
+        return measured(settings)
+
+    assert len(searched(tmp_path, Launched(meanwhile, tmp_path), trials=2)["trials"]) == 2
+    assert not second.tried
+    assert len(searched(tmp_path, second, trials=3)["trials"]) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            config = compose("search", [f"output={tmp_path / 'file'}"], return_hydra_config=True)
+        search(config, [], Launched(measured, tmp_path))
+    assert stop.value.code == 2
+    assert "file', which cannot be written: [Errno" in capsys.readouterr().err
+
+
+def test_a_launcher_that_breaks_off_is_told_in_one_line_and_nothing_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        raise RuntimeError("A worker process was unexpectedly terminated. This could be caused by a lack of memory.")
+
+    first = searched(tmp_path, Launched(measured, tmp_path), trials=2)
+    with pytest.raises(SystemExit) as stop:
+        searched(tmp_path, killed, trials=3)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "mavis: the launcher broke off: RuntimeError: A worker process was unexpectedly terminated. Hint: " in said
+    assert searched(tmp_path, Launched(measured, tmp_path), trials=3)["trials"][:2] == first["trials"]
+
+
 def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     searched(tmp_path, Launched(measured, tmp_path), trials=2)
     for other in ("critic.rank=8", "search.minimise=[seconds]", "seed=1"):
         with pytest.raises(SystemExit):
             searched(tmp_path, Launched(measured, tmp_path), other, trials=3)
         assert "keeps a search with other settings, space or figures" in capsys.readouterr().err
-    searched(tmp_path, Launched(measured, tmp_path), "threads=2", "launcher=joblib", trials=3)
+    searched(tmp_path, Launched(measured, tmp_path), "threads=2", "hydra/launcher=joblib", trials=3)
 
 
 def test_the_space_is_read_in_hydras_grammar() -> None:
@@ -231,6 +274,25 @@ def test_the_space_is_read_in_hydras_grammar() -> None:
     }
     assert texts["d"] == "tag(log,interval(0.1,9))"
     assert list(texts) == list(space)
+
+
+@pytest.mark.parametrize(
+    ("setting", "choices", "chosen"),
+    [
+        ("decoding.top_k=null", "null,40", "null"),
+        ("improvement.reuse=true", "false,true", "True"),
+        ("improvement.fit.learning_rate=0.001", "1e-2,1e-3", "0.001"),
+        ("evaluation.target_kls=[1,2]", "[1,2],[3]", "[1,2]"),
+        ("critic=value_model", "hidden_state,value_model", "value_model"),
+        ("critic.hidden=7", "64,128", None),
+    ],
+)
+def test_the_settings_as_they_are_are_found_among_choices(setting: str, choices: str, chosen: str | None) -> None:
+    name = setting.partition("=")[0]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("search", [setting], return_hydra_config=True)
+    _, space, _ = search_space([f"{name}={choices}"], {})
+    assert as_it_is(config, space) == ({} if chosen is None else {name: chosen})
 
 
 @pytest.mark.parametrize(
