@@ -17,7 +17,7 @@ def trackers(config: Any, folder: Path, *, cpu: bool) -> Iterator[Log | None]:
 
     Args:
         config: with `tracking`: `with`, names that Accelerate knows or `_target_` mappings of a `GeneralTracker`;
-            `project`; and `options` by name. All settings of the config are told to the trackers.
+            `project`; and `options` by name. The trackers are told all settings but these, which may hold keys.
         folder: of the run; what a tracker writes on this machine goes to `folder/tracking`.
         cpu: whether the training is on the CPU, which Accelerate asks only once in a process.
 
@@ -27,8 +27,7 @@ def trackers(config: Any, folder: Path, *, cpu: bool) -> Iterator[Log | None]:
     Raises:
         ConfigError: if a tracker is unknown, not installed, or does not start.
     """
-    wanted = config.tracking["with"] or []
-    if not wanted:
+    if not config.tracking["with"]:
         yield None
         return
     from accelerate import PartialState
@@ -36,10 +35,12 @@ def trackers(config: Any, folder: Path, *, cpu: bool) -> Iterator[Log | None]:
 
     state = PartialState(cpu=cpu)
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    options = plain.pop("tracking")
+    wanted = options["with"] if isinstance(options["with"], list) else [options["with"]]
     with ExitStack() as stack:
         started = []
-        for one in plain["tracking"]["with"]:
-            tracker = _make(one, plain["tracking"], folder)
+        for one in wanted:
+            tracker = _make(one, options, folder)
             if not state.is_main_process and tracker.main_process_only:
                 continue
             try:

@@ -89,9 +89,12 @@ def test_a_tracker_of_ones_own_is_started_told_and_ended(
     mavis: Any, small: tuple[str, ...], own: str, tmp_path: Path
 ) -> None:
     wanted = f"tracking.with=[{{_target_: {own}.Lines, path: {tmp_path / 'lines'}}}]"
-    ran = mavis("train", *small, "output=run", wanted)
+    ran = mavis("train", *small, "output=run", wanted, "tracking.options={comet_ml: {api_key: a secret}}")
     assert ran.code == 0, ran.err
     first, *told, last = (json.loads(line) for line in (tmp_path / "lines").read_text().splitlines())
+    # Whoever may see the figures is not told what opens the account of another tracker.
+    assert "secret" not in (tmp_path / "lines").read_text()
+    assert not [name for name in first["settings"] if name.startswith("tracking")]
     assert first["settings"]["improvement.rollouts"] == 32
     assert first["settings"]["objectives.positive._target_"] == "mavis.rewards.Positive"
     assert [one["step"] for one in told] == [1, 1]
@@ -115,6 +118,7 @@ def test_a_tracker_is_ended_when_training_breaks_off(
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        ("tensorbord", "tracking.with names 'tensorbord'. Hint: did you mean 'tensorboard'?"),
         ("[tensorbord]", "tracking.with names 'tensorbord'. Hint: did you mean 'tensorboard'?"),
         ("[aim]", "tracking.with names 'aim', which is not installed. Hint: pip install aim."),
         ("[{_target_: OWN.Lines}]", "cannot be built: "),
