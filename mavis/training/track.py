@@ -63,9 +63,17 @@ class Curves:
 
 
 def note_training(critic: Critic, policy: Any, prompts: Sequence[str], settings: Any) -> None:
-    """Let a critic's card tell the policy it is trained for and with which settings, a dataclass."""
+    """Let a critic's card tell of the training that begins now, and no longer of what an earlier one came to.
+
+    Args:
+        critic: about to be trained. Its `about["data"]` names the prompts, unless it tells of an earlier training.
+        policy: that it is trained for.
+        prompts: that it is trained on.
+        settings: a dataclass.
+    """
+    named = {"data": critic.about["data"]} if "data" in critic.about and "training" not in critic.about else {}
     told = dict(_flat(asdict(settings))) | {"prompts": len(prompts)}
-    critic.about |= {"policy": policy_name(policy), "training": told}
+    critic.about = named | {"policy": policy_name(policy), "training": told}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
 from mavis.training.distill import DistillSettings, distill
 from mavis.training.fit import DescentSettings, FitSettings
-from mavis.training.track import Curves
+from mavis.training.track import Curves, note_training
 
 EPOCHS = 3
 SETTINGS = ImprovementSettings(
@@ -54,6 +54,16 @@ def test_every_figure_of_the_reports_is_told_on_one_axis(
     # The critic's card knows how it was trained.
     training = critic.about["training"]
     assert (training["iterations"], training["fit.epochs"], training["prompts"]) == (2, EPOCHS, 2)
+
+    # Trained anew, it is another critic: what was found out of the old one, and what that was trained on, is not its.
+    critic.about |= {"efficiency": [{"weights": {"good": 1.0}, "kl": 1.0, "efficiency": 0.9}], "data": "others"}
+    note_training(critic, tiny_policy, ["the"], SETTINGS)
+    assert set(critic.about) == {"policy", "training"}
+    assert critic.about["training"]["prompts"] == 1
+    fresh = HiddenStateCritic.for_policy(tiny_policy, ["good"], hidden=8, rank=4)
+    fresh.about["data"] = "prompts.txt"
+    note_training(fresh, tiny_policy, ["the"], SETTINGS)
+    assert fresh.about["data"] == "prompts.txt"
 
     # A run that goes on tells all of it again, and a finished one too.
     for lost in ("iteration-1/report.json", "iteration-1/critic", "critic"):
