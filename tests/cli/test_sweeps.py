@@ -150,6 +150,7 @@ def test_breaking_off_a_sweep_ends_all_of_it(
     [
         (["train", "-m", "bta=2,3"], "there is no setting 'bta'. Hint: did you mean 'beta'?"),
         (["train", "-m", "critic=hidden_state,value_modl"], "Could not find 'critic/value_modl'"),
+        (["train", "experiment=papr"], "experiment has no option 'papr'. Hint: did you mean 'paper'?"),
         (["train", "-m", "launcher=jobli"], "launcher has no option 'jobli'. Hint: did you mean 'joblib'?"),
         (["search", "bta=interval(1,2)"], "there is no setting 'bta'. Hint: did you mean 'beta'?"),
         (["report"], "folder is not given. Hint: write folder=..."),
