@@ -130,8 +130,23 @@ def _run(config: Any) -> None:
     critic = load_critic(config.checkpoint)
     policy, tokenizer = load_policy(config.policy)
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
+    _note_efficiency(critic, Path(config.checkpoint))
     for path in write_report(folder, report):
         print(path)
+
+
+def _note_efficiency(critic: Any, folder: Path) -> None:
+    """Let the card in a critic's folder tell what was measured, unless another critic was saved there meanwhile."""
+    from mavis.critics import load_critic
+    from mavis.critics.checkpoint import save_about
+    from mavis.rollouts.collect import critic_digest
+
+    if not folder.is_dir() or critic_digest(load_critic(folder)) != critic_digest(critic):
+        return
+    try:
+        save_about(critic, folder)
+    except OSError as error:  # it may be somebody else's
+        print(f"the card in {folder} stays as it is: {error.strerror}")
 
 
 def main() -> None:

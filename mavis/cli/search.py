@@ -238,7 +238,6 @@ def _run(config: Any) -> dict[str, float | None]:
     place = _reference(config, policy, tokenizer, Path(HydraConfig.get().sweep.dir))
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation", reference=place)
     write_report(folder, report)
-    critic.save(folder / "critic")  # its card now tells the efficiency
     figures = {"efficiency": mean_efficiency(report), "seconds": read_json(folder / "seconds.json")["seconds"]}
     write_json(folder / "figures.json", figures)
     return figures

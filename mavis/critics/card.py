@@ -47,7 +47,7 @@ def model_card(critic: Critic) -> str:
     Returns:
         Markdown with a YAML header that the hub reads.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     about = critic.about
     policy = about.get("policy")
@@ -77,7 +77,7 @@ def model_card(critic: Critic) -> str:
         "## Frontier efficiency",
         *_efficiency(about.get("efficiency")),
     ]
-    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"))
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
 _USE = """```python
@@ -137,7 +137,7 @@ def _calibration(critic: Critic) -> list[str]:
 
 def _efficiency(entries: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if not entries:
-        return ["Not measured yet; `mavis evaluate` measures it."]
+        return ["Not measured yet; `mavis evaluate` measures it and writes it here."]
     return [
         "Share of the reward gain that any policy could have at the same KL, on prompts that it was not trained on.",
         _table(

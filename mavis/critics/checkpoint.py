@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.hub import fetch_critic
 from mavis.critics.value_model import ValueModelCritic
 from mavis.errors import CriticError, MissingPackageError, closest
-from mavis.files import atomic_folder, pickles_in, write_json
+from mavis.files import atomic_file, atomic_folder, pickles_in, write_json
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -41,6 +42,19 @@ def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
             f"folder is {str(target)!r}, which exists and is not a critic.",
             "name a new folder or an old critic.",
         )
+    with atomic_folder(target) as temporary:
+        save_about(critic, temporary)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_about(critic: Critic, folder: Path) -> None:
+    """Write `config.json` and the model card into a critic's folder and leave its weights as they are.
+
+    Args:
+        critic: the one whose weights the folder holds, or will hold.
+        folder: must exist.
+    """
     config = {
         "format": FORMAT,
         "kind": critic.kind,
@@ -50,11 +64,19 @@ def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
         "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
         "about": critic.about,
     }
-    with atomic_folder(target) as temporary:
-        write_json(temporary / CONFIG, config)
-        (temporary / CARD).write_text(model_card(critic), encoding="utf-8")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+    try:
+        card = model_card(critic)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # `about` is anybody's to fill, also on the hub; what took hours to train is not lost over its card.
+        warnings.warn(
+            f"the critic is saved without a new model card, since its `about` cannot be told: {error!r}",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+    with atomic_file(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) -> Critic:

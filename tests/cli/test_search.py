@@ -341,11 +341,8 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
         assert figures["efficiency"] == trial["figures"]["efficiency"]
         assert math.isfinite(figures["efficiency"])
         assert figures["seconds"] > 0
-        critic = load_critic(run / "critic")
-        report = json.loads((run / "report.json").read_text())
-        assert [one["efficiency"] for one in critic.about["efficiency"]] == [
-            one["efficiency"] for one in report["efficiency"]
-        ]
+        # The prompts that chose the critic are not those on which it may be praised.
+        assert "efficiency" not in load_critic(run / "critic").about
     # The rollouts of the plain policy are drawn once for all trials.
     assert len(list((tmp_path / "found").rglob("reference/shard-*"))) == 1
     assert f"best: found/trial-{found['best'][0]:03d}/critic" in ran.out

@@ -101,6 +101,25 @@ def test_loading_depends_on_no_card(make_tiny_critic: Any, tmp_path: Path) -> No
     assert load_critic(tmp_path / "critic").about == {}
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"training": "by hand"},
+        {"efficiency": [{"kl": 1.0}]},
+        {"efficiency": 0.9},
+        {"efficiency": [{"weights": {"good": "all"}, "kl": 1.0, "efficiency": 1.0}]},
+    ],
+)
+def test_a_critic_is_saved_even_if_its_card_cannot_be_written(
+    make_tiny_critic: Any, tmp_path: Path, about: dict[str, Any]
+) -> None:
+    critic = make_tiny_critic()
+    critic.about = about
+    with pytest.warns(UserWarning, match="saved without a new model card, since its `about` cannot be told"):
+        critic.save(tmp_path / "critic")
+    assert load_critic(tmp_path / "critic").about == about
+
+
 def test_any_kind_of_critic_has_a_card(tiny_policy: Any, tmp_path: Path) -> None:
     ValueModelCritic.for_policy(tiny_policy, ["good"], readout="candidates", hidden=0).save(tmp_path / "critic")
     training = dict(rows(card_of(tmp_path / "critic").text, "Training"))
