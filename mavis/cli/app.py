@@ -217,7 +217,8 @@ def data_name(config: Any) -> str:
         return f"{len(config.source)} prompts of its own"
     if config.source == "embedded":
         return "the story openings that ship with mavis"
-    return Path(config.source).name if Path(config.source).exists() else str(config.source)
+    path = Path(config.source).expanduser()
+    return path.name if path.exists() else str(config.source)
 
 
 def sampling_settings(config: Any, shard_size: int, critic: Any | None = None) -> Any:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from mavis.cli.app import data_name
 from mavis.cli.evaluate import _note_efficiency
 from mavis.critics import ValueModelCritic, load_critic
 from mavis.vectors import AlignmentVector
@@ -485,6 +487,20 @@ def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tm
     ]
     assert "| positive 0.5, brevity 0.5 |" in (trained / "README.md").read_text().split("## Frontier efficiency")[1]
     assert (trained / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
+
+
+def test_a_card_names_prompts_and_not_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "mine.txt").write_text("the dog")
+    for source, name in {
+        str(tmp_path / "secret" / "mine.txt"): "mine.txt",
+        "~/secret/mine.txt": "mine.txt",
+        "owner/dataset": "owner/dataset",
+        "embedded": "the story openings that ship with mavis",
+    }.items():
+        assert data_name(OmegaConf.create({"source": source})) == name
+    assert data_name(OmegaConf.create({"source": ["the dog", "a cat"]})) == "2 prompts of its own"
 
 
 def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
