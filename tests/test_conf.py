@@ -30,13 +30,34 @@ GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
 USES = {
-    "train": {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment"},
-    "distill": {"policy", "critic", "data", "decoding"},
-    "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment"},
+    "train": {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment", "launcher"},
+    "distill": {"policy", "critic", "data", "decoding", "launcher"},
+    "search": {
+        "policy",
+        "critic",
+        "objective",
+        "data",
+        "decoding",
+        "improvement",
+        "evaluation",
+        "experiment",
+        "launcher",
+    },
+    "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment", "launcher"},
     "generate": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
-    "align": {"policy", "objective", "data"},
-    "demo": {"policy", "critic", "objective", "data", "decoding", "improvement", "evaluation", "experiment"},
+    "align": {"policy", "objective", "data", "launcher"},
+    "demo": {
+        "policy",
+        "critic",
+        "objective",
+        "data",
+        "decoding",
+        "improvement",
+        "evaluation",
+        "experiment",
+        "launcher",
+    },
 }
 CHOICES = [
     (command, group, option) for command, groups in USES.items() for group in sorted(groups) for option in GROUPS[group]
@@ -76,7 +97,7 @@ def test_every_option_of_every_group_composes(command: str, group: str, option: 
     assert resolved(compose(command, [f"{group}={value}"]))
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "elicit", "demo"])
+@pytest.mark.parametrize("command", ["train", "search", "evaluate", "elicit", "demo"])
 def test_two_objectives_are_the_default_and_one_asked_for_is_one(command: str) -> None:
     assert list(compose(command).objectives) == ["positive", "dialogue"]
     assert list(compose(command, ["objective=[brevity]"]).objectives) == ["brevity"]
@@ -86,6 +107,21 @@ def test_two_objectives_are_the_default_and_one_asked_for_is_one(command: str) -
         "brevity",
         "positive",
     ]
+
+
+def launcher_of(command: str, *overrides: str) -> DictConfig:
+    return compose(command, list(overrides), return_hydra_config=True).hydra.launcher
+
+
+@pytest.mark.parametrize("command", [command for command, groups in USES.items() if "launcher" in groups])
+def test_a_launcher_is_the_one_of_its_plugin(command: str) -> None:
+    assert launcher_of(command)._target_.endswith(".BasicLauncher")
+    assert launcher_of(command, "launcher=joblib")._target_.endswith(".JoblibLauncher")
+    assert launcher_of(command, "launcher=submitit_local")._target_.endswith(".LocalLauncher")
+    slurm = launcher_of(command, "launcher=submitit", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=1")
+    assert slurm._target_.endswith(".SlurmLauncher")
+    assert (slurm.partition, slurm.gpus_per_node) == ("gpu", 1)
+    assert slurm.max_num_timeout > 0  # a run that is queued again goes on where it was
 
 
 def test_an_objectives_options_can_be_set() -> None:

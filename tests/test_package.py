@@ -30,7 +30,7 @@ def test_importing_it_needs_torch_transformers_numpy_and_safetensors_only(tmp_pa
     code = """
 import builtins
 optional = "hydra omegaconf datasets accelerate matplotlib moocore vllm rich vaderSentiment textstat".split()
-optional += ["peft", "optuna"]
+optional += "peft optuna filelock huggingface_hub tensorboard".split()
 real_import = builtins.__import__
 def guarded(name, globals=None, *rest, **named):
     if (globals or {}).get("__name__", "").startswith("mavis") and name.split(".")[0] in optional:
@@ -73,6 +73,17 @@ print(conf_dir(), sorted(config.objectives), policy.config.vocab_size, len(token
     printed = python(code, unpacked_wheel, tmp_path)
     assert str(unpacked_wheel / "mavis" / "conf") in printed
     assert "['dialogue', 'positive']" in printed
+
+
+def test_a_wheel_brings_the_sweeper_of_the_search(unpacked_wheel: Path, tmp_path: Path) -> None:
+    code = """
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+print([f"{one.__module__}.{one.__name__}" for one in Plugins.instance().discover(Sweeper)])
+import sys
+assert "mavis" not in sys.modules, "every Hydra app would pay for it"
+"""
+    assert "hydra_plugins.mavis_search.MavisSearch" in python(code, unpacked_wheel, tmp_path)
 
 
 def test_a_wheel_holds_no_pickle_and_nothing_large(unpacked_wheel: Path) -> None:

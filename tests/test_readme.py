@@ -24,6 +24,8 @@ FEWER = {
     "alignment.evaluation_samples=16",
 }
 FEWER["demo"] = f"{FEWER['train']} {FEWER['evaluate']}".replace(" decoding.max_new_tokens=32", "", 1)
+# A search needs a limit that can be trusted, and so enough rollouts for a KL that is small enough.
+FEWER["search"] = FEWER["demo"].replace("samples=32", "samples=256") + " evaluation.target_kls=[0.2]"
 SWEEP = "improvement.rollouts=64 improvement.fit.epochs=1 improvement.iterations=1 improvement.calibration_samples=2"
 
 
@@ -34,8 +36,8 @@ def blocks(language: str) -> list[str]:
 def mavis(command: str, where: Path) -> str:
     words = shlex.split(command, comments=True)
     assert words[0] == "mavis"
-    few = "-m" in words or "critic=value_model" in words or "improvement=conditioned" in words
-    extra = f"{FEWER[words[1]]} {SWEEP if few else ''} threads=1".split()
+    few = "-m" in words or words[1] == "search" or "critic=value_model" in words or "improvement=conditioned" in words
+    extra = f"{FEWER.get(words[1], '')} {SWEEP if few else ''} threads=1".split() if words[1] != "report" else []
     # The later of two equal settings would be an error, so what the README gives is kept.
     given = {word.partition("=")[0] for word in words}
     extra = list({word.partition("=")[0]: word for word in extra if word.partition("=")[0] not in given}.values())
@@ -94,10 +96,13 @@ def test_every_python_snippet_runs_in_order(demo: tuple[Path, str]) -> None:
 def test_every_mavis_command_runs_in_order(demo: tuple[Path, str]) -> None:
     where, _ = demo
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mavis ")]
-    assert {shlex.split(command)[1] for command in commands} == {"train", "align", "evaluate", "generate", "elicit"}
+    used = {"train", "search", "report", "align", "evaluate", "generate", "elicit"}
+    assert {shlex.split(command)[1] for command in commands} == used
     for command in commands:
         mavis(command, where)
     assert len(list((where / "outputs" / "sweep").glob("*/critic/config.json"))) == 4
+    assert {path.name for path in (where / "outputs" / "sweep").glob("runs.*")} == {"runs.csv", "runs.md", "runs.png"}
+    assert len(list((where / "outputs" / "search").glob("trial-*/critic/config.json"))) == 3
 
 
 def test_the_command_for_many_processes_runs(demo: tuple[Path, str]) -> None:
@@ -135,7 +140,7 @@ def test_every_make_target_exists_and_ci_calls_the_test_target() -> None:
 
 
 def test_every_path_it_names_exists() -> None:
-    named = set(re.findall(r"^    ((?:mavis|conf|benchmarks|tests)/\S*)", README, flags=re.MULTILINE))
+    named = set(re.findall(r"^    ((?:mavis|hydra_plugins|conf|benchmarks|tests)/\S*)", README, flags=re.MULTILINE))
     named |= {link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link}
     assert len(named) > 10
     assert not [path for path in named if not (ROOT / path).exists()]

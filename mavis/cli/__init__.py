@@ -7,18 +7,20 @@ import re
 import sys
 from collections.abc import Sequence
 
-from mavis.cli.overrides import check_overrides
+from mavis.cli.overrides import MULTIRUN, check_overrides
 from mavis.errors import ConfigError, closest
 from mavis.processes import started_as
 
 COMMANDS = {
     "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
     "train": "train a critic for a policy",
+    "search": "search the settings of training for the best critic",
     "distill": "make one critic of several",
     "evaluate": "sweep weights and β, and compare with the best that is possible at each KL",
     "generate": "continue prompts under preference weights",
     "elicit": "infer a user's preference weights from choices between two responses",
     "align": "fine-tune a copy of a policy for an objective, at a price for its distance",
+    "report": "gather the runs of a sweep into one table and one plot",
     "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
+    if command == "report" and overrides and not overrides[0].startswith(("-", "folder=", "output=", "format=")):
+        overrides[0] = f"folder={overrides[0]}"  # whose name may hold commas and equals signs, as those of runs do
     for name, value in (override.partition("=")[::2] for override in overrides):
         what, number = _MAPPINGS.get(name.lstrip("+"), ("", ""))
         names = re.findall(r"[{,]\s*['\"]?([^\s:,{}'\"]+)['\"]?\s*:", value) if what else []
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _named_by_what_differs(overrides: list[str]) -> list[str]:
     """Keep what is the same in all runs of a sweep out of the names of the runs' folders, which are long enough."""
-    if not {"-m", "--multirun"} & set(overrides):
+    if not MULTIRUN & set(overrides):
         return overrides
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -85,14 +89,15 @@ def _named_by_what_differs(overrides: list[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides([item for item in overrides if not item.startswith("-")])
     except HydraException:  # the app says what is wrong with it
         return overrides
-    same = ",".join(f"'{item.key_or_group}'" for item in parsed if not item.is_sweep_override())
-    return [*overrides, f"hydra.job.config.override_dirname.exclude_keys=[output,threads,{same}]"]
+    same = [f"'{item.key_or_group}'" for item in parsed if not item.is_sweep_override()]
+    excluded = ",".join(["output", "threads", *same])
+    return [*overrides, f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
 
 
 def _quoted(override: str) -> str:
-    """Quote what follows `prompt=`, so that commas, quotes, braces and equals signs in it are text and not grammar."""
+    """Quote what follows `prompt=` or `folder=`, so that commas, quotes, braces and equals signs in it are text."""
     name, equals, value = override.partition("=")
-    if not equals or name.lstrip("+") not in ("prompt", "story") or value in ("", "null"):
+    if not equals or name.lstrip("+") not in ("prompt", "story", "folder") or value in ("", "null"):
         return override
     # OmegaConf reads backslashes before an interpolation, Hydra those before a quote; elsewhere they are themselves.
     value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)

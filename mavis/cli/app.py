@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -20,30 +21,47 @@ _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """What `policy.device` may say instead of one device; transformers spreads the policy in this way."""
 
 
-def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Make a function of a config into a command whose mistakes end in one line and exit status 2.
+
+    In a sweep a mistake ends only its own run, and the status is 1 once all others are done.
 
     Args:
         config_name: the file in the conf tree, without its ending.
         together: whether several processes can run it as one job; else they are refused.
     """
 
-    def wrap(run: Callable[[Any], None]) -> Callable[[], None]:
+    def wrap(run: Callable[[Any], Any]) -> Callable[[], None]:
         import hydra
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import MissingMandatoryValue
 
-        def guarded(config: Any) -> None:
+        from mavis.cli.sweeps import begin_run, fail_run, in_sweep
+
+        def guarded(config: Any) -> Any:
             count = started_together()
-            name = "mavis" if count == 1 else f"mavis (process {started_as()} of {count})"
             try:
                 if count > 1:
-                    _join(config_name, config, together)
+                    _join(config_name, config, together, in_sweep())
+                if started_as() == 0:
+                    begin_run()
                 prepare(config)
-                run(config)
-            except MavisError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                sys.exit(2)
+                return run(config)
+            except Exception as error:
+                said = _explained(error)
+                if said is not None and (count > 1 or not in_sweep()):
+                    name = "mavis" if count == 1 else f"mavis (process {started_as()} of {count})"
+                    print(f"{name}: {said}", file=sys.stderr)
+                    sys.exit(2)
+                if not in_sweep():
+                    raise
+                if said is None:  # nobody may look at the terminal of a sweep; its run's own log keeps the whole story
+                    logging.getLogger(__name__).exception("the run broke off")
+                raise fail_run(said or f"{type(error).__name__}: {error}") from error
+
+        app = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
+
+        def start() -> None:
+            try:
+                app()
             except KeyboardInterrupt:
                 if started_as() == 0:
                     print(
@@ -51,48 +69,24 @@ def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[A
                         file=sys.stderr,
                     )
                 sys.exit(130)
-            except MissingMandatoryValue as error:
-                print(f"{name}: {error.full_key} is not given. Hint: write {error.full_key}=...", file=sys.stderr)
-                sys.exit(2)
-            except (OSError, SafetensorError) as error:
-                if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                    raise
-                print(
-                    f"{name}: {' '.join(str(error).split()).rstrip('.')}. Hint: what is finished is kept; make room or "
-                    "mend what is said, and repeat the command to go on.",
-                    file=sys.stderr,
-                )
-                sys.exit(2)
-            except (TypeError, ValueError, RuntimeError) as error:
-                # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
-                if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                    raise
-                given = ", ".join(HydraConfig.get().overrides.task) or "none"
-                said = " ".join(str(error).split()).rstrip(".")
-                print(
-                    f"{name}: {type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
-                    "HYDRA_FULL_ERROR=1 shows where it happened.",
-                    file=sys.stderr,
-                )
-                sys.exit(2)
-
-        command = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(guarded)
-
-        def whole() -> None:
-            command()
             leave()
 
-        return whole
+        return start
 
     return wrap
 
 
-def _join(command: str, config: Any, together: bool) -> None:
+def _join(command: str, config: Any, together: bool, sweep: bool) -> None:
     """Join the processes that were started with this one, before anything is put on a device."""
     if not together:
         raise ConfigError(
             f"{started_together()} processes were started, but mavis {command} runs in one.",
             "leave the launcher out; train, distill and evaluate share their work out over processes.",
+        )
+    if sweep:
+        raise ConfigError(
+            f"{started_together()} processes were started for a sweep, whose runs are processes of their own.",
+            "leave the launcher out, or start every run by itself.",
         )
     import torch
 
@@ -108,6 +102,32 @@ def _join(command: str, config: Any, together: bool) -> None:
     here(device)
 
 
+def _explained(error: Exception) -> str | None:
+    """Say in one line what a user can mend; None for what only a developer can."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import MissingMandatoryValue
+
+    if isinstance(error, MavisError):
+        return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not given. Hint: write {error.full_key}=..."
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return None
+    said = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, OSError | SafetensorError):
+        return (
+            f"{said}. Hint: what is finished is kept; make room or mend what is said, and repeat the command to go on."
+        )
+    # Most often a value of another kind than a setting takes; a developer asks Hydra for the whole story.
+    if not isinstance(error, TypeError | ValueError | RuntimeError):
+        return None
+    given = ", ".join(HydraConfig.get().overrides.task) or "none"
+    return (
+        f"{type(error).__name__}: {said}. Hint: check the settings that were given ({given}); "
+        "HYDRA_FULL_ERROR=1 shows where it happened."
+    )
+
+
 def prepare(config: Any) -> None:
     """Set the process up as a config says: threads, seed, no progress bars but ours."""
     import torch
@@ -119,10 +139,11 @@ def prepare(config: Any) -> None:
     if started_as() != 0:  # what there is to say of all processes one says
         logging.set_verbosity_error()
     # The embedded policy is so small that a second thread costs more than it brings.
-    threads = config.get("threads") or (1 if config.policy.path is None else None)
+    threads = config.get("threads") or (1 if "policy" in config and config.policy.path is None else None)
     if threads:
         torch.set_num_threads(threads)
-    torch.manual_seed(config.seed)
+    if "seed" in config:
+        torch.manual_seed(config.seed)
 
 
 def load_policy(config: Any) -> tuple[Any, Any]:
@@ -240,6 +261,18 @@ def read_prompts(config: Any) -> list[str]:
     return load_prompts(**options)
 
 
+def data_name(config: Any) -> str:
+    """Name the prompts of one entry of a `data` group for a model card: files without their folders."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_list(config.source):
+        return f"{len(config.source)} prompts of its own"
+    if config.source == "embedded":
+        return "the story openings that ship with mavis"
+    path = Path(config.source).expanduser()
+    return path.name if path.exists() else str(config.source)
+
+
 def sampling_settings(config: Any, shard_size: int, critic: Any | None = None) -> Any:
     """Build the settings of sampling from the `decoding` group and the seed; see `as_trained`."""
     from mavis.rollouts import RolloutSettings
@@ -281,11 +314,16 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     if not here().main:
         yield lambda stage, done, total: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mavis.cli.sweeps import side_by_side
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns) as bars:
+    # Bars that several processes redraw on one terminal are no bars: each shows its own once, when it is through.
+    console = Console(force_terminal=False) if side_by_side() else None
+    with Progress(*columns, console=console) as bars:
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

@@ -39,6 +39,7 @@ def _run(config: Any) -> None:
     helper.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
 
+    critic.save(folder / "critic")  # its card now tells the efficiency
     paths = write_report(folder, {"seconds": time.perf_counter() - _STARTED} | report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
     _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])

@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mavis.cli.app import hydra_app, load_policy, progress_bars, read_prompts, sampling_settings, say, show_table
+from mavis.cli.app import (
+    data_name,
+    hydra_app,
+    load_policy,
+    progress_bars,
+    read_prompts,
+    sampling_settings,
+    say,
+    show_table,
+)
 from mavis.cli.train import make_critic
 from mavis.errors import ConfigError
 
@@ -28,7 +37,9 @@ def distillation_settings(config: Any) -> Any:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from mavis.cli.tracking import trackers
     from mavis.critics import load_critic
+    from mavis.critics.fingerprint import states_device
     from mavis.training.distill import distill
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -41,8 +52,10 @@ def _run(config: Any) -> None:
     settings = distillation_settings(config)
     objectives = list(dict.fromkeys(name for teacher in teachers for name in teacher.objectives))
     student = make_critic(config, policy, tokenizer, objectives, "independent")
-    with progress_bars() as progress:
-        report = distill(student, teachers, policy, tokenizer, prompts, folder, settings, progress=progress)
+    student.about["data"] = data_name(config.data.prompts)
+    on_cpu = states_device(policy).type == "cpu"
+    with trackers(config, folder, cpu=on_cpu) as log, progress_bars() as progress:
+        report = distill(student, teachers, policy, tokenizer, prompts, folder, settings, progress=progress, log=log)
     show_table(
         "what the student explains of its teachers' values on rollouts that were held out",
         [

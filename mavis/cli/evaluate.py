@@ -36,7 +36,9 @@ def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
     )
 
 
-def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path) -> dict[str, Any]:
+def evaluate(
+    config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path, *, reference: Path | None = None
+) -> dict[str, Any]:
     """Sweep as a config says, show the result and return the report.
 
     Args:
@@ -45,6 +47,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
         tokenizer: its tokenizer.
         critic: to be measured.
         folder: where the rollouts go.
+        reference: where reference rollouts lie that several evaluations share.
     """
     from mavis.evaluation.evaluate import evaluate as run_evaluation
 
@@ -61,6 +64,7 @@ def evaluate(config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path
             folder,
             evaluation_settings(config, critic),
             held_out=make_objectives({"objectives": held_out}) if held_out else None,
+            reference=reference,
             progress=progress,
         )
     if report:
@@ -129,8 +133,23 @@ def _run(config: Any) -> None:
     policy, tokenizer = load_policy(config.policy)
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
     if report:  # of several processes only the main one has it
+        _note_efficiency(critic, Path(config.checkpoint))
         for path in write_report(folder, report):
             print(path)
+
+
+def _note_efficiency(critic: Any, folder: Path) -> None:
+    """Let the card in a critic's folder tell what was measured, unless another critic was saved there meanwhile."""
+    from mavis.critics import load_critic
+    from mavis.critics.checkpoint import save_about
+    from mavis.rollouts.collect import critic_digest
+
+    if not folder.is_dir() or critic_digest(load_critic(folder)) != critic_digest(critic):
+        return
+    try:
+        save_about(critic, folder)
+    except OSError as error:  # it may be somebody else's
+        print(f"the card in {folder} stays as it is: {error.strerror}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mavis.cli.app import (
     claim_objectives,
+    data_name,
     hydra_app,
     load_policy,
     make_objectives,
@@ -28,6 +29,8 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         tokenizer: its tokenizer.
         folder: of this run; the critic ends in `folder/critic`.
     """
+    from mavis.cli.tracking import trackers
+    from mavis.critics.fingerprint import states_device
     from mavis.training.fit import FitSettings
     from mavis.training.improve import ImprovementSettings, improve
 
@@ -49,9 +52,13 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         fit=FitSettings(**options.fit),
     )
     critic = make_critic(config, policy, tokenizer, list(objectives), options.composition)
+    critic.about["data"] = data_name(config.data.prompts)
     claim_objectives(config, list(objectives), folder)
-    with progress_bars() as progress:
-        reports = list(improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress))
+    on_cpu = states_device(policy).type == "cpu"
+    with trackers(config, folder, cpu=on_cpu) as log, progress_bars() as progress:
+        reports = list(
+            improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress, log=log)
+        )
     show_table(
         f"iterations, {options.composition} composition; rewards in standard deviations of the reference policy",
         [

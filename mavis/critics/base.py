@@ -43,6 +43,8 @@ class Critic(nn.Module, ABC):
     """Whether steps may be left out: what it needs of them it finds when it is next asked."""
     reward_mean: Tensor
     reward_std: Tensor
+    about: dict[str, Any]
+    """What its model card tells besides, plain data: `policy`, `data`, `training`, `efficiency`, as far as known."""
     trained_up_to: Tensor
     """The largest |λ| = Σ_m λ_m of the rollouts that a conditioned critic was trained on; 0 if not known."""
 
@@ -62,6 +64,7 @@ class Critic(nn.Module, ABC):
         self.composition: Composition = composition
         self.fingerprint = fingerprint
         self.calibration: Calibration | None = None
+        self.about: dict[str, Any] = {}
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
         self.register_buffer("trained_up_to", torch.zeros((), dtype=torch.float64))
@@ -250,10 +253,38 @@ class Critic(nn.Module, ABC):
         return self._capture.policy() if self._capture is not None else None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the critic as `config.json` and `model.safetensors`, whole or not at all."""
+        """Write the critic as `config.json` and `model.safetensors` with a model card, whole or not at all."""
         from mavis.critics.checkpoint import save_critic
 
         save_critic(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a critic",
+        token: str | None = None,
+    ) -> str:
+        """Upload the critic with its model card in one commit; `mavis.load_critic(repo_id)` reads it.
+
+        Args:
+            repo_id: `owner/name` on the hub; made if it does not exist.
+            private: whether a repository that is made is private; None is the owner's default.
+            revision: branch to commit to, made if it does not exist; None is the default branch.
+            message: of the commit.
+            token: of a user who may write there; None is the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CriticError: if the hub cannot be reached or refuses.
+        """
+        from mavis.critics.hub import push_critic
+
+        return push_critic(self, repo_id, private=private, revision=revision, message=message, token=token)
 
     def _on_attach(self, policy: Any) -> None:
         """Move to where the policy's hidden states are."""

@@ -1,9 +1,10 @@
-"""A critic as a folder: `config.json` says what it is, `model.safetensors` holds its numbers."""
+"""A critic as a folder: `config.json` says what it is, `model.safetensors` its numbers, `README.md` tells people."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from mavis.critics.base import Critic
 from mavis.critics.calibration import Calibration
+from mavis.critics.card import CARD, is_hub_id, model_card
 from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.hidden_state import HiddenStateCritic
+from mavis.critics.hub import fetch_critic
 from mavis.critics.value_model import ValueModelCritic
 from mavis.errors import CriticError, MissingPackageError, closest
-from mavis.files import atomic_folder, pickles_in, write_json
+from mavis.files import atomic_file, atomic_folder, pickles_in, write_json
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
-    """Write a critic folder, whole or not at all.
+    """Write a critic folder with its model card, whole or not at all.
 
     Args:
         critic: any critic.
@@ -39,6 +42,19 @@ def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
             f"folder is {str(target)!r}, which exists and is not a critic.",
             "name a new folder or an old critic.",
         )
+    with atomic_folder(target) as temporary:
+        save_about(critic, temporary)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_about(critic: Critic, folder: Path) -> None:
+    """Write `config.json` and the model card into a critic's folder and leave its weights as they are.
+
+    Args:
+        critic: the one whose weights the folder holds, or will hold.
+        folder: must exist.
+    """
     config = {
         "format": FORMAT,
         "kind": critic.kind,
@@ -46,27 +62,41 @@ def save_critic(critic: Critic, folder: str | os.PathLike[str]) -> None:
         "settings": critic.settings(),
         "policy": critic.fingerprint.to_json(),
         "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
+        "about": critic.about,
     }
-    with atomic_folder(target) as temporary:
-        write_json(temporary / CONFIG, config)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+    try:
+        card = model_card(critic)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # `about` is anybody's to fill, also on the hub; what took hours to train is not lost over its card.
+        warnings.warn(
+            f"the critic is saved without a new model card, since its `about` cannot be told: {error!r}",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+    with atomic_file(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
-def load_critic(folder: str | os.PathLike[str]) -> Critic:
+def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) -> Critic:
     """Read a critic folder; its `config.json` says which kind of critic it is.
 
     Args:
-        folder: what `Critic.save` wrote.
+        folder: what `Critic.save` wrote; or, as a string, the `owner/name` on the hub of what `Critic.push_to_hub`
+            uploaded, if there is no such folder here.
+        revision: branch, tag or commit on the hub; None is the default branch.
 
     Returns:
         The critic on the CPU, attached to nothing.
 
     Raises:
-        CriticError: if the folder is missing, is no critic folder, holds a pickle where safetensors belong, or is
-            corrupt or truncated; MissingPackageError if its trunk has adapters and peft is not installed.
+        CriticError: if the folder is missing here and on the hub, is no critic folder, holds a pickle where safetensors
+            belong, or is corrupt or truncated; MissingPackageError if its trunk has adapters and peft is not installed.
     """
     path = Path(folder)
+    if isinstance(folder, str) and is_hub_id(folder):
+        path = fetch_critic(folder, [CONFIG, WEIGHTS], revision)
     config = _read_config(path)
     kinds: dict[str, Callable[..., Critic]] = {known.kind: known for known in (HiddenStateCritic, ValueModelCritic)}
     kind = config.get("kind")
@@ -76,6 +106,7 @@ def load_critic(folder: str | os.PathLike[str]) -> Critic:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
+        critic.about = dict(config.get("about") or {})  # critics of earlier versions tell nothing about themselves
     except MissingPackageError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:

@@ -88,6 +88,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     held_out: Mapping[str, Objective] | None = None,
+    reference: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure what a critic's tilt earns, what it costs, and how far it is from the best that is possible.
@@ -97,12 +98,14 @@ def evaluate(
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: to be evaluated; attached as it is needed and detached at the end.
+        critic: to be evaluated; attached as it is needed and detached at the end. If it is saved or uploaded after
+            this, its card tells the efficiency.
         objectives: by name, in the critic's order.
         prompts: P prompts that the critic was not trained on.
         folder: where the rollouts go; a repeated call goes on where it stopped.
         settings: how.
         held_out: objectives that nobody optimised, to see whether the tilt over-optimises.
+        reference: the folder of `reference_rollouts` that several evaluations share; None is `folder`.
         progress: told how far each stage is.
 
     Returns:
@@ -123,9 +126,15 @@ def evaluate(
     place = Path(folder)
     grid = simplex_grid(len(objectives), settings.divisions)
 
-    reference = _gather(
+    plain = _gather(
         reference_rollouts(
-            policy, tokenizer, objectives, prompts, place, settings, progress=partial(say, "reference rollouts")
+            policy,
+            tokenizer,
+            objectives,
+            prompts,
+            reference or place,
+            settings,
+            progress=partial(say, "reference rollouts"),
         )
     )
     plan = _sweep_plan(prompts, grid, settings)
@@ -153,12 +162,12 @@ def evaluate(
         samples=settings.samples,
         temperature=settings.sampling.temperature,
     )
-    normalised = critic.normalise(torch.tensor(reference["rewards"], dtype=torch.float64))
+    normalised = critic.normalise(torch.tensor(plain["rewards"], dtype=torch.float64))
     per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
 
     points = [(weights, beta) for weights in grid for beta in settings.betas]
     say("scoring", 0, len(points))
-    rows = [scored.row(reference, slice(None), None, 0.0, speed)]
+    rows = [scored.row(plain, slice(None), None, 0.0, speed)]
     size = len(prompts) * settings.samples
     for index, (weights, beta) in enumerate(points):
         rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
@@ -166,6 +175,8 @@ def evaluate(
             per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
         )
         say("scoring", index + 1, len(points))
+    efficiency = _efficiencies(rows, per_prompt, grid, critic, settings)
+    critic.about["efficiency"] = [{name: one[name] for name in ("weights", "kl", "efficiency")} for one in efficiency]
     return {
         "objectives": list(critic.objectives),
         "prompts": list(prompts),
@@ -175,10 +186,10 @@ def evaluate(
             for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)
         },
         "rows": rows,
-        "efficiency": _efficiencies(rows, per_prompt, grid, critic, settings),
+        "efficiency": efficiency,
         "limits": _limits(per_prompt, grid, critic),
         "front": _front(rows, critic),
-        "values": value_calibration(policy, critic, reference, sweep, settings.sampling),
+        "values": value_calibration(policy, critic, plain, sweep, settings.sampling),
         "speed": speed,
     }
 
@@ -200,7 +211,7 @@ def reference_rollouts(
         tokenizer: its tokenizer.
         objectives: by name, in the critic's order.
         prompts: the evaluation prompts.
-        folder: the one that `evaluate` will be given; it takes the rollouts from there.
+        folder: the one that `evaluate` will be given, as `folder` or as `reference`; it takes the rollouts from there.
         settings: the same as for `evaluate`.
         progress: see `collect`.
 

@@ -19,16 +19,15 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mavis.errors import EvaluationError
+from mavis.evaluation.canvas import FAINT, PALETTE, SHADE, dress, new_figure, write_figure
 from mavis.evaluation.front import non_dominated
 from mavis.evaluation.labels import INK, label_ends, label_ends_right
-from mavis.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +38,7 @@ Row = Mapping[str, Any]
 Key = tuple[tuple[str, float], ...]
 Array = NDArray[np.float64]
 
-_WIDTH, _DPI = 8.0, 150  # inches and dots per inch: 1200 pixels
-_FAINT, _SHADE = "#8a8a8a", "#f1f1f1"
-# Okabe and Ito's palette, which readers with any colour vision can tell apart.
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_OURS, _LIMIT, _TARGET, _BEST = _PALETTE[:4]
+_OURS, _LIMIT, _TARGET, _BEST = PALETTE[:4]
 
 
 def plot_front(path: str | os.PathLike[str], rows: Sequence[Row], objectives: Sequence[str]) -> Figure:
@@ -68,9 +63,9 @@ def plot_front(path: str | os.PathLike[str], rows: Sequence[Row], objectives: Se
         raise EvaluationError(
             f"a front needs at least 2 objectives, got {list(objectives)}.", "Draw the frontier instead."
         )
-    figure = _figure(5.6)
+    figure = new_figure(5.6)
     (_draw_plane if len(objectives) == 2 else _draw_parallel)(figure, rows, list(objectives))
-    _write(figure, path)
+    write_figure(figure, path)
     return figure
 
 
@@ -102,7 +97,7 @@ def plot_frontier(
     limit_of = {_key(limit): limit for limit in limits}
     columns = min(3, len(sweeps))
     lines = -(-len(sweeps) // columns)
-    figure = _figure(0.9 + {1: 4.2, 2: 3.4, 3: 2.7}[columns] * lines)
+    figure = new_figure(0.9 + {1: 4.2, 2: 3.4, 3: 2.7}[columns] * lines)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels[len(sweeps) :]:
         panel.remove()
@@ -118,7 +113,7 @@ def plot_frontier(
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
-    _write(figure, path)
+    write_figure(figure, path)
     return figure
 
 
@@ -131,7 +126,7 @@ def _draw_panel(
     min_effective_sample_size: float,
 ) -> None:
     """Draw one sweep over β, its limit and the reference policy."""
-    _dress(axes)
+    dress(axes)
     weights: Mapping[str, float] = sweep[0]["weights"]
     kl = np.array([_number(row, "kl") for row in sweep])
     reward, error = np.array([_weighted(row, weights) for row in sweep]).T
@@ -141,7 +136,7 @@ def _draw_panel(
         base = _weighted(reference, weights)[0]
         line = np.vstack([[0.0, base], line])
         shown.append(np.array([base]))
-        axes.axhline(base, color=_FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        axes.axhline(base, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     axes.plot(*line.T, color=_OURS, linewidth=1.4, zorder=3)
     axes.errorbar(
         kl, reward, yerr=error, fmt="o", color=_OURS, markersize=4.5, capsize=2.5, elinewidth=1.2, zorder=4,
@@ -196,7 +191,7 @@ def _draw_plane(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> N
 
     sweeps, reference = _sweeps(rows), _reference(rows)
     axes, colours = figure.subplots(), _colours()
-    _dress(axes)
+    dress(axes)
     origin = None if reference is None else _rewards(reference, objectives)[0]
     lines, bars = [], []
     for sweep in sweeps.values():
@@ -225,7 +220,7 @@ def _draw_plane(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> N
     axes.legend(loc="lower left", frameon=False, fontsize=8.5)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, aspect=40, pad=0.02)
     bar.set_label(f"share of {objectives[1]} in the weights", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8.5, color=_FAINT, labelcolor=INK)
+    bar.ax.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)
     bar.outline.set_visible(False)
     names = [_named(sweep[0], objectives) for sweep in sweeps.values()]
     centre = points.mean(axis=0) if origin is None else origin
@@ -237,8 +232,8 @@ def _draw_staircase(axes: Axes, front: Array) -> Array:
     front = np.unique(front, axis=0)  # sorted by the first objective, so falling in the second
     x = np.concatenate([axes.get_xlim()[:1], np.repeat(front[:, 0], 2)])
     y = np.concatenate([np.repeat(front[:, 1], 2), axes.get_ylim()[:1]])
-    axes.fill_between(x, y, y[-1], color=_SHADE, linewidth=0, zorder=0)
-    axes.plot(x, y, color=_FAINT, linewidth=1.2, zorder=1)
+    axes.fill_between(x, y, y[-1], color=SHADE, linewidth=0, zorder=0)
+    axes.plot(x, y, color=FAINT, linewidth=1.2, zorder=1)
     axes.plot(
         *front.T, "o", markersize=10, markerfacecolor="none", markeredgecolor=INK, zorder=5,
         label="not dominated",
@@ -250,8 +245,8 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     """Draw three or more objectives side by side, a line per weights."""
     sweeps, reference = _sweeps(rows), _reference(rows)
     axes, across = figure.subplots(), np.arange(len(objectives))
-    _dress(axes)
-    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    dress(axes)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
     farthest = [sweep[-1] for sweep in sweeps.values()]
     rewards, errors = np.array([_rewards(row, objectives) for row in farthest]).swapaxes(0, 1)
     origin = None if reference is None else _rewards(reference, objectives)[0]
@@ -277,29 +272,6 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     )  # fmt: skip
     figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
     label_ends_right(axes, across[-1], rewards[:, -1], [_named(row, objectives) for row in farthest], chief)
-
-
-def _figure(height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
-
-
-def _dress(axes: Axes) -> None:
-    """Take away what draws the eye from the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(labelsize=8.5, color=_FAINT, labelcolor=INK)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
 
 
 def _colours() -> Colormap:
@@ -357,9 +329,9 @@ def _chief(row: Row, objectives: Sequence[str]) -> tuple[str, str]:
     """The objective with the largest weight and its colour."""
     weights = [row["weights"].get(name, 0.0) for name in objectives]
     if weights.count(max(weights)) > 1:
-        return "largest weight shared", _FAINT
+        return "largest weight shared", FAINT
     index = weights.index(max(weights))
-    return f"most weight on {objectives[index]}", _PALETTE[index % len(_PALETTE)]
+    return f"most weight on {objectives[index]}", PALETTE[index % len(PALETTE)]
 
 
 def _number(row: Row, name: str) -> float:

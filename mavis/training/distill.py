@@ -25,6 +25,7 @@ from mavis.training.imitation import Imitation, explained
 from mavis.training.record import Recordings, record, scale
 from mavis.training.replayed import ROWS_PER_PASS, Shared, joined, own_places
 from mavis.training.run import Progress, begin, finish, finished
+from mavis.training.track import Curves, Log, note_training
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def distill(
     settings: DistillSettings,
     *,
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> DistillReport:
     """Fit one critic to what others say of the candidates along the reference policy's own responses, in place.
 
@@ -120,6 +122,7 @@ def distill(
         folder: of this run.
         settings: how.
         progress: told how far each stage is.
+        log: told the held-out error after each epoch and what the student explains at the end, see `Curves`.
 
     Returns:
         The report.
@@ -142,10 +145,15 @@ def distill(
     processes = here(states_device(policy))
     run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
     begin(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
+    note_training(student, policy, prompts, settings)
+    curves = Curves(log if processes.main else None, settings.fit.epochs)
     student.to(states_device(policy))
     student.calibration = None
     if (found := finished(run, student, processes)) is not None:
-        return DistillReport(**found)
+        report = DistillReport(**found)
+        curves.errors(report.losses)
+        curves.figures(_groups(report))
+        return report
     student.reward_mean.copy_(teacher.reward_mean)
     student.reward_std.copy_(teacher.reward_std)
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
@@ -184,12 +192,18 @@ def distill(
         settings.fit,
         held_out=held_out,
         order=order,
-        on_epoch=lambda epoch, loss: say("fit", epoch, settings.fit.epochs),
+        on_epoch=curves.watch(say, "fit"),
     )
     student.refresh_token_table(embeddings)
     watched = held_out.nonzero()[:, 0]
     report = DistillReport(*explained(imitation, recordings, watched, settings.fit.batch_size), epoch, losses)
-    return finish(run, student, report, processes)
+    report = finish(run, student, report, processes)
+    curves.figures(_groups(report))
+    return report
+
+
+def _groups(report: DistillReport) -> dict[str, dict[str, float | None]]:
+    return {"explained": report.explained, "explained between candidates": report.between_candidates}
 
 
 def _with_states(part: Recordings, policy: Any) -> Recordings:

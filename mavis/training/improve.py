@@ -30,6 +30,7 @@ from mavis.training.fit import FitSettings, fit
 from mavis.training.iteration import IterationReport, means_by_goal
 from mavis.training.replayed import all_shared
 from mavis.training.run import Progress, begin, finish, finished
+from mavis.training.track import Curves, Log, note_training
 
 # Share of the drawn weights that are one objective alone: an even draw from the simplex never comes to its corners.
 _CORNERS = 0.3
@@ -116,6 +117,7 @@ def improve(
     settings: ImprovementSettings,
     *,
     progress: Progress | None = None,
+    log: Log | None = None,
 ) -> Iterator[IterationReport]:
     """Improve a critic round by round, with a report for each; the critic is trained in place.
 
@@ -148,6 +150,7 @@ def improve(
         folder: of this run.
         settings: how.
         progress: told how far each stage is.
+        log: told the held-out error after each epoch and the figures of each iteration, see `Curves`.
 
     Yields:
         One report per iteration, finished ones of an earlier run included.
@@ -167,6 +170,8 @@ def improve(
     processes = here(states_device(policy))
     run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
     begin(run, critic, prompts, settings, processes)
+    note_training(critic, policy, prompts, settings)
+    curves = Curves(log if processes.main else None, settings.fit.epochs)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
@@ -174,7 +179,10 @@ def improve(
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"
         if (found := finished(place, critic, processes)) is not None:
-            yield IterationReport(**found)
+            report = IterationReport(**found)
+            curves.errors(report.losses, iteration)
+            curves.iteration(report)
+            yield report
             continue
         plan = _plan(iteration, prompts, len(critic.objectives), settings)
         sampling = _sampling(iteration, settings)
@@ -235,7 +243,7 @@ def improve(
             ),
             seed=sampling.seed,
             held_out=torch.cat(held_out),
-            on_epoch=lambda epoch, loss, stage=stage: say(stage, epoch, settings.fit.epochs),  # type: ignore[misc]
+            on_epoch=curves.watch(say, stage, iteration),
         )
         report = IterationReport(
             iteration=iteration,
@@ -245,7 +253,9 @@ def improve(
             losses=fitted.losses,
             critic=str(place / "critic"),
         )
-        yield finish(place, critic, report, processes)
+        report = finish(place, critic, report, processes)
+        curves.iteration(report)
+        yield report
     if settings.calibration_samples:
         critic.calibration = calibrate(
             policy,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mavis.errors import VectorError, closest, first_sentence
+from mavis.errors import VectorError, closest
+from mavis.studies import open_study, quietly, sampler_of_trial
 from mavis.vectors.extras import optional
 from mavis.vectors.vector import finite
 
@@ -69,18 +67,20 @@ def search_coefficients(
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise VectorError(f"trials is {trials!r}, expected an integer ≥ 1.", "trials=50 is a start for two names.")
     optuna = optional("optuna", "search_coefficients")
-    with _quiet(optuna):
-        study = _study(optuna, storage, {"bounds": {n: list(b) for n, b in limits.items()}, "seed": seed})
+    with quietly():
+        study = open_study(
+            storage,
+            {"bounds": {n: list(b) for n, b in limits.items()}, "seed": seed},
+            differs="names, bounds or seed",
+            error=VectorError,
+        )
         states = optuna.trial.TrialState
         over = (states.COMPLETE, states.FAIL)
         for number in range(len(study.get_trials(deepcopy=False, states=over)), trials):
             if number == 0:
                 start = {name: min(max(0.0, low), high) for name, (low, high) in limits.items()}
                 study.enqueue_trial(start)
-            # One sampler per trial, so that a search that goes on draws what an undisturbed one would have drawn.
-            study.sampler = optuna.samplers.TPESampler(
-                seed=(seed * 1_000_003 + number) % 2**32, multivariate=True, constant_liar=False
-            )
+            study.sampler = sampler_of_trial(seed, number)
             trial = study.ask()
             found = _number(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
             if math.isfinite(found):
@@ -122,50 +122,3 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError) as error:
         raise VectorError(f"score returned {found!r}, expected a number.", "return one; higher is better.") from error
-
-
-def _study(optuna: Any, storage: str | os.PathLike[str] | None, claim: dict[str, Any]) -> Any:
-    """Open the study that a file keeps, or begin one."""
-    if storage is None:
-        return optuna.create_study(direction="maximize")
-    journal = optional("optuna.storages.journal", "search_coefficients")
-    path = Path(storage).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        kept = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
-        study = optuna.create_study(direction="maximize", storage=kept, study_name="mavis", load_if_exists=True)
-        kept_claim = study.user_attrs.get("search")
-        if kept_claim is None:
-            study.set_user_attr("search", claim)
-    except (OSError, json.JSONDecodeError, KeyError, ValueError, TypeError) as error:
-        raise VectorError(
-            f"storage is {str(storage)!r}, which keeps no search: {first_sentence(error)}.", "name a new file."
-        ) from error
-    if kept_claim not in (None, claim):
-        raise VectorError(
-            f"storage is {str(storage)!r}, which keeps a search with other names, bounds or seed.",
-            "name a new file, or repeat the search exactly to resume.",
-        )
-    return study
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop what was being written when a search was killed: optuna would write on behind it, and read neither."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        lines = file.read()
-        # Only where it is a journal: no other file is touched.
-        if lines.startswith(b'{"op_code"') and not lines.endswith(b"\n"):
-            file.truncate(lines.rfind(b"\n") + 1)
-
-
-@contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

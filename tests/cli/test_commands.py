@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from mavis.cli.app import data_name
+from mavis.cli.evaluate import _note_efficiency
 from mavis.critics import ValueModelCritic, load_critic
 from mavis.vectors import AlignmentVector
 
@@ -481,6 +484,7 @@ SWEEP = (
 
 
 def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tmp_path: Path) -> None:
+    before = shutil.copytree(trained, tmp_path / "before")
     ran = mavis(
         "evaluate",
         "policy=tiny",
@@ -500,6 +504,47 @@ def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tm
         assert str(tmp_path / "out" / name) in ran.out
     for word in ("(reference)", "efficiency", "tokens/s", "readability", "positive 0.5, brevity 0.5"):
         assert word in ran.out
+    # The critic's card tells it, too; the critic itself is the same.
+    assert load_critic(trained).about["efficiency"] == [
+        {name: one[name] for name in ("weights", "kl", "efficiency")} for one in report["efficiency"]
+    ]
+    assert "| positive 0.5, brevity 0.5 |" in (trained / "README.md").read_text().split("## Frontier efficiency")[1]
+    assert (trained / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
+
+
+def test_a_card_names_prompts_and_not_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "mine.txt").write_text("the dog")
+    for source, name in {
+        str(tmp_path / "secret" / "mine.txt"): "mine.txt",
+        "~/secret/mine.txt": "mine.txt",
+        "owner/dataset": "owner/dataset",
+        "embedded": "the story openings that ship with mavis",
+    }.items():
+        assert data_name(OmegaConf.create({"source": source})) == name
+    assert data_name(OmegaConf.create({"source": ["the dog", "a cat"]})) == "2 prompts of its own"
+
+
+def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shutil.copytree(trained, tmp_path / "critic")
+    measured = load_critic(place)
+    measured.about["efficiency"] = [{"weights": {"positive": 1.0}, "kl": 1.0, "efficiency": 0.123}]
+    other = load_critic(place)
+    other.reward_mean += 1
+    other.save(place)
+    _note_efficiency(measured, place)
+    assert load_critic(place).about == other.about
+    _note_efficiency(measured, Path("me/on-the-hub"))  # there is nothing to write
+
+    def refused(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("mavis.critics.checkpoint.write_json", refused)
+    _note_efficiency(other, place)
+    assert "critic stays as it is: Permission denied" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

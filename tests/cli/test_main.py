@@ -102,6 +102,11 @@ def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
     assert not {"beta", "critic.hidden"} & set(map(str, excluded))
 
 
+def test_a_sweep_in_which_everything_differs_is_named_by_everything() -> None:
+    *_, added = _named_by_what_differs(["-m", "beta=2,4"])
+    assert OverridesParser.create().parse_override(added).value() == ["output", "threads"]
+
+
 @pytest.mark.parametrize("given", [["beta=2,4"], ["-m", "beta=[2,"]])
 def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> None:
     assert _named_by_what_differs(given) == given

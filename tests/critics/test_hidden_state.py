@@ -220,7 +220,7 @@ def test_a_critic_that_makes_no_sense_is_refused(
 def test_saved_and_loaded_it_has_the_same_values(policy: Any, tmp_path: Path) -> None:
     critic = talkative(policy)
     critic.save(tmp_path / "critic")
-    assert sorted(p.name for p in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "critic").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = mavis.load_critic(tmp_path / "critic")
     assert isinstance(loaded, HiddenStateCritic)
     assert loaded.objectives == critic.objectives

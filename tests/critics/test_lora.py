@@ -152,7 +152,11 @@ def test_a_step_of_the_adapters_is_noticed(policy: Any) -> None:
 def test_a_saved_critic_comes_back_with_its_adapters(policy: Any, tmp_path: Path, readout: Any) -> None:
     critic = adapted(policy, readout=readout)
     critic.save(tmp_path / "critic")
-    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     again = mavis.load_critic(tmp_path / "critic")
     assert isinstance(again, ValueModelCritic)
     assert again.settings() == critic.settings()

@@ -131,7 +131,11 @@ def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, read
 def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
     critic = talkative(policy, readout=readout, **options)
     critic.save(tmp_path / "critic")
-    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert str(tmp_path) not in (tmp_path / "critic" / "config.json").read_text()
     again = mavis.load_critic(tmp_path / "critic")
     assert isinstance(again, ValueModelCritic)
