@@ -94,6 +94,6 @@ def _weights_of(model: str) -> str | None:
     if not Path(model).is_dir():
         return None
     try:
-        return tensors_of(model, "model").fingerprint().weights
+        return tensors_of(model, "model").fingerprint.weights
     except (MavisError, OSError, ValueError):  # what the engine can read, transformers need not
         return None

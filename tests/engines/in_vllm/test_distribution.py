@@ -27,14 +27,14 @@ FALSE_ALARM = 1e-6
 def served(request: Any, critics: Callable[[str], tuple[Any, Path]]) -> Iterator[tuple[Any, Any]]:
     """A critic, and an engine that serves it in want of everything.
 
-    24 blocks of 16 tokens hold about six responses, so requests are preempted; prompts are read by at most 32 tokens a
+    14 blocks of 32 tokens hold about seven responses, so requests are preempted; prompts are read by at most 32 tokens a
     step, and beginnings that are alike are read once.
     """
     critic, folder = critics(request.param)
     with engine(
         folder,
-        block_size=16,
-        num_gpu_blocks_override=24,
+        block_size=32,
+        num_gpu_blocks_override=14,
         max_num_batched_tokens=32,
         max_num_seqs=16,
         enable_chunked_prefill=True,
