@@ -51,8 +51,8 @@ def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory)
     ready = f"{sys.prefix}/.ready"
     command = ["make", "-o", ready, "serve", f"VLLM_VENV={sys.prefix}", f"CRITIC={folder / 'critic'}", f"PORT={port}"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
-    log = (folder / "log").open("w")
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
             assert server.poll() is None, (folder / "log").read_text()
