@@ -27,8 +27,8 @@ FALSE_ALARM = 1e-6
 def served(request: Any, critics: Callable[[str], tuple[Any, Path]]) -> Iterator[tuple[Any, Any]]:
     """A critic, and an engine that serves it in want of everything.
 
-    14 blocks of 32 tokens hold about seven responses, so requests are preempted; prompts are read by at most 32 tokens a
-    step, and beginnings that are alike are read once.
+    14 blocks of 32 tokens hold about seven responses, so requests are preempted; prompts are read 32 tokens a step at
+    most, and beginnings that are alike are read once.
     """
     critic, folder = critics(request.param)
     with engine(
