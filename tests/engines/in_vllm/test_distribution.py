@@ -18,6 +18,7 @@ from tests.engines.in_vllm.conftest import CRITICS, by_transformers, engine, exa
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
 
 FALSE_ALARM = 1e-6
 """How often a test on samples may fail where all is right."""
@@ -159,32 +160,71 @@ def test_children_of_one_request_each_have_their_own_memory(
             assert one.logprobs[step][token].logprob == pytest.approx(float(expected[step, token]), abs=1e-3)
 
 
-def test_prompt_log_probabilities_and_bans_go_with_a_tilt(
+EXTRA = {"mavis_weights": [1.0, 0.0], "mavis_beta": 2.0, "mavis_top_k": 8}
+
+
+def draw(llm: Any, prompt: list[int], **settings: Any) -> Any:
+    """Draw one response of eight tokens under the same tilt."""
+    params = SamplingParams(**({"temperature": 1.0, "max_tokens": 8, "logprobs": 60, "extra_args": EXTRA} | settings))
+    return llm.generate(TokensPrompt(prompt_token_ids=prompt), params, use_tqdm=False)[0]
+
+
+def finite(response: Any) -> list[set[int]]:
+    """The tokens that could have been drawn at every step."""
+    return [{token for token, one in found.items() if math.isfinite(one.logprob)} for found in response.logprobs]
+
+
+def test_log_probabilities_of_the_prompt_go_with_a_tilt(
     served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
 ) -> None:
     critic, llm = served
-    extra = {"mavis_weights": [1.0, 0.0], "mavis_beta": 2.0, "mavis_top_k": 8}
-    allowed = list(range(5, 45))
-    asked = [
-        SamplingParams(temperature=1.0, max_tokens=8, logprobs=60, prompt_logprobs=2, extra_args=extra),
-        SamplingParams(temperature=1.0, max_tokens=8, logprobs=60, allowed_token_ids=allowed, extra_args=extra),
-        SamplingParams(temperature=1.0, max_tokens=8, logprobs=60, logit_bias={9: -100.0}, extra_args=extra),
-    ]
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompts[3])] * 3, asked, use_tqdm=False)
-    assert len(outputs[0].prompt_logprobs) == len(prompts[3])
-    for number, output in enumerate(outputs):
-        response = output.outputs[0]
-        ids = list(response.token_ids)
-        if number == 0:
-            expected = by_transformers(story[0], critic, prompts[3], ids, extra, 1.0)
-            for step, token in enumerate(ids):
-                assert response.logprobs[step][token].logprob == pytest.approx(float(expected[step, token]), abs=1e-3)
-        if number == 1:
-            assert set(ids) <= set(allowed)
-            finite = [{t for t, one in found.items() if math.isfinite(one.logprob)} for found in response.logprobs]
-            assert all(tokens <= set(allowed) and len(tokens) == 8 for tokens in finite)
-        if number == 2:
-            assert 9 not in ids
+    output = draw(llm, prompts[3], prompt_logprobs=2)
+    assert len(output.prompt_logprobs) == len(prompts[3])
+    ids = list(output.outputs[0].token_ids)
+    expected = by_transformers(story[0], critic, prompts[3], ids, EXTRA, 1.0)
+    for step, token in enumerate(ids):
+        assert output.outputs[0].logprobs[step][token].logprob == pytest.approx(float(expected[step, token]), abs=1e-3)
+
+
+def test_what_is_banned_before_the_tilt_stays_banned(
+    served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
+) -> None:
+    _, llm = served
+    tokenizer = story[1]
+    allowed = set(range(5, 45))
+    tokens = finite(draw(llm, prompts[3], allowed_token_ids=sorted(allowed)).outputs[0])
+    assert all(some <= allowed and len(some) == 8 for some in tokens)
+    [first] = finite(draw(llm, prompts[3], max_tokens=1).outputs[0])
+    banned = min(first)
+    assert banned not in finite(draw(llm, prompts[3], max_tokens=1, bad_words=[tokenizer.decode(banned)]).outputs[0])[0]
+    [without] = finite(draw(llm, prompts[3], max_tokens=1, logit_bias={banned: -100.0}).outputs[0])
+    assert banned not in without
+    assert len(without) == 8
+    end = tokenizer.eos_token_id
+    assert not any(end in some for some in finite(draw(llm, prompts[3], min_tokens=8).outputs[0]))
+    choice = StructuredOutputsParams(choice=["Tim", "Lily"])
+    for number in range(4):
+        response = draw(llm, prompts[number], max_tokens=16, structured_outputs=choice).outputs[0]
+        assert response.text in ("Tim", "Lily")
+
+
+def test_penalties_and_the_requests_own_cuts_act_on_what_the_tilt_leaves(
+    served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
+) -> None:
+    critic, llm = served
+    response = draw(llm, prompts[5], presence_penalty=0.7).outputs[0]
+    ids = list(response.token_ids)
+    expected = by_transformers(story[0], critic, prompts[5], ids, EXTRA, 1.0)
+    for step, found in enumerate(response.logprobs):
+        penalised = expected[step].clone()
+        penalised[sorted(set(ids[:step]))] -= 0.7
+        penalised = torch.log_softmax(penalised, 0)
+        for token, one in found.items():
+            assert one.logprob == pytest.approx(float(penalised[token]), abs=1e-3)
+    response = draw(llm, prompts[5], top_k=3).outputs[0]
+    expected = by_transformers(story[0], critic, prompts[5], list(response.token_ids), EXTRA, 1.0)
+    for step, some in enumerate(finite(response)):
+        assert some == set(expected[step].topk(3).indices.tolist())
 
 
 def test_a_soak_of_500_requests_with_cancellations_leaves_nothing_behind(
