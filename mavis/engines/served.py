@@ -40,7 +40,10 @@ def critic_folder(additional_config: object) -> str:
 
 @lru_cache(maxsize=8)
 def described(folder: str) -> Critic:
-    """Read what a critic folder says of its critic, once per process; see `describe_critic`."""
+    """Read what a critic folder says of its critic, once per process; see `describe_critic`.
+
+    The processes of an engine read it at different times, so a folder is not to be replaced while it is served.
+    """
     return describe_critic(folder)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -146,7 +147,9 @@ class MavisLogitsProcessor(LogitsProcessor):
     def _row(self, params: SamplingParams, outputs: list[int]) -> Row | None:
         if not asks_for_tilt(params.extra_args):
             return None
-        tilt = read_tilt(params.extra_args, params.temperature, self._critic)
+        with warnings.catch_warnings():  # what there is to warn about has been said where the request was validated
+            warnings.simplefilter("ignore")
+            tilt = read_tilt(params.extra_args, params.temperature, self._critic)
         if tilt is None:
             return None
         # The engine keeps a request's parameters exactly as long as the request can come back.
