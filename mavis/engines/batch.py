@@ -13,6 +13,11 @@ from mavis.engines.arguments import Tilt
 from mavis.engines.memory import Parked, RequestMemories
 
 
+_NARROW = 1024
+"""The most candidates whose vectors are gathered row by row. Beyond, one row's wish would make the vectors of all rows
+as large as the rows times the vocabulary; so such rows are a group of their own, and share the vectors of all tokens."""
+
+
 @dataclass(eq=False, slots=True)
 class Row:
     """A tilted request's place in the batch.
@@ -36,6 +41,7 @@ class _Group:
         members: (G,) integer, which of the tilted rows; None for all of them.
         places: (G,) integer, their rows of the batch; None if they are the batch.
         top_k: the most candidates of any of them; None for every token.
+        wide: whether these are so many that every token's tilt is computed, and theirs taken from it.
         beyond: (G, top_k) bool, True on ranks beyond a row's own K; None if all have the same.
         lam: (G, M) float32.
         temperature: (G, 1) float32, or None where all are 1.
@@ -44,6 +50,7 @@ class _Group:
     members: Tensor | None
     places: Tensor | None
     top_k: int | None
+    wide: bool
     beyond: Tensor | None
     lam: Tensor
     temperature: Tensor | None
@@ -55,7 +62,7 @@ class _Tensors:
 
     Args:
         places: (R,) integer, the tilted rows of the batch; None if they are all.
-        groups: of the tilted rows, one or two.
+        groups: of the tilted rows, one to three.
     """
 
     places: Tensor | None
@@ -78,11 +85,15 @@ class TiltedBatch:
 
     def __init__(self, critic: Any) -> None:
         self.critic = critic
-        self.size = 0
         self.device = critic.reward_mean.device
         self._rows: list[Row | None] = []
         self._tensors: _Tensors | None = None
         self._memories = RequestMemories(critic.memory.network.hidden_size, self.device) if critic.memory else None
+
+    @property
+    def size(self) -> int:
+        """How many rows the batch has."""
+        return len(self._rows)
 
     @property
     def tilted(self) -> list[Row]:
@@ -114,8 +125,10 @@ class TiltedBatch:
             added: places and who takes them, None for a request without a tilt; who was there leaves.
             moved: from where, to where, and whether it is an exchange; else who was there leaves.
         """
-        rows = self._rows
-        before = [row for row in rows if row is not None]
+        if self._tensors is None and all(row is None for _, row in added):
+            self._rows = [None] * size  # a change among plain requests is nothing to us
+            return
+        rows, before = self._rows, self.tilted
         most = max([size, len(rows), *(at + 1 for at, _ in added), *(max(one, two) + 1 for one, two, _ in moved)])
         rows = rows + [None] * (most - len(rows))
         for at in removed:
@@ -124,7 +137,7 @@ class TiltedBatch:
             rows[at] = row
         for one, two, exchange in moved:
             rows[one], rows[two] = (rows[two] if exchange else None), rows[one]
-        self._rows, self.size = rows[:size], size
+        self._rows = rows[:size]
         if self._memories is not None:
             self._memories.change(before, self.tilted)
         self._tensors = self._build()
@@ -157,9 +170,11 @@ class TiltedBatch:
         if not tilts:
             return None
         places = [at for at, row in enumerate(self._rows) if row is not None]
-        few = [at for at, tilt in enumerate(tilts) if tilt.top_k is not None]
-        every = [at for at, tilt in enumerate(tilts) if tilt.top_k is None]
-        groups = [self._group(members, places, tilts) for members in (few, every) if members]
+        kinds: dict[str, list[int]] = {}
+        for at, tilt in enumerate(tilts):
+            kind = "every" if tilt.top_k is None else "wide" if tilt.top_k > _NARROW else "narrow"
+            kinds.setdefault(kind, []).append(at)
+        groups = [self._group(members, places, tilts) for members in kinds.values()]
         return _Tensors(self._integers(places) if len(places) < self.size else None, groups)
 
     def _group(self, members: list[int], places: list[int], tilts: list[Tilt]) -> _Group:
@@ -174,6 +189,7 @@ class TiltedBatch:
             members=self._integers(members) if len(members) < len(tilts) else None,
             places=self._integers([places[at] for at in members]) if len(members) < self.size else None,
             top_k=max(counts) if counts else None,
+            wide=bool(counts) and max(counts) > _NARROW,
             beyond=beyond,
             lam=torch.stack([tilt.lam for tilt in own]).to(self.device),
             temperature=torch.tensor(warm, device=self.device)[:, None] if set(warm) != {1.0} else None,
@@ -194,7 +210,8 @@ def _tilt(logits: Tensor, inputs: Tensor, group: _Group, critic: Any) -> None:
     own = logits if places is None else logits.index_select(0, places)
     # The ranks of different K have to be known; where K is the same, sorting would be for nothing.
     values, ids = own.topk(group.top_k, sorted=group.beyond is not None)
-    tilt = critic.tilt_of_inputs(inputs, ids, group.lam)
+    tilt = critic.tilt_of_inputs(inputs, None if group.wide else ids, group.lam)
+    tilt = tilt.gather(1, ids) if group.wide else tilt
     values += tilt if group.temperature is None else tilt * group.temperature
     if group.beyond is not None:
         values.masked_fill_(group.beyond, -torch.inf)

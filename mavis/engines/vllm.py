@@ -112,10 +112,6 @@ class MavisLogitsProcessor(LogitsProcessor):
         if batch_update is None:
             return
         added = [(at, self._row(params, outputs)) for at, params, _, outputs in batch_update.added]
-        tilted = any(row is not None for _, row in added)
-        if not tilted and not self._batch.any_tilted:  # a change among plain requests is nothing to us
-            self._batch.size = batch_update.batch_size
-            return
         moved = [(one, two, how is MoveDirectionality.SWAP) for one, two, how in batch_update.moved]
         self._batch.change(batch_update.batch_size, batch_update.removed, added, moved)
 

@@ -48,8 +48,13 @@ tilts = st.one_of(
 @pytest.mark.parametrize("composition", ["independent", "conditioned"])
 @pytest.mark.parametrize("memory", [0, 4])
 def test_every_row_has_its_own_weights_candidates_and_temperature(
-    tiny_policy: Any, make_critic: Callable[..., Any], composition: str, memory: int
+    tiny_policy: Any,
+    make_critic: Callable[..., Any],
+    composition: str,
+    memory: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("mavis.engines.batch._NARROW", 20)  # so that few, many and all tokens meet in one batch
     critic = make_critic(tiny_policy, composition=composition, memory=memory)
 
     @settings(max_examples=40, deadline=None)
@@ -84,6 +89,48 @@ def test_logits_are_written_in_place_and_states_are_not(tiny_policy: Any, make_c
     assert batch.apply(logits, states) is logits
     assert torch.equal(states, before)
     assert int(logits.isfinite().sum()) == 5
+
+
+def test_states_in_half_precision_are_read_as_what_they_are(tiny_policy: Any, make_critic: Callable[..., Any]) -> None:
+    critic = make_critic(tiny_policy, memory=4)
+    logits, states = torch.randn(2, VOCABULARY), torch.randn(2, HIDDEN).bfloat16()
+    found = []
+    for given in (states, states.float()):
+        batch = TiltedBatch(critic)
+        rows = [(at, Row(Tilt(torch.ones(2), top_k, 1.0), [], Parked())) for at, top_k in enumerate((5, None))]
+        batch.change(2, [], rows, [])
+        found.append(batch.apply(logits.clone(), given))
+    assert found[0].dtype == torch.float32
+    assert torch.equal(*found)
+
+
+def test_many_candidates_of_one_row_are_not_gathered_for_the_others(
+    tiny_policy: Any, make_critic: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A (B, K, r) tensor with K near V is gigabytes on a real vocabulary: one request could end the engine."""
+    monkeypatch.setattr("mavis.engines.batch._NARROW", 20)
+    critic, asked = make_critic(tiny_policy), []
+    tilt_of_inputs = critic.tilt_of_inputs
+
+    def spy(inputs: Tensor, ids: Tensor | None, lam: Tensor) -> Tensor:
+        asked.append((len(inputs), None if ids is None else ids.shape[1]))
+        return tilt_of_inputs(inputs, ids, lam)
+
+    monkeypatch.setattr(critic, "tilt_of_inputs", spy)
+    batch = TiltedBatch(critic)
+    rows = [(at, Row(Tilt(torch.ones(2), top_k, 1.0), [], Parked())) for at, top_k in enumerate((5, VOCABULARY - 1, 8))]
+    batch.change(3, [], rows, [])
+    tilted = batch.apply(torch.randn(3, VOCABULARY), torch.randn(3, HIDDEN))
+    assert asked == [(2, 8), (1, None)]
+    assert tilted.isfinite().sum(dim=1).tolist() == [5, VOCABULARY - 1, 8]
+
+
+def test_the_first_tilt_can_come_as_plain_rows_leave(tiny_policy: Any, make_critic: Callable[..., Any]) -> None:
+    batch = TiltedBatch(make_critic(tiny_policy))
+    batch.change(5, [], [(at, None) for at in range(5)], [])
+    batch.change(4, [4], [(2, Row(Tilt(torch.ones(2), 5, 1.0), [], Parked()))], [])
+    tilted = batch.apply(torch.randn(4, VOCABULARY), torch.randn(4, HIDDEN))
+    assert tilted.isfinite().sum(dim=1).tolist() == [VOCABULARY, VOCABULARY, 5, VOCABULARY]
 
 
 def test_a_batch_without_tilts_is_left_alone(tiny_policy: Any, make_critic: Callable[..., Any]) -> None:
@@ -130,7 +177,8 @@ def play(critic: Any, seed: int, check: Callable[[Request, Tensor, Tensor], None
     shared = Parked()
 
     def new(number: int) -> Request:
-        tilt = Tilt(torch.tensor(lam[number % 3]), [None, 5, 9][number % 3], 1.0) if number % 4 else None
+        tilted = bool(number % 4) == bool(seed % 2)  # few are plain, or few are tilted and the batch is often plain
+        tilt = Tilt(torch.tensor(lam[number % 3]), [None, 5, 9][number % 3], 1.0) if tilted else None
         steps = dice.randint(1, 8)
         parked = shared if number % 5 == 0 else Parked()  # children of one request can share their parameters
         return Request(tilt, torch.randn(steps, HIDDEN, generator=generator), parked, unread=dice.randint(0, 2))
