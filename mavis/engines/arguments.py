@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,7 @@ class Tilt:
 
 def asks_for_tilt(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request names any argument that is ours; None counts as not given."""
-    return bool(extra_args) and any(
-        name.startswith(PREFIX) and value is not None
-        for name, value in extra_args.items()  # type: ignore[union-attr]
-    )
+    return any(name.startswith(PREFIX) and value is not None for name, value in (extra_args or {}).items())
 
 
 def read_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic: Critic) -> Tilt | None:
@@ -74,8 +72,8 @@ def read_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic: 
             f"{WEIGHTS} is not given, but {', '.join(given)} is.", f"write e.g. {WEIGHTS}='{critic.objectives[0]}=1'."
         )
     for name in (BETA, TARGET_KL):
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int | float)):
-            raise RequestError(f"{name} is {given[name]!r}, expected a number.", "write e.g. 2.0.")
+        if name in given and not _is_number(given[name]):
+            raise RequestError(f"{name} is {_shown(given[name])}, expected a number.", "write e.g. 2.0.")
     beta, target_kl, top_k = given.get(BETA), given.get(TARGET_KL), _top_k(given, critic)
     used = TARGET_KL if target_kl is not None else BETA
     temperature = temperature if temperature >= _GREEDY_BELOW else 1.0
@@ -87,9 +85,7 @@ def read_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic: 
         raise RequestError(f"{used}: {error.message}", error.hint) from error
     weights = _weights(given[WEIGHTS])
     try:
-        rows = lambda_rows(weights, critic, 1.0, None)
-        if len(rows) != 1:
-            raise RequestError(f"weights has {len(rows)} rows.", "give one set of weights per request.")
+        lambda_rows(weights, critic, 1.0, None)
     except MavisError as error:
         raise RequestError(f"{WEIGHTS}: {error.message}", error.hint) from error
     try:
@@ -103,10 +99,29 @@ def read_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic: 
     return Tilt(lam, top_k, float(temperature)) if bool(lam.any()) else None
 
 
-def _weights(given: Any) -> Any:
-    """Read weights from text; other forms are as for `MavisTilt`."""
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that also an engine in another process is given as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**63
+
+
+def _shown(value: object) -> str:
+    """Write a value down, a long one only in part: the answer to a mistake goes to who made it."""
+    return reprlib.repr(value)
+
+
+def _weights(given: Any) -> dict[str, float] | list[float]:
+    """Read weights from what survives the way to an engine's process: text, a list, a mapping, and nothing else."""
+    if isinstance(given, Mapping) and all(isinstance(name, str) and _is_number(one) for name, one in given.items()):
+        return dict(given)
+    if isinstance(given, list | tuple) and all(map(_is_number, given)):
+        return list(given)
     if not isinstance(given, str):
-        return given
+        raise RequestError(
+            f"{WEIGHTS} is {_shown(given)}, expected numbers, a mapping from names to numbers, or text.",
+            "write e.g. 'helpful=0.7,short=0.3'.",
+        )
     weights: dict[str, float] = {}
     for part in given.split(","):
         name, equals, number = (piece.strip() for piece in part.partition("="))
@@ -116,11 +131,13 @@ def _weights(given: Any) -> Any:
             value = math.nan
         if not name or not equals or not math.isfinite(value):
             raise RequestError(
-                f"{WEIGHTS} is {given!r}, of which {part.strip()!r} is not a name, = and a finite number.",
+                f"{WEIGHTS} is {_shown(given)}, of which {_shown(part.strip())} is not a name, = and a finite number.",
                 "write e.g. 'helpful=0.7,short=0.3'.",
             )
         if name in weights:
-            raise RequestError(f"{WEIGHTS} is {given!r}, which names {name!r} twice.", "name every objective once.")
+            raise RequestError(
+                f"{WEIGHTS} is {_shown(given)}, which names {name!r} twice.", "name every objective once."
+            )
         weights[name] = value
     return weights
 
@@ -131,6 +148,7 @@ def _top_k(given: Mapping[str, Any], critic: Critic) -> int | None:
         return min(DEFAULT_TOP_K, vocabulary)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocabulary:
         raise RequestError(
-            f"{TOP_K} is {top_k!r}, expected a whole number from 0 to {vocabulary}.", "0 makes every token a candidate."
+            f"{TOP_K} is {_shown(top_k)}, expected a whole number from 0 to {vocabulary}.",
+            "0 makes every token a candidate.",
         )
     return top_k or None
