@@ -39,10 +39,15 @@ def critic_folder(additional_config: object) -> str:
 
 
 @lru_cache(maxsize=8)
-def described(folder: str) -> Critic:
-    """Read what a critic folder says of its critic, once per process; see `describe_critic`.
+def described(folder: str, engine: str) -> Critic:
+    """Read what a critic folder says of its critic, once for each engine; see `describe_critic`.
 
-    The processes of an engine read it at different times, so a folder is not to be replaced while it is served.
+    The processes of an engine read it at different times, so a folder is not to be replaced while it is served. A later
+    engine reads it again.
+
+    Args:
+        folder: the critic's.
+        engine: a name that no other engine of this process has.
     """
     return describe_critic(folder)
 
@@ -63,7 +68,7 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
     Raises:
         CriticError: if there is none, it is of a kind that no engine can keep, or the model has another shape.
     """
-    kind = described(folder)
+    kind = describe_critic(folder)
     if not isinstance(kind, HiddenStateCritic):
         raise CriticError(
             f"critic {folder!r} is a {kind.kind}, whose trunk keeps keys and values of its own, which the engine "

@@ -92,7 +92,9 @@ class MavisLogitsProcessor(LogitsProcessor):
             RequestError: naming the argument.
         """
         if asks_for_tilt(sampling_params.extra_args):
-            critic = described(critic_folder(_asking_engine()))
+            engine = _asking_engine()
+            folder = critic_folder(engine.additional_config if engine is not None else None)
+            critic = described(folder, engine.instance_id if engine is not None else "")
             read_tilt(sampling_params.extra_args, sampling_params.temperature, critic)
 
     def is_argmax_invariant(self) -> bool:
@@ -171,27 +173,27 @@ def _check_engine(config: VllmConfig) -> None:
 
 def _check_engine_for_memory(config: VllmConfig) -> None:
     """Refuse what draws or drops tokens that a memory would not know of."""
-    for name, on in {
-        "async_scheduling": config.scheduler_config.async_scheduling,
-        "kv_transfer_config": config.kv_transfer_config is not None,
-    }.items():
+    for name, on, remedy in (
+        ("async_scheduling", config.scheduler_config.async_scheduling, "pass --no-async-scheduling"),
+        ("kv_transfer_config", config.kv_transfer_config is not None, "leave it out"),
+    ):
         if on:
             raise CriticError(
                 f"{name} is on, under which tokens that were drawn can be dropped again unseen; the critic has a "
                 "memory of them.",
-                f"switch {name} off, or serve a critic without a memory.",
+                f"{remedy}, or serve a critic without a memory.",
             )
 
 
-def _asking_engine() -> object:
-    """Return the additional config of the engine that asks to validate a request.
+def _asking_engine() -> Any:
+    """Return the configuration of the engine that asks to validate a request, or None if no caller has one.
 
-    `validate_params` is told the request only, and one process may hold engines with different critics; the function
-    that is asking is known for certain.
+    `validate_params` is told the request only, and one process may hold engines with different critics; so the engine
+    is looked for among the callers. Without one the environment has to name the critic.
     """
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         config = getattr(frame.f_locals.get("self"), "vllm_config", None)
         if isinstance(config, VllmConfig):
-            return config.additional_config
+            return config
     return None

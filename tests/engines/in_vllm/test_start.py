@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from tests.engines.in_vllm.conftest import PROCESSOR, engine
 pytest.importorskip("vllm")
 
 from vllm import EngineArgs, SamplingParams, TokensPrompt
+from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsLayer
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from mavis.engines.vllm import CatchingLogitsLayer, MavisLogitsProcessor, _caught
 
@@ -100,7 +104,11 @@ def test_a_memory_wants_every_token_to_be_seen(critics: Callable[[str], tuple[An
     ).create_engine_config()
     MavisLogitsProcessor(config, torch.device("cpu"), False)
     config.scheduler_config.async_scheduling = True
-    with pytest.raises(CriticError, match="async_scheduling is on"):
+    with pytest.raises(CriticError, match="async_scheduling is on.*Hint: pass --no-async-scheduling"):
+        MavisLogitsProcessor(config, torch.device("cpu"), False)
+    config.scheduler_config.async_scheduling = False
+    config.kv_transfer_config = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    with pytest.raises(CriticError, match="kv_transfer_config is on"):
         MavisLogitsProcessor(config, torch.device("cpu"), False)
 
 
@@ -118,6 +126,51 @@ def test_vllm_itself_refuses_speculative_decoding_and_pooling(folder: Path) -> N
         build_logitsprocs(config, torch.device("cpu"), False, False, (PROCESSOR,))
     with pytest.raises(ValueError, match="Pooling models do not support"):
         build_logitsprocs(config, torch.device("cpu"), False, True, (PROCESSOR,))
+
+
+def test_the_first_tilt_can_come_as_plain_requests_leave(folder: Path) -> None:
+    processor = start(folder)
+    tilted = SamplingParams(extra_args={"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0, "mavis_top_k": 8})
+    plain = SamplingParams()
+    processor.update_state(BatchUpdate(5, removed=[], added=[(at, plain, [1], []) for at in range(5)], moved=[]))
+    # Two leave and one comes: vLLM fills the lower place, and names the other, which is the last, among the removed.
+    processor.update_state(BatchUpdate(4, removed=[4], added=[(2, tilted, [1], [])], moved=[]))
+    _caught.states = torch.randn(4, 128)
+    logits = processor.apply(torch.randn(4, 2048))
+    assert logits.isfinite().sum(dim=1).tolist() == [2048, 2048, 8, 2048]
+
+
+def test_each_engine_of_a_process_asks_its_own_critic(
+    story: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAVIS_CRITIC", raising=False)
+
+    def engine_front(folder: Path, *objectives: str) -> InputProcessor:
+        shutil.rmtree(folder, ignore_errors=True)
+        build_critic(story[0], objectives).save(folder)
+        arguments = {"model": str(embedded.path()), "dtype": "float32", "max_model_len": 256}
+        more = {"logits_processors": [PROCESSOR], "additional_config": {"mavis_critic": str(folder)}}
+        return InputProcessor(EngineArgs(**arguments, **more).create_engine_config())
+
+    def ask(front: InputProcessor, objective: str) -> None:
+        extra_args = {"mavis_weights": f"{objective}=1", "mavis_beta": 1}
+        front._validate_params(SamplingParams(extra_args=extra_args), ("generate",))
+
+    one, two = engine_front(tmp_path / "one", "good", "short"), engine_front(tmp_path / "two", "kind", "long")
+    for front, own, other in ((one, "good", "kind"), (two, "kind", "good"), (one, "short", "long")):
+        ask(front, own)
+        with pytest.raises(VLLMValidationError, match=f"names objective '{other}'"):
+            ask(front, other)
+    later = engine_front(tmp_path / "one", "new", "short")  # trained again into the same folder
+    ask(later, "new")
+
+
+def test_the_newer_model_runner_refuses_it_at_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"model": str(embedded.path()), "dtype": "float32", "logits_processors": [PROCESSOR]}
+    config = EngineArgs(**arguments, additional_config={"mavis_critic": str(folder)}).create_engine_config()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="MavisLogitsProcessor is not a subclass of vllm.v1.worker.gpu"):
+        InputProcessor(config)
 
 
 def test_the_layer_that_models_are_built_with_is_the_one_that_catches() -> None:
@@ -156,16 +209,10 @@ def test_a_mistake_is_refused_naming_the_argument_and_the_engine_goes_on(
     assert len(output.outputs[0].token_ids) <= 2
 
 
-def test_rows_that_do_not_match_are_an_error_and_never_a_guess(
-    served: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mavis.engines.batch import TiltedBatch
-
-    batch = TiltedBatch(build_critic(embedded.load()[0], ("good", "short")))
-    monkeypatch.setattr(TiltedBatch, "any_tilted", True)
-    batch.size = 2
-    processor = MavisLogitsProcessor.__new__(MavisLogitsProcessor)
-    processor._batch = batch
+def test_rows_that_do_not_match_are_an_error_and_never_a_guess(folder: Path) -> None:
+    processor = start(folder)
+    tilted = SamplingParams(extra_args={"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0})
+    processor.update_state(BatchUpdate(2, removed=[], added=[(at, tilted, [1], []) for at in range(2)], moved=[]))
     for states in (None, torch.zeros(3, 128)):
         _caught.states = states
         with pytest.raises(MavisError, match="the engine gives 2 rows of logits for 2 requests"):
