@@ -12,10 +12,11 @@ from torch import Tensor
 from mavis.engines.arguments import Tilt
 from mavis.engines.memory import Parked, RequestMemories
 
-
 _NARROW = 1024
-"""The most candidates whose vectors are gathered row by row. Beyond, one row's wish would make the vectors of all rows
-as large as the rows times the vocabulary; so such rows are a group of their own, and share the vectors of all tokens."""
+"""The most candidates whose vectors are gathered for each row.
+
+One row that asks for nearly all tokens would have them gathered for all rows; such rows are a group of their own, which
+shares the vectors of all tokens."""
 
 
 @dataclass(eq=False, slots=True)

@@ -95,11 +95,11 @@ def test_states_in_half_precision_are_read_as_what_they_are(tiny_policy: Any, ma
     critic = make_critic(tiny_policy, memory=4)
     logits, states = torch.randn(2, VOCABULARY), torch.randn(2, HIDDEN).bfloat16()
     found = []
-    for given in (states, states.float()):
+    for read in (states, states.float()):
         batch = TiltedBatch(critic)
         rows = [(at, Row(Tilt(torch.ones(2), top_k, 1.0), [], Parked())) for at, top_k in enumerate((5, None))]
         batch.change(2, [], rows, [])
-        found.append(batch.apply(logits.clone(), given))
+        found.append(batch.apply(logits.clone(), read))
     assert found[0].dtype == torch.float32
     assert torch.equal(*found)
 
