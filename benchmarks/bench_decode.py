@@ -4,16 +4,20 @@
     python benchmarks/bench_decode.py --policy path/or/hub-id one policy
 
 Every speed is a median over rounds. In each round every way decodes once between two plain runs, and is compared with
-their mean, so that drifts of the machine cancel. Beside the critics stands the step of the official scripts.
+their mean, so that drifts of the machine cancel. Beside the critics stands the step of the official scripts. A repeated
+call goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +30,7 @@ from transformers.utils import logging
 
 from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
 from mavis.evaluation.speed import compare_speed
+from mavis.files import claimed, write_json
 
 OFFICIAL = "official step"
 
@@ -307,29 +312,47 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="rounds at batch 32; small batches get more")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--folder", default="outputs/decode", help="of what has been measured")
     parser.add_argument("--name", default="decode", help="of the result file")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
+    folder = Path(arguments.folder)
+    claim = {name: value for name, value in vars(arguments).items() if name not in ("policy", "folder", "name")}
+    if not claimed(folder / "bench.json", claim, "a benchmark with other"):
+        write_json(folder / "bench.json", claim)
     rows = []
     for name in arguments.policy:
-        ways = Ways(load(name))
-        for batch, cases in {
-            1: [*HIDDEN, *TOKEN, *CANDIDATES, *OFFICIALS],
-            8: [*HIDDEN, *TOKEN, *CANDIDATES, *OFFICIALS],
-            32: [HIDDEN[0], TOKEN[0]],
-        }.items():
-            rows += speed_rows(name, ways, cases, batch, arguments.context, arguments)
-        longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
-        for context in (c for c in arguments.contexts if c <= longest):
-            rows += speed_rows(name, ways, FIRST, 1, context, arguments)
-        rows += ragged_rows(name, ways)
-        for context in (c for c in (arguments.context, *arguments.contexts[-1:]) if c <= longest):
-            rows += first_token_rows(name, ways, context, arguments)
-        if name == "random":
-            rows += assisted_rows(arguments)
+        for section, measure in sections(name, arguments):
+            place = folder / f"{Path(name).name} {section}.json"
+            if not place.is_file():
+                write_json(place, measure())
+            rows += json.loads(place.read_text(encoding="utf-8"))
     results.write(arguments.name, vars(arguments), rows)
+
+
+def sections(name: str, arguments: argparse.Namespace) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """Name what is measured of a policy, each part by itself."""
+    ways = Ways(load(name))
+    everything = [*HIDDEN, *TOKEN, *CANDIDATES, *OFFICIALS]
+    made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
+        (f"batch {batch}", partial(speed_rows, name, ways, cases, batch, arguments.context, arguments))
+        for batch, cases in {1: everything, 8: everything, 32: [HIDDEN[0], TOKEN[0]]}.items()
+    ]
+    longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
+    made += [
+        (f"context {context}", partial(speed_rows, name, ways, FIRST, 1, context, arguments))
+        for context in arguments.contexts
+        if context <= longest
+    ]
+    made.append(("ragged", partial(ragged_rows, name, ways)))
+    made += [
+        (f"first token {context}", partial(first_token_rows, name, ways, context, arguments))
+        for context in (arguments.context, *arguments.contexts[-1:])
+        if context <= longest
+    ]
+    return [*made, ("assisted", partial(assisted_rows, arguments))] if name == "random" else made
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from mavis.evaluation.evaluate import efficiency_at
 from mavis.files import claimed, write_json
 from mavis.math.divergence import step_kl
 from mavis.math.frontier import reward_at
-from mavis.rewards import Brevity
+from mavis.rewards import Readability
 from mavis.rollouts import Plan, RolloutSettings, collect
 from mavis.rollouts.divergence import response_kl
 from mavis.rollouts.replay import Sequences, read_again
@@ -43,7 +43,7 @@ from mavis.training.fit import FitSettings
 from mavis.vectors import AlignmentVector, Vectors
 
 LEVELS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-BETAS = (0.5, 1.0, 2.0, 4.0)
+BETAS = (0.5, 1.0, 2.0, 4.0, 6.0, 9.0)
 TARGETS = (0.5, 1.0, 2.0, 4.0)
 HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
@@ -159,8 +159,9 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ids = lab.tokenizer(PROMPTS, return_tensors="pt", padding=True)
     for name, model in aligned.items():
         with torch.no_grad(), vectors.applied(lab.policy, {name: 1.0}):
-            wrong = (lab.policy(**ids).logits - model(**ids).logits).abs().max()
-        add("exactness", vector=name, max_difference=float(wrong))
+            wanted = model(**ids).logits
+            wrong = (lab.policy(**ids).logits - wanted).abs().max()
+        add("exactness", vector=name, max_difference=float(wrong), largest=float(wanted.abs().max()))
         for level in LEVELS:
             with vectors.applied(lab.policy, {name: level}):
                 add("level", coefficients={name: level}, **lab.measure(lab.policy, f"{name}-{level:g}"))
@@ -168,7 +169,7 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         with vectors.applied(lab.policy, both := dict(zip(OBJECTIVES, levels, strict=True))):
             add("two", coefficients=both, **lab.measure(lab.policy, "-".join(map(str, levels))))
 
-    sweeps: dict[str, list[dict[str, Any]]] = {"vectors": [], "tilt": [], "tilt on merged": []}
+    sweeps: dict[str, list[dict[str, Any]]] = {"vectors": [], "tilt": []}
     for level in (0.25, 0.5, 0.75, 1.0, 1.5):
         with vectors.applied(lab.policy, dict.fromkeys(OBJECTIVES, level)):
             measured = lab.measure(lab.policy, f"vectors-{level}")
@@ -177,20 +178,24 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for beta in BETAS:
         measured = lab.measure(lab.policy, f"tilt-{beta}", critic, beta)
         sweeps["tilt"].append(add("sweep", way="tilt", strength=beta, **measured))
-    with vectors.applied(lab.policy, dict.fromkeys(OBJECTIVES, arguments.merged)):
-        critic = lab.critic("critic-of-merged", lab.policy)
-        for beta in (0.0, *BETAS):
-            measured = lab.measure(lab.policy, f"merged-{beta}", critic if beta else None, beta)
-            sweeps["tilt on merged"].append(add("sweep", way="tilt on merged", strength=beta, **measured))
+    for level in arguments.merged:
+        way = f"tilt on merged at {level:g}"
+        with vectors.applied(lab.policy, dict.fromkeys(OBJECTIVES, level)):
+            critic = lab.critic(f"critic-of-merged-{level}", lab.policy)
+            sweeps[way] = [add("sweep", way=way, strength=0.0, **lab.measure(lab.policy, f"vectors-{level}"))]
+            for beta in BETAS:
+                measured = lab.measure(lab.policy, f"merged-{level}-{beta}", critic, beta)
+                sweeps[way].append(add("sweep", way=way, strength=beta, **measured))
     for way, points in sweeps.items():
         for kl in TARGETS:
             add("efficiency", way=way, at_kl=kl, efficiency=lab.efficiency(points, kl))
 
-    later = lab.aligned("brevity", Brevity(), lab.policy)
+    later = lab.aligned("readability", Readability(), lab.policy)
+    stage = lab.measure(later, "later")
+    add("stage", **stage)
     for name in OBJECTIVES:
         first = next(r for r in rows if r["what"] == "level" and r["coefficients"] == {name: 1.0})
         start = next(r for r in rows if r["what"] == "level" and r["coefficients"] == {name: 0.0})
-        stage = lab.measure(later, "later")
         with vectors.applied(later, {name: 1.0}):
             moved = lab.measure(later, f"later-{name}")
         gain = first["rewards"][name] - start["rewards"][name]
@@ -246,7 +251,7 @@ def main() -> None:
     parser.add_argument("--reference-samples", type=int, default=2048, help="per prompt, for the limit")
     parser.add_argument("--steps", type=int, default=AlignSettings.steps, help="of every alignment")
     parser.add_argument("--rollouts", type=int, default=4096, help="per iteration of every critic")
-    parser.add_argument("--merged", type=float, default=0.5, help="level of both vectors under the tilt")
+    parser.add_argument("--merged", nargs="+", type=float, default=[0.25, 0.5], help="levels of both under the tilt")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", default="outputs/vectors")
     parser.add_argument("--name", default="vectors", help="of the result file")

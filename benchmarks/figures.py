@@ -9,24 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
-HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+import numpy as np
+from figures_decode import overhead
+from tables import RESULTS, ranged, read, table
+
+README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- figures: made by benchmarks/figures.py -->\n", "<!-- end of figures -->"
-
-
-def read(name: str) -> dict[str, Any]:
-    """Read one result file."""
-    content: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    return content
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Lay a table out in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def efficiency() -> str:
@@ -37,13 +26,11 @@ def efficiency() -> str:
         groups.setdefault((json.dumps(row["weights"]), row["kl"]), []).append(row["efficiency"])
     weights = list(dict.fromkeys(name for name, _ in groups))
     kls = list(dict.fromkeys(kl for _, kl in groups))
-
-    def cell(key: tuple[str, float]) -> str:
-        found = [value for value in groups[key] if value is not None]
-        return f"{mean(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "–"
-
     rows = [
-        [", ".join(f"{n} {w:g}" for n, w in json.loads(name).items()), *(cell((name, kl)) for kl in kls)]
+        [
+            ", ".join(f"{n} {w:g}" for n, w in json.loads(name).items()),
+            *(ranged(groups[name, kl]) for kl in kls),
+        ]
         for name in weights
     ]
     seconds = sorted({row["seed"]: row["seconds"] for row in content["rows"]}.values())
@@ -55,36 +42,48 @@ def efficiency() -> str:
     )
 
 
-def overhead() -> str:
-    """The price of a tilt: tokens per second against plain `generate`."""
-    content = read("decode")
-    ratios = {
-        (row["policy"], row["objectives"], row["top_k"], row["batch"]): f"{row['ratio']:.3f}" for row in content["rows"]
-    }
-    batches = sorted({batch for *_, batch in ratios})
-    rows = [
-        [
-            {"random": "random Llama 8 × 512, 32,000 tokens"}.get(policy, policy),
-            str(objectives),
-            str(top_k),
-            *(ratios.get((policy, objectives, top_k, batch), "–") for batch in batches),
-        ]
-        for policy, objectives, top_k in dict.fromkeys(key[:-1] for key in ratios)
-    ]
-    where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
+def frontier() -> str:
+    """Methods beside each other: how close they come to the optimum, and their price."""
+    content = read("frontier")
+    rows = content["rows"]
+    methods = content["config"]["methods"]
+    kls = sorted({row["kl"] for row in rows if row["method"] in methods})
+    compared = 2.0  # nats at which critics are compared with the best of n
+    told = []
+    for policy, method in dict.fromkeys((row["policy"], row["method"]) for row in rows if row["method"] in methods):
+        here = [row for row in rows if (row["policy"], row["method"]) == (policy, method)]
+        at = {kl: [row for row in here if row["kl"] == kl] for kl in kls}
+        told.append(
+            [
+                policy,
+                method,
+                *(_averaged([row["efficiency"] for row in at[kl]]) for kl in kls),
+                _averaged([row["as_best_of"] for row in at[compared]], 1),
+                f"{here[0]['train_seconds'] / 60:.0f} min",
+                f"{here[0]['decode_ratio']:.2f}",
+            ]
+        )
+    about = "".join(
+        f"\n- `{name}`: {how['about']};" for name, how in methods.items() if any(name == t[1] for t in told)
+    )
+    seeds = len(content["config"]["seeds"])
     return (
-        f"Tokens per second of tilted decoding as a share of plain `generate` on {where} "
-        f"(`benchmarks/bench_decode.py`; "
-        f"{content['config']['new_tokens']} tokens after {content['config']['context']}, medians of at least "
-        f"{content['config']['repeats']} rounds in which each way runs between two plain runs):\n\n"
-        + table(["policy", "objectives", "candidates", *(f"batch {batch}" for batch in batches)], rows)
+        "Frontier efficiency of several critics on prompts that were not trained on, averaged over the weights (1, 0), "
+        f"(½, ½) and (0, 1), with the least and the most of them, each the mean of {seeds} seeds; the n whose best "
+        f"of n responses earns as much as one at KL {compared:g}; the processor time that training took, and tokens "
+        "per second beside plain `generate` at batch 8 "
+        f"(`benchmarks/bench_frontier.py`):\n{about[:-1]}.\n\n"
+        + table(["policy", "critic", *(f"at KL {kl:g}" for kl in kls), "as best of", "training", "speed"], told)
+        + "\n![Frontier efficiency against KL, with the best of n](benchmarks/results/frontier.svg)\n"
     )
 
 
+def _averaged(found: list[float | None], digits: int = 2) -> str:
+    return "–" if None in found else ranged(found, digits)
+
+
 def serving() -> str:
-    """The price of a tilt inside vLLM; nothing as long as it has not been measured."""
-    if not (HERE / "results" / "vllm.json").is_file():
-        return ""
+    """The price of a tilt inside vLLM."""
     content = read("vllm")
     ratios = {(row["policy"], row["what"], row["concurrency"]): f"{row['ratio']:.3f}" for row in content["rows"]}
     shown = sorted({concurrency for *_, concurrency in ratios})
@@ -102,7 +101,6 @@ def serving() -> str:
         f"the processor (`benchmarks/bench_vllm.py`; {content['config']['new_tokens']} tokens after "
         f"{content['config']['context']}, medians over rounds by turns), by requests at once:\n\n"
         + table(["policy", "", *map(str, shown)], rows)
-        + "\n"
     )
 
 
@@ -116,12 +114,8 @@ def optimum() -> str:
     for row in exact["rows"]:
         if row["beta"] == beta:
             groups.setdefault((row["kind"], row["composition"], row["iteration"]), []).append(row["share"])
-
-    def cell(found: list[float]) -> str:
-        return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-
     rows = [
-        [kind, composition, *(cell(groups[kind, composition, iteration]) for iteration in shown)]
+        [kind, composition, *(ranged(groups[kind, composition, iteration], 3) for iteration in shown)]
         for kind, composition in dict.fromkeys(key[:2] for key in groups)
     ]
     ends: dict[tuple[str, str], list[float]] = {}
@@ -129,7 +123,7 @@ def optimum() -> str:
         if row["weights"] == [0.5, 0.5] and row["iteration"] == last:
             ends.setdefault((row["composition"], row["critic"]), []).append(row["share"])
     told = [
-        [composition, f"{ends[composition, 'exact'][0]:.3f}", cell(ends[composition, "hidden_state"])]
+        [composition, f"{ends[composition, 'exact'][0]:.3f}", ranged(ends[composition, "hidden_state"], 3)]
         for composition in dict.fromkeys(composition for composition, _ in ends)
     ]
     seeds = len({row["seed"] for row in exact["rows"]})
@@ -170,27 +164,77 @@ def choices() -> str:
     )
 
 
+def vectors() -> str:
+    """Alignment vectors: reward by level, beside a tilt and under one, and what is left of them at a later stage."""
+    content = read("vectors")
+    rows = content["rows"]
+    groups: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        if row["what"] == "level":
+            [(name, level)] = row["coefficients"].items()
+            groups.setdefault((name, level), []).append(row["rewards"][name])
+    levels = sorted({level for _, level in groups})
+    names = list(dict.fromkeys(name for name, _ in groups))
+    by_level = [[name, *(ranged(groups[name, level]) for level in levels)] for name in names]
+    ways: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row["what"] == "sweep":
+            plain = [] if "merged" in row["way"] else [(0.0, 0.0)]
+            ways.setdefault(row["way"], {}).setdefault(row["seed"], plain).append((row["kl"], row["reward"]))
+    kls = (0.5, 1.0, 2.0, 3.0, 4.0)
+    by_way = [
+        [way, *(_averaged([_reward_at(sorted(line), kl) for line in lines.values()]) for kl in kls)]
+        for way, lines in ways.items()
+    ]
+    shares = [
+        f"{ranged([r['share'] for r in rows if r['what'] == 'later stage' and r['vector'] == name])} for `{name}`"
+        for name in names
+    ]
+    exact = max(row["max_difference"] / row["largest"] for row in rows if row["what"] == "exactness")
+    copies = {row["vector"]: row["copies"] for row in rows if row["what"] == "memory"}
+    seeds = len(content["config"]["seeds"])
+    return (
+        "Reward (standard deviations of the embedded policy) of each objective's alignment vector by its coefficient, "
+        f"mean and range of {seeds} seeds (`benchmarks/bench_vectors.py`; with coefficient 1 the logits are those of "
+        f"the aligned model to {exact:.0e} of the largest):\n\n"
+        + table(["vector", *(f"{level:g}" for level in levels)], by_level)
+        + "\nReward at equal weights by both vectors at once, by a tilt, and by a tilt on policies that both vectors "
+        "have been merged into, at the same KL to the embedded policy:\n\n"
+        + table(["way", *(f"at KL {kl:g}" for kl in kls)], by_way)
+        + "\nAdded to a policy that was trained on (for `readability`), the vectors gain so many times what they gain "
+        f"on the policy that they were made for: {', '.join(shares)}. Applying a vector to a policy of 100 million "
+        "parameters takes "
+        f"{copies['memory']:.2f} times the policy's weights in all with the vector in memory, {copies['folder']:.2f} "
+        "times with the vector in a folder.\n\n"
+        "![Reward against coefficient, and ways of steering at the same KL](benchmarks/results/vectors.svg)\n"
+    )
+
+
+def _reward_at(line: list[tuple[float, float]], kl: float) -> float | None:
+    """Read a sweep (KL, reward) between its points; None beyond them."""
+    if not line[0][0] <= kl <= line[-1][0]:
+        return None
+    return float(np.interp(kl, *zip(*line, strict=True)))
+
+
+SECTIONS = {
+    "demo": efficiency,
+    "frontier": frontier,
+    "exact": optimum,
+    "decode": overhead,
+    "vllm": serving,
+    "vectors": vectors,
+    "preferences": choices,
+}
+
+
 def main() -> int:
     """Rewrite or check; return the exit status."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    made = (
-        before
-        + START
-        + "\n"
-        + efficiency()
-        + "\n"
-        + optimum()
-        + "\n"
-        + overhead()
-        + "\n"
-        + serving()
-        + choices()
-        + "\n"
-        + END
-        + after
-    )
+    told = [section() for name, section in SECTIONS.items() if (RESULTS / f"{name}.json").is_file()]
+    made = before + START + "\n" + "\n".join(told) + "\n" + END + after
     if "--check" in sys.argv[1:]:
         if made != text:
             print("README.md does not hold the figures of benchmarks/results; run python benchmarks/figures.py")

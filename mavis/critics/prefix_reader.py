@@ -87,7 +87,6 @@ class PrefixReader:
         if candidate_ids is not None and candidate_ids.shape[1] > _AT_ONCE:
             parts = candidate_ids.split(_AT_ONCE, dim=1)
             return torch.cat([self.read(prefix_ids, is_token, part, missing=missing) for part in parts], dim=1)
-        # A buffer made in inference mode could not be written to outside it, so none is.
         with torch.inference_mode(False), torch.no_grad():
             device = self._embedding.weight.device
             is_token = is_token.to(device)
@@ -102,9 +101,9 @@ class PrefixReader:
                 if kept.length < length:
                     self._forward(kept, is_token, ids, ids[:, :0])
                 assert kept.state is not None
-                result = kept.state.clone()
+                result = kept.state
             self._thread.kept = kept
-            return result
+            return result.clone()  # a tensor of no mode, and not what is kept
 
     def release(self) -> None:
         """Let go of what this thread has read."""
@@ -142,24 +141,30 @@ class PrefixReader:
         """Read what is new of the prefixes, and candidates: (B, K, H) float32."""
         length, candidates = ids.shape[1], candidate_ids.shape[1]
         new = length - kept.length
-        tokens = is_token.sum(dim=1, keepdim=True)
-        # The last of a prefix is a token, so a sum gives its position; those of more come from counting them all.
-        of_new = tokens[:, :new] - 1 if new < 2 else (is_token.cumsum(dim=1)[:, -new:] - 1).clamp_(min=0)
-        unread = ids[:, kept.length :] * is_token[:, kept.length :]  # for padding the trunk gets an id that it knows
-        dtype = self._embedding.weight.dtype
-        masks = {kind: mask.mask(is_token, new, candidates, dtype) for kind, mask in kept.masks.items()}
-        hidden: Tensor = self._trunk(
-            input_ids=torch.cat([unread, candidate_ids], dim=1),
-            attention_mask=masks.get("", masks),
-            position_ids=torch.cat([of_new, tokens.expand(-1, candidates)], dim=1),
-            past_key_values=kept.cache,
-            use_cache=True,
-        )[0]
-        kept.cache.keep(length)
-        kept.length = length
-        if new:
-            kept.state = hidden[:, new - 1].to(torch.float32, copy=True)
-        return hidden[:, new:].float()
+        # A step is some 150 small operations, of which each is dearer outside inference mode. What is made here and
+        # kept is written to nowhere else.
+        with torch.inference_mode():
+            tokens = is_token.sum(dim=1, keepdim=True)
+            read = ids[:, kept.length :] * is_token[:, kept.length :]  # for padding the trunk gets an id that it knows
+            # The last of a prefix is a token, so a sum gives its position; those of more come from counting them all.
+            positions = tokens[:, :new] - 1 if new < 2 else (is_token.cumsum(dim=1)[:, -new:] - 1).clamp_(min=0)
+            if candidates:
+                read = torch.cat([read, candidate_ids], dim=1)
+                positions = torch.cat([positions, tokens.expand(-1, candidates)], dim=1)
+            dtype = self._embedding.weight.dtype
+            masks = {kind: mask.mask(is_token, new, candidates, dtype) for kind, mask in kept.masks.items()}
+            hidden: Tensor = self._trunk(
+                input_ids=read,
+                attention_mask=masks.get("", masks),
+                position_ids=positions,
+                past_key_values=kept.cache,
+                use_cache=True,
+            )[0]
+            kept.cache.keep(length)
+            kept.length = length
+            if new:
+                kept.state = hidden[:, new - 1].to(torch.float32, copy=True)
+            return hidden[:, new:].float()
 
     def _check_call(self, prefix_ids: Tensor, is_token: Tensor, candidate_ids: Tensor | None) -> None:
         shape = tuple(prefix_ids.shape)
