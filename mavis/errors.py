@@ -28,6 +28,13 @@ class DecodingError(MavisError):
     """A decoding step that cannot be tilted: bad beta or top_k, or scores that match no caught hidden state."""
 
 
+class RequestError(DecodingError, ValueError):
+    """Arguments of one request to a serving engine that cannot be used.
+
+    A ValueError too, which engines answer with status 400.
+    """
+
+
 class CriticError(MavisError):
     """A critic that cannot be built, saved, loaded or attached."""
 

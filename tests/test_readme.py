@@ -134,9 +134,10 @@ def test_every_make_target_exists_and_ci_calls_the_test_target() -> None:
     targets = {
         shlex.split(line)[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")
     }
-    assert targets == {"demo", "test"}
+    assert targets == {"demo", "test", "test-vllm", "serve"}
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert run[-2:] == ["make test", "make test-vllm"]
 
 
 def test_every_path_it_names_exists() -> None:

@@ -2,7 +2,7 @@
 
 from mavis.critics.base import Attachment, Critic
 from mavis.critics.calibration import Calibration
-from mavis.critics.checkpoint import load_critic
+from mavis.critics.checkpoint import describe_critic, load_critic
 from mavis.critics.group import CriticGroup
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.official import import_official
@@ -15,6 +15,7 @@ __all__ = [
     "CriticGroup",
     "HiddenStateCritic",
     "ValueModelCritic",
+    "describe_critic",
     "import_official",
     "load_critic",
 ]

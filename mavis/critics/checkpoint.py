@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mavis.critics.base import Critic
@@ -97,6 +98,39 @@ def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) 
     path = Path(folder)
     if isinstance(folder, str) and is_hub_id(folder):
         path = fetch_critic(folder, [CONFIG, WEIGHTS], revision)
+    critic = _build(path)
+    _load_weights(critic, path)
+    return critic.eval()
+
+
+def describe_critic(folder: str | os.PathLike[str]) -> Critic:
+    """Read what a critic folder says of its critic, and none of its weights.
+
+    Args:
+        folder: what `Critic.save` wrote.
+
+    Returns:
+        The critic on the meta device: objectives, fingerprint, calibration, normalisation and range are there, and it
+        can neither tilt nor be attached.
+
+    Raises:
+        CriticError: as `load_critic`.
+    """
+    path = Path(folder)
+    with torch.device("meta"):
+        critic = _build(path)
+    _stored(path)
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as tensors:
+            for name in ("reward_mean", "reward_std", "trained_up_to"):
+                setattr(critic, name, tensors.get_tensor(name))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise _corrupt(path / WEIGHTS, error) from error
+    return critic.eval()
+
+
+def _build(path: Path) -> Critic:
+    """Make the critic that a folder's configuration describes, without its weights."""
     config = _read_config(path)
     kinds: dict[str, Callable[..., Critic]] = {known.kind: known for known in (HiddenStateCritic, ValueModelCritic)}
     kind = config.get("kind")
@@ -111,8 +145,7 @@ def load_critic(folder: str | os.PathLike[str], *, revision: str | None = None) 
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
         raise _corrupt(path / CONFIG, error) from error
-    _load_weights(critic, path)
-    return critic.eval()
+    return critic
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -140,11 +173,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load_weights(critic: Critic, path: Path) -> None:
+def _stored(path: Path) -> None:
+    """Refuse a folder without weights."""
     if not (path / WEIGHTS).is_file():
         raise CriticError(
             f"folder {str(path)!r} has no {WEIGHTS}{pickles_in(path)}.", "save the critic again with Critic.save."
         )
+
+
+def _load_weights(critic: Critic, path: Path) -> None:
+    _stored(path)
     try:
         tensors = load_file(path / WEIGHTS)
         critic.load_state_dict(tensors)

@@ -117,6 +117,23 @@ class HiddenStateCritic(HeadedCritic):
         normed = self._normed(states)
         return torch.cat([normed, self.memory(normed)], dim=-1) if self.memory is not None else normed
 
+    def inputs_of_step(self, states: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Compute what the heads read at one step of each sequence, for callers who keep the memories themselves.
+
+        Args:
+            states: (B, H), floating: the states from which the next tokens are drawn.
+            before: (B, D) float32, the memories of the response's earlier states, 0 at its first token; None without
+                a memory.
+
+        Returns:
+            (B, I) float32, and the memories (B, D) after these states, None without one.
+        """
+        normed = self._normed(states)
+        if self.memory is None:
+            return normed, None
+        after = self.memory.step(normed, before)
+        return torch.cat([normed, after], dim=-1), after
+
     def settings(self) -> dict[str, Any]:
         """See `Critic.settings`."""
         assert self.projection is not None

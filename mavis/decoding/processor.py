@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +16,8 @@ from mavis.critics import Critic
 from mavis.critics.callers import assistance
 from mavis.critics.capture import generating_critic
 from mavis.critics.group import together
-from mavis.decoding.weights import Weights, lambda_rows, strength_rows
+from mavis.decoding.settings import check_calibration, check_settings
+from mavis.decoding.weights import Weights, lambda_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
 from mavis.math.divergence import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
@@ -99,7 +99,7 @@ class MavisTilt(LogitsProcessor):
         entropy_gate: float | None = None,
     ) -> None:
         critic = together(critic) if critic is not None else None
-        _check_settings(beta, target_kl, top_k, temperature)
+        check_settings(beta, target_kl, top_k, temperature)
         _check_gate(entropy_gate)
         self._weights = weights
         self.critic: Critic | None = critic
@@ -221,24 +221,10 @@ class MavisTilt(LogitsProcessor):
         kept = self._rows
         if kept is None or kept[0] is not critic:
             if self._beta is None:
-                self._check_calibration(critic)
+                check_calibration(critic.calibration, self._target_kl, self.top_k, self.temperature, stacklevel=4)
             kept = self._rows = (critic, lambda_rows(self._weights, critic, self._beta, self._target_kl))
             critic.check_range(kept[1])
         return kept[1]
-
-    def _check_calibration(self, critic: Critic) -> None:
-        """A strength found for other candidates or another temperature can be several times too strong."""
-        measured = critic.calibration
-        if measured is None or (measured.top_k, measured.temperature) == (self.top_k, self.temperature):
-            return
-        said = (
-            f"the critic was calibrated with top_k={measured.top_k} and temperature={measured.temperature:g}, but the "
-            f"tilt has top_k={self.top_k} and temperature={self.temperature:g}."
-        )
-        hint = "pass the calibrated values, or give beta."
-        if self._target_kl is not None:
-            raise DecodingError(f"target_kl is {self._target_kl:g}; {said}", hint)
-        warnings.warn(f"beta is not given; {said} The default may be too strong: {hint}", UserWarning, stacklevel=4)
 
     def _spread(self, critic: Critic, scores: Tensor) -> _Lambda:
         kept = self._lambda
@@ -325,19 +311,4 @@ def _check_gate(entropy_gate: object) -> None:
         raise DecodingError(
             f"entropy_gate is {entropy_gate!r}, expected nats ≥ 0 or None.",
             "0.1 leaves out steps that are all but sure.",
-        )
-
-
-def _check_settings(beta: object, target_kl: float | None, top_k: int | None, temperature: float) -> None:
-    if beta is not None and target_kl is not None:
-        raise DecodingError(f"beta is {beta} and target_kl is {target_kl}; both set the strength.", "give one of them.")
-    if beta is not None:
-        strength_rows(beta)  # type: ignore[arg-type]
-    if target_kl is not None and not (isinstance(target_kl, int | float) and 0 < target_kl < math.inf):
-        raise DecodingError(f"target_kl is {target_kl!r}, expected nats > 0.", "2.0 is a moderate budget.")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise DecodingError(f"top_k is {top_k!r}, expected a whole number ≥ 1 or None.", "None means every token.")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise DecodingError(
-            f"temperature is {temperature!r}, expected a number > 0.", "1.0 leaves the policy as it is."
         )

@@ -1,0 +1,36 @@
+"""Critics with random heads for what engines need: with and without a memory, of both compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mavis.critics import Calibration, HiddenStateCritic
+
+
+def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"), **options: Any) -> HiddenStateCritic:
+    """Build a critic whose tilts spread by about a nat at λ = 1, and which remembers if it has a memory."""
+    critic = HiddenStateCritic.for_policy(policy, objectives, **({"hidden": 16, "rank": 8} | options))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        critic.heads.outer.normal_(std=0.5)
+        critic.heads.bias.normal_(std=0.2)
+        if critic.heads.condition is not None:
+            critic.heads.condition.normal_(std=0.5)
+    return critic.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_critic() -> Callable[..., HiddenStateCritic]:
+    """The function that builds a critic of a policy."""
+    return build_critic
+
+
+@pytest.fixture
+def calibration() -> Calibration:
+    """KL = β² / 2 along both objectives and their mean, measured with 5 candidates at T = 0.5."""
+    betas = [0.5, 1.0, 2.0, 4.0]
+    return Calibration(betas, [[beta**2 / 2 for beta in betas]] * 3, max_new_tokens=16, top_k=5, temperature=0.5)
