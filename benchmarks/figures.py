@@ -138,6 +138,17 @@ def optimum() -> str:
     )
 
 
+def sharing() -> str:
+    """Many processes: what a second one brings."""
+    content = read("processes")
+    one, two = content["rows"]
+    return (
+        f"Two processes with one thread each sample {two['rollouts_per_second']:.0f} rollouts a second from the "
+        f"embedded policy, {two['ratio']:.2f} times as many as one (`benchmarks/bench_processes.py`, medians of "
+        f"{len(one['rounds'])} rounds by turns, without the start).\n"
+    )
+
+
 def choices() -> str:
     """Weights from choices: how wrong they are, and whether their intervals hold what they say."""
     content = read("preferences")
@@ -223,6 +234,7 @@ SECTIONS = {
     "exact": optimum,
     "decode": overhead,
     "vllm": serving,
+    "processes": sharing,
     "vectors": vectors,
     "preferences": choices,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MavisError(Exception):
@@ -39,8 +41,8 @@ class CriticError(MavisError):
     """A critic that cannot be built, saved, loaded or attached."""
 
 
-class MissingPackageError(CriticError):
-    """A critic that needs an optional package which is not installed; nothing is wrong with the critic."""
+class MissingPackageError(MavisError):
+    """An optional package that is not installed; nothing is wrong with what was asked."""
 
 
 class ObjectiveError(MavisError):
@@ -98,6 +100,27 @@ def check_whole(error: type[MavisError], hint: str, least: int = 1, **values: ob
 
 PAD_ON_THE_LEFT = "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."
 """The hint for prompts that are padded on the wrong side, or are no tensors."""
+
+
+def optional(module: str, purpose: str, extra: str, other: str = "") -> Any:
+    """Import what only some uses of mavis need.
+
+    Args:
+        module: its name.
+        purpose: what needs it.
+        extra: the extra of mavis that brings it.
+        other: what could be done instead, to go on the hint.
+
+    Raises:
+        MissingPackageError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{purpose} needs {module.partition('.')[0]}, which is not installed.",
+            f"pip install 'mavis[{extra}]'{other}.",
+        ) from error
 
 
 def first_sentence(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mavis.errors import MissingPackageError
+from mavis.errors import optional
 
 
 def add_lora(trunk: nn.Module, rank: int) -> None:
@@ -24,7 +24,9 @@ def add_lora(trunk: nn.Module, rank: int) -> None:
 
     Source: LoRA (Hu et al., ICLR 2022); the factor, α / r, is that of the paper's value models (arXiv 2508.13415).
     """
-    peft = _peft(rank)
+    peft = optional(
+        "peft", f"lora_rank={rank}", "lora", ", or merge the adapters by critic.merge_lora() where it is installed"
+    )
     # Layers of GPT-2's kind hold their weight the other way round, and peft warns unless it is told so.
     transposed = any(isinstance(module, Conv1D) for module in trunk.modules())
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
@@ -49,14 +51,3 @@ def merge_lora(trunk: Any) -> None:
             trunk.set_submodule(name, layer.get_base_layer())
     del trunk.peft_config
     trunk.requires_grad_(True)
-
-
-def _peft(rank: int) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackageError(
-            f"lora_rank is {rank}, which needs the package peft, which cannot be imported.",
-            "pip install 'mavis[lora]', or merge the adapters by critic.merge_lora() where it is installed.",
-        ) from error
-    return peft

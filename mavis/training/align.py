@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.decoding.weights import Weights, weight_rows
-from mavis.errors import ConfigError, DataError, ObjectiveError, PolicyError, WeightsError, first_sentence
+from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyError, WeightsError, first_sentence
 from mavis.files import claimed, read_json, write_json
 from mavis.rewards import Objective, score
 from mavis.rollouts.collect import Plan, collect
@@ -64,7 +64,7 @@ def align(
         What it came to.
 
     Raises:
-        ConfigError: if TRL or PEFT is missing.
+        MissingPackageError: if TRL or PEFT is not installed.
         WeightsError: if the weights are not one finite number per objective, or all 0.
         PolicyError: if the policy cannot be trained: it is quantised or carries adapters already.
         DataError: if the folder belongs to another run, or there is no prompt.
@@ -90,9 +90,9 @@ def align(
     try:
         from mavis.training.reinforce import aligned_copy, reinforce, save_aligned
     except ImportError as error:
-        raise ConfigError(
+        raise MissingPackageError(
             f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
-            "install the extra: pip install 'mavis[align]'.",
+            "pip install 'mavis[align]'.",
         ) from error
     if not goes_on:
         write_json(run / "run.json", claim)

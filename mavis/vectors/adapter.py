@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mavis.errors import VectorError, first_sentence
+from mavis.errors import VectorError, first_sentence, optional
 from mavis.files import read_json
-from mavis.vectors.extras import optional
 from mavis.vectors.source import ModelTensors, meta_model, subtracted
 from mavis.vectors.stored import Lazy
 
@@ -45,11 +44,12 @@ def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> M
         Δ by name, float32; those of B·A are computed when they are asked for.
 
     Raises:
-        VectorError: if peft is missing, the adapter is no plain LoRA, does not fit the base, or changes a tied weight.
+        VectorError: if the adapter is no plain LoRA, does not fit the base, or changes a tied weight.
+        MissingPackageError: if peft is not installed.
 
     Source: LoRA: Hu et al. (ICLR 2022).
     """
-    peft = optional("peft", "an adapter")
+    peft = optional("peft", "an adapter", "vectors")
     path = Path(folder).expanduser()
     _check_settings(path)
     wearing = _put_on(peft, base, path)

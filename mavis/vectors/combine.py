@@ -10,9 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mavis.errors import VectorError, closest
+from mavis.errors import VectorError, closest, optional
 from mavis.vectors.emr import emr
-from mavis.vectors.extras import optional
 from mavis.vectors.vector import AlignmentVector, finite, made_of, names_of, weighted_sum
 
 Method = Literal["linear", "emr", "ties", "dare", "dare_ties", "magnitude_prune"]
@@ -52,8 +51,9 @@ def combine(
         The combination, computed tensor by tensor when it is used; with all coefficients 0 it changes no tensor.
 
     Raises:
-        VectorError: if there is no vector, for an unknown name or method, a coefficient that is not finite, a density
-            outside its range, or if peft is needed and missing.
+        VectorError: if there is no vector, for an unknown name or method, a coefficient that is not finite, or a
+            density outside its range.
+        MissingPackageError: if peft is needed and not installed.
 
     Source: task arithmetic: Ilharco et al. (ICLR 2023); rewarded soups: Ramé et al. (NeurIPS 2023); EMR-merging: Huang
     et al. (NeurIPS 2024); TIES: Yadav et al. (NeurIPS 2023); DARE: Yu et al. (ICML 2024).
@@ -100,7 +100,7 @@ def _by_peft(
         raise VectorError(
             f"density is {density}, expected more than 0 and at most 1.", "0.2 keeps every fifth element."
         )
-    merge = getattr(optional("peft.utils.merge_utils", f"method {method!r}"), _OF_PEFT[method])
+    merge = getattr(optional("peft.utils.merge_utils", f"method {method!r}", "vectors"), _OF_PEFT[method])
 
     def merged(name: str) -> Tensor:
         shape = vectors[0].layout.shapes[name]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mavis.errors import VectorError, closest
+from mavis.errors import VectorError, closest, optional
 from mavis.studies import open_study, quietly, sampler_of_trial
-from mavis.vectors.extras import optional
 from mavis.vectors.vector import finite
 
 Bounds = tuple[float, float]
@@ -59,14 +58,15 @@ def search_coefficients(
 
     Raises:
         VectorError: if there is no name, bounds or trials are out of range, the storage holds another search or cannot
-            be written, a score is no number, no score was finite, or optuna is missing.
+            be written, a score is no number, or no score was finite.
+        MissingPackageError: if optuna is not installed.
 
     Source: TPE: Bergstra et al. (NeurIPS 2011), as in optuna.
     """
     limits = _checked_bounds(list(names), bounds)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise VectorError(f"trials is {trials!r}, expected an integer ≥ 1.", "trials=50 is a start for two names.")
-    optuna = optional("optuna", "search_coefficients")
+    optuna = optional("optuna", "search_coefficients", "vectors")
     with quietly():
         study = open_study(
             storage,

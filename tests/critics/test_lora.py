@@ -207,7 +207,7 @@ def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
 ) -> None:
     adapted(policy).save(tmp_path / "critic")
     monkeypatch.setitem(sys.modules, "peft", None)
-    message = r"^lora_rank is 3, which needs the package peft.*Hint: pip install 'mavis\[lora\]'"
+    message = r"^lora_rank=3 needs peft, which is not installed. Hint: pip install 'mavis\[lora\]', or merge"
     with pytest.raises(MissingPackageError, match=message):
         mavis.load_critic(tmp_path / "critic")
     with pytest.raises(MissingPackageError, match=message):

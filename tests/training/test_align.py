@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mavis.errors import ConfigError, DataError, MavisError, ObjectiveError, PolicyError, WeightsError
+from mavis.errors import (
+    ConfigError,
+    DataError,
+    MavisError,
+    MissingPackageError,
+    ObjectiveError,
+    PolicyError,
+    WeightsError,
+)
 from mavis.rollouts import Plan, collect, draw_prompts
 from mavis.training import AlignReport, AlignSettings, align
 
@@ -311,7 +319,7 @@ def test_the_process_is_as_it_was(
 def test_a_missing_extra_is_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.delitem(sys.modules, "mavis.training.reinforce", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ConfigError, match="align needs TRL and PEFT.*pip install 'mavis\\[align\\]'"):
+    with pytest.raises(MissingPackageError, match="align needs TRL and PEFT.*pip install 'mavis\\[align\\]'"):
         start(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

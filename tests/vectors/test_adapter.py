@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from mavis.errors import VectorError
+from mavis.errors import MissingPackageError, VectorError
 from mavis.vectors import AlignmentVector, Vectors
 
 peft = pytest.importorskip("peft")
@@ -162,5 +162,7 @@ def test_a_folder_that_is_no_plain_adapters_is_refused(build: Build, adapt: Adap
         AlignmentVector.between(base, folder)
     save_file(weights, folder / "adapter_model.safetensors")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(VectorError, match="an adapter needs peft, which is not installed. Hint: pip install 'mavis"):
+    with pytest.raises(
+        MissingPackageError, match="an adapter needs peft, which is not installed. Hint: pip install 'mavis"
+    ):
         AlignmentVector.between(base, folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mavis.critics.fingerprint import Fingerprint
-from mavis.errors import VectorError
+from mavis.errors import MissingPackageError, VectorError
 from mavis.vectors import AlignmentVector, combine
 from mavis.vectors.emr import elected
 from mavis.vectors.source import Layout
@@ -159,7 +159,9 @@ def test_without_peft_it_says_what_to_install(
     three: dict[str, AlignmentVector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft.utils.merge_utils", None)
-    with pytest.raises(VectorError, match="method 'ties' needs peft, which is not installed. Hint: pip install 'mavis"):
+    with pytest.raises(
+        MissingPackageError, match="method 'ties' needs peft, which is not installed. Hint: pip install 'mavis"
+    ):
         combine(three, {"x": 1}, "ties", 0.5)
     assert combine(three, {"x": 1}).tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mavis.errors import VectorError
+from mavis.errors import MissingPackageError, VectorError
 from mavis.vectors import search_coefficients
 
 pytest.importorskip("optuna")
@@ -114,7 +114,7 @@ def test_storage_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(VectorError, match="which keeps no search"):
         search_coefficients(quadratic, NAMES, trials=2, storage=tmp_path / "notes.txt")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(VectorError, match="search_coefficients needs optuna, which is not installed"):
+    with pytest.raises(MissingPackageError, match="search_coefficients needs optuna, which is not installed"):
         search_coefficients(quadratic, NAMES)
 
 
