@@ -76,13 +76,23 @@ def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[A
     return wrap
 
 
-def _join(command: str, config: Any, together: bool, sweep: bool) -> None:
-    """Join the processes that were started with this one, before anything is put on a device."""
-    if not together:
+def check_alone(command: str) -> None:
+    """Refuse several processes to a command that does not share its work out.
+
+    Raises:
+        ConfigError: if a launcher started this process with others.
+    """
+    if started_together() > 1:
         raise ConfigError(
             f"{started_together()} processes were started, but mavis {command} runs in one.",
             "leave the launcher out; train, distill and evaluate share their work out over processes.",
         )
+
+
+def _join(command: str, config: Any, together: bool, sweep: bool) -> None:
+    """Join the processes that were started with this one, before anything is put on a device."""
+    if not together:
+        check_alone(command)
     if sweep:
         raise ConfigError(
             f"{started_together()} processes were started for a sweep, whose runs are processes of their own.",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from mavis.cli.app import check_alone
 from mavis.cli.conf_path import conf_dir
 from mavis.errors import ConfigError, MavisError
 from mavis.files import atomic_folder, write_json
@@ -130,6 +131,7 @@ def _progress() -> Iterator[Progress]:
 def main(config: DictConfig) -> None:
     """Run the command; a mistake that the user can mend ends it with one line instead of a traceback."""
     try:
+        check_alone("pretrain")
         run(config)
     except MavisError as error:
         sys.exit(f"error: {error}")

@@ -127,6 +127,17 @@ def test_what_one_process_does_is_refused_to_several(mavis: Any, monkeypatch: py
     assert ran.err.count("\n") == 1
 
 
+def test_pretraining_is_refused_to_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mavis.cli import pretrain
+
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mavis-pretrain", "hydra/job_logging=none", "hydra/hydra_logging=none"])
+    with pytest.raises(SystemExit, match="2 processes were started, but mavis pretrain runs in one. Hint"):
+        pretrain.main()
+
+
 def test_a_critic_of_no_kind_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
     assert_refused(mavis("train", *small, "critic.kind=value", "output=run"), "critic.kind is 'value'.")
 
