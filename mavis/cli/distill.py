@@ -53,8 +53,7 @@ def _run(config: Any) -> None:
     objectives = list(dict.fromkeys(name for teacher in teachers for name in teacher.objectives))
     student = make_critic(config, policy, tokenizer, objectives, "independent")
     student.about["data"] = data_name(config.data.prompts)
-    on_cpu = states_device(policy).type == "cpu"
-    with trackers(config, folder, cpu=on_cpu) as log, progress_bars() as progress:
+    with trackers(config, folder, states_device(policy)) as log, progress_bars() as progress:
         report = distill(student, teachers, policy, tokenizer, prompts, folder, settings, progress=progress, log=log)
     show_table(
         "what the student explains of its teachers' values on rollouts that were held out",

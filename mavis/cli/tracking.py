@@ -7,19 +7,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mavis.errors import ConfigError, closest
+from mavis.training.accelerating import accelerator
 from mavis.training.track import Log
 
 
 @contextmanager
-def trackers(config: Any, folder: Path, *, cpu: bool) -> Iterator[Log | None]:
+def trackers(config: Any, folder: Path, device: torch.device) -> Iterator[Log | None]:
     """Start the trackers of a config, and end them with the block, however it ends.
 
     Args:
         config: with `tracking`: `with`, names that Accelerate knows or `_target_` mappings of a `GeneralTracker`;
             `project`; and `options` by name. The trackers are told all settings but these, which may hold keys.
         folder: of the run; what a tracker writes on this machine goes to `folder/tracking`.
-        cpu: whether the training is on the CPU, which Accelerate asks only once in a process.
+        device: where the training is; Accelerate, through which trackers are reached, is borrowed for it.
 
     Yields:
         What to tell figures to; None if there is no tracker.
@@ -30,18 +33,17 @@ def trackers(config: Any, folder: Path, *, cpu: bool) -> Iterator[Log | None]:
     if not config.tracking["with"]:
         yield None
         return
-    from accelerate import PartialState
     from omegaconf import OmegaConf
 
-    state = PartialState(cpu=cpu)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     options = plain.pop("tracking")
     wanted = options["with"] if isinstance(options["with"], list) else [options["with"]]
     with ExitStack() as stack:
+        main = stack.enter_context(accelerator(device)).is_main_process
         started = []
         for one in wanted:
             tracker = _make(one, options, folder)
-            if not state.is_main_process and tracker.main_process_only:
+            if not main and tracker.main_process_only:
                 continue
             try:
                 tracker.start()

@@ -54,8 +54,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     critic = make_critic(config, policy, tokenizer, list(objectives), options.composition)
     critic.about["data"] = data_name(config.data.prompts)
     claim_objectives(config, list(objectives), folder)
-    on_cpu = states_device(policy).type == "cpu"
-    with trackers(config, folder, cpu=on_cpu) as log, progress_bars() as progress:
+    with trackers(config, folder, states_device(policy)) as log, progress_bars() as progress:
         reports = list(
             improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress, log=log)
         )

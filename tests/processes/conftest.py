@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,11 @@ def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def command() -> Callable[..., Any]:
     """A function that starts a command of `mavis` by a launcher, in a process group of its own."""
 
+    def prepare(further: Callable[[], None] | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has its jobs in the background ignore it
+        if further is not None:
+            further()
+
     def start(name: str, where: Path, module: str, *overrides: str, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*launcher(name), "-m", f"mavis.cli.{module}", *overrides],
@@ -64,7 +70,7 @@ def command() -> Callable[..., Any]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **options,
+            **options | {"preexec_fn": lambda: prepare(options.get("preexec_fn"))},
         )
 
     return start

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from mavis.errors import ConfigError, ProcessError
@@ -75,6 +76,13 @@ def test_what_gloo_says_of_a_lost_process_is_one_line_and_other_errors_are_their
             raise RuntimeError("shapes")
 
 
+@pytest.fixture
+def no_state() -> None:
+    """Other tests in this process may have left one, as trainers of other libraries do."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_state")
 def test_accelerate_is_given_back_as_it_was() -> None:
     assert PartialState._shared_state == {}
     for _ in range(2):  # so that another device can be next
@@ -83,6 +91,7 @@ def test_accelerate_is_given_back_as_it_was() -> None:
         assert PartialState._shared_state == {}
 
 
+@pytest.mark.usefixtures("no_state")
 def test_accelerate_stays_until_the_last_of_several_fits_has_ended() -> None:
     first, second = accelerator(torch.device("cpu")), accelerator(torch.device("cpu"))
     first.__enter__()
@@ -94,8 +103,6 @@ def test_accelerate_stays_until_the_last_of_several_fits_has_ended() -> None:
 
 
 def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
-    from accelerate.state import AcceleratorState
-
     own = Accelerator(cpu=True)
     try:
         with accelerator(torch.device("cpu")):
