@@ -107,7 +107,7 @@ def evaluation(arguments: argparse.Namespace) -> EvaluationSettings:
     """What is swept."""
     return EvaluationSettings(
         divisions=2,
-        betas=(1e-3, 1.0, 2.0, 4.0, 7.0),  # the least shows what the cut to candidates alone costs
+        betas=(1e-3, 1.0, 2.0, 4.0, 8.0),  # the least shows what the cut to candidates alone costs
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,
