@@ -21,6 +21,9 @@ class MavisError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[MavisError], tuple[str, str]]:
+        return type(self), (self.message, self.hint)  # so that it comes back whole from another process
+
 
 class WeightsError(MavisError):
     """Preference weights that cannot be used: unknown names, wrong shapes, values that are not finite."""
