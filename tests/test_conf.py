@@ -29,35 +29,16 @@ CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
+TRAINING = {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment", "launcher"}
 USES = {
-    "train": {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment", "launcher"},
+    "train": TRAINING,
     "distill": {"policy", "critic", "data", "decoding", "launcher"},
-    "search": {
-        "policy",
-        "critic",
-        "objective",
-        "data",
-        "decoding",
-        "improvement",
-        "evaluation",
-        "experiment",
-        "launcher",
-    },
+    "search": TRAINING | {"evaluation"},
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment", "launcher"},
     "generate": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
     "align": {"policy", "objective", "data", "launcher"},
-    "demo": {
-        "policy",
-        "critic",
-        "objective",
-        "data",
-        "decoding",
-        "improvement",
-        "evaluation",
-        "experiment",
-        "launcher",
-    },
+    "demo": TRAINING | {"evaluation"},
 }
 CHOICES = [
     (command, group, option) for command, groups in USES.items() for group in sorted(groups) for option in GROUPS[group]

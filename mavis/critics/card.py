@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mavis.markdown import markdown_cell, markdown_table
 
 if TYPE_CHECKING:
     from mavis.critics.base import Critic
@@ -58,13 +60,13 @@ def model_card(critic: Critic) -> str:
     )
     names = ", ".join(critic.objectives)
     lines = [
-        f"# Critic: {_cell(names)}",
+        f"# Critic: {markdown_cell(names)}",
         "Value heads that steer a causal LM between objectives at decoding time, without touching its weights. Made "
         "with `mavis`:",
         _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0), decoding=_decoding(critic)),
         "## Objectives",
         "Raw rewards are normalised, R = (raw − mean) / std, by what the plain policy earns.",
-        _table(
+        markdown_table(
             ("objective", "mean", "std"),
             zip(critic.objectives, critic.reward_mean.tolist(), critic.reward_std.tolist(), strict=True),
         ),
@@ -97,7 +99,7 @@ def _decoding(critic: Critic) -> str:
 def _policy(critic: Critic, name: Any) -> list[str]:
     mark = critic.fingerprint
     return [
-        f"{_cell(name) if name else 'A policy that did not tell its name'}: {mark.model_type}, hidden size "
+        f"{markdown_cell(name) if name else 'A policy that did not tell its name'}: {mark.model_type}, hidden size "
         f"{mark.hidden_size}, {mark.vocab_size} tokens, fingerprint of its weights `{mark.weights}`. Other weights of "
         "this shape warn, another shape is refused."
     ]
@@ -108,7 +110,7 @@ def _training(critic: Critic, about: Mapping[str, Any]) -> list[str]:
     rows |= {name: value for name, value in critic.settings().items() if value is None or isinstance(value, _PLAIN)}
     rows |= {"data": about["data"]} if "data" in about else {}
     rows |= about.get("training", {})
-    return [_table(("setting", "value"), rows.items())]
+    return [markdown_table(("setting", "value"), rows.items())]
 
 
 _PLAIN = (str, int, float)
@@ -128,7 +130,7 @@ def _calibration(critic: Critic) -> list[str]:
     return [
         f"KL to the plain policy in nats per response, with {candidates}, at temperature "
         f"{measured.temperature:g} and up to {measured.max_new_tokens} tokens.",
-        _table(
+        markdown_table(
             ("weights", *(f"β = {beta:g}" for beta in measured.betas)),
             ((name, *row) for name, row in zip(directions, measured.kl, strict=True)),
         ),
@@ -140,7 +142,7 @@ def _efficiency(entries: Sequence[Mapping[str, Any]] | None) -> list[str]:
         return ["Not measured yet; `mavis evaluate` measures it and writes it here."]
     return [
         "Share of the reward gain that any policy could have at the same KL, on prompts that it was not trained on.",
-        _table(
+        markdown_table(
             ("weights", "KL (nats)", "efficiency"),
             (
                 (
@@ -152,16 +154,3 @@ def _efficiency(entries: Sequence[Mapping[str, Any]] | None) -> list[str]:
             ),
         ),
     ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    """One value as text that cannot break out of a table's cell."""
-    if value is None:
-        return "–"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")

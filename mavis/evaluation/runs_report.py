@@ -12,6 +12,7 @@ from mavis.errors import ConfigError
 from mavis.evaluation.plot_runs import plot_runs
 from mavis.evaluation.runs import FINISHED
 from mavis.files import atomic_file
+from mavis.markdown import markdown_table
 
 FORMATS = ("png", "svg", "pdf")
 """What the picture may be written as."""
@@ -77,14 +78,6 @@ def _efficient(run: Mapping[str, Any]) -> bool:
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows], digits=3)
     finished = sum(row["state"] == FINISHED for row in rows)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{finished} of {len(rows)} runs finished. Rewards and KL are those of the last iteration.\n"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
