@@ -29,7 +29,7 @@ CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
-TRAINING = {"policy", "critic", "objective", "data", "decoding", "improvement", "experiment", "launcher"}
+TRAINING = {"policy", "critic", "objective", "data", "decoding", "improvement", "sampler", "experiment", "launcher"}
 USES = {
     "train": TRAINING,
     "distill": {"policy", "critic", "data", "decoding", "launcher"},

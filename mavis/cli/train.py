@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,24 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     critic = make_critic(config, policy, tokenizer, list(objectives), options.composition)
     critic.about["data"] = data_name(config.data.prompts)
     claim_objectives(config, list(objectives), folder)
-    with trackers(config, folder, states_device(policy)) as log, progress_bars() as progress:
+    with (
+        make_sampler(config) as sampler,
+        trackers(config, folder, states_device(policy)) as log,
+        progress_bars() as progress,
+    ):
         reports = list(
-            improve(policy, tokenizer, critic, objectives, prompts, folder, settings, progress=progress, log=log)
+            improve(
+                policy,
+                tokenizer,
+                critic,
+                objectives,
+                prompts,
+                folder,
+                settings,
+                sampler=sampler,
+                progress=progress,
+                log=log,
+            )
         )
     show_table(
         f"iterations, {options.composition} composition; rewards in standard deviations of the reference policy",
@@ -101,6 +117,30 @@ def make_critic(config: Any, policy: Any, tokenizer: Any, objectives: list[str],
     if kind == ValueModelCritic.kind:
         return ValueModelCritic.for_policy(policy, objectives, tokenizer=tokenizer, **options)
     raise ConfigError(f"critic.kind is {kind!r}.", closest(str(kind), [HiddenStateCritic.kind, ValueModelCritic.kind]))
+
+
+def make_sampler(config: Any) -> AbstractContextManager[Any]:
+    """Build what draws the rollouts, as a `sampler` group describes it; a `with` block ends it.
+
+    Args:
+        config: with that group.
+
+    Raises:
+        ConfigError: if there is no such sampler.
+    """
+    from omegaconf import OmegaConf
+
+    from mavis.engines.rollouts import VllmSampler
+    from mavis.errors import ConfigError, closest
+    from mavis.rollouts.sampler import GenerateSampler
+
+    kind = str(config.sampler.kind)
+    options: Any = OmegaConf.to_container(config.sampler.options)
+    if kind == GenerateSampler.name:
+        return nullcontext(GenerateSampler())
+    if kind == VllmSampler.name:
+        return VllmSampler(**options)
+    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GenerateSampler.name, VllmSampler.name]))
 
 
 def _run(config: Any) -> None:

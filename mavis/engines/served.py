@@ -83,7 +83,7 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
             f"{vocab_size} tokens.",
             "serve the policy that the critic was trained on, or train a critic for this one.",
         )
-    weights = _weights_of(model)
+    weights = weights_of(model)
     if weights is not None and weights != made_for.weights:
         warnings.warn(
             f"the served model {model!r} has the shape but not the weights of the policy that critic {folder!r} was "
@@ -97,7 +97,7 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
     return critic
 
 
-def _weights_of(model: str) -> str | None:
+def weights_of(model: str) -> str | None:
     """Take the fingerprint of a model folder's weights, tensor by tensor, or None where it cannot be read."""
     if not Path(model).is_dir():
         return None

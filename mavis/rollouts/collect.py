@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from torch import Tensor
 
 from mavis.critics import Critic, CriticGroup
 from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
-from mavis.decoding import MavisTilt
+from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError, DataError
 from mavis.files import atomic_folder, claimed, write_json
 from mavis.processes import here
 from mavis.rewards import Objective, score
-from mavis.rollouts.replay import Sequences, replay
-from mavis.rollouts.sample import RolloutSettings, sample, shard_seed
+from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
+from mavis.rollouts.sample import RolloutSettings, shard_seed
+from mavis.rollouts.sampler import Drawn, GenerateSampler, Sampler
 from mavis.rollouts.shards import each_stored
 
 
@@ -73,6 +73,7 @@ def collect(
     *,
     critic: Critic | None = None,
     truncate_reference: bool = False,
+    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Sample, score and store a plan, yielding each shard as it is on disk.
@@ -94,6 +95,7 @@ def collect(
         critic: tilts rows whose λ is not 0; None samples every row from the reference policy.
         truncate_reference: without a critic, sample from the top-k of the reference policy instead of from all of it,
             so that iteration 0 samples from the same candidates as later ones; the truncation is counted as KL.
+        sampler: draws the responses; None is the policy's own `generate`.
         progress: called with how many rows are on disk and how many there will be, as they come.
 
     Yields:
@@ -107,7 +109,9 @@ def collect(
         ProcessError: if the processes are not about to sample the same, or one has stopped.
     """
     target, processes = Path(folder), here(states_device(policy))
+    sampler = sampler or GenerateSampler()
     settings.check(policy)
+    sampler.check(policy, critic)
     _refuse_hidden_bans(policy)
     claim = {
         "plan": plan.digest(),
@@ -116,6 +120,7 @@ def collect(
         "policy": Fingerprint.of(policy).to_json(),
         "critic": critic_digest(critic),
         "truncate_reference": truncate_reference,
+        "sampler": sampler.name,
     }
     processes.agree("plan of rollouts", claim)
     if processes.main and not claimed(target / "plan.json", claim, "rollouts of another run: different"):
@@ -126,7 +131,7 @@ def collect(
     paths = [target / f"shard-{index:05d}" for index in range(len(shards))]
 
     def store(index: int) -> None:
-        rows = _sample(policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
+        rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
         raw = score(objectives, rows["prompt"], rows["response"])
         _write_shard(paths[index], rows | {"rewards": raw.tolist()})
 
@@ -173,6 +178,7 @@ def critic_digest(critic: Critic | None) -> str | None:
 
 
 def _sample(
+    sampler: Sampler,
     policy: Any,
     tokenizer: Any,
     shard: Plan,
@@ -181,36 +187,58 @@ def _sample(
     truncate_reference: bool,
     index: int,
 ) -> dict[str, list[Any]]:
-    tilt: MavisTilt | None = None
-    attached: Any = nullcontext()
-    cut = None
-    if critic is not None:
-        lam = shard.betas[:, None] * shard.weights
-        tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
-        attached = critic.attached_to(policy)
-    elif truncate_reference:
-        cut = settings.top_k
-    with attached:
-        seed = shard_seed(settings.seed, shard.digest(), index)
-        prompt_ids, response_ids = sample(policy, tokenizer, shard.prompts, settings, seed, top_k=cut, processor=tilt)
-    if tilt is not None:
-        steps = tilt.kl
-    elif cut is not None:
-        table = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
-        sequences = Sequences.pack(prompt_ids, response_ids)
-        steps = replay(policy, sequences, table, top_k=cut, temperature=settings.temperature).kl
-    else:
-        steps = torch.zeros(len(response_ids), max(map(len, response_ids)))
-    kl = [row[: len(response)] for row, response in zip(steps.tolist(), response_ids, strict=True)]
+    drawn = sampler.draw(
+        policy,
+        tokenizer,
+        shard.prompts,
+        settings,
+        shard_seed(settings.seed, shard.digest(), index),
+        top_k=settings.top_k if critic is None and truncate_reference else None,
+        critic=critic,
+        lam=shard.betas[:, None] * shard.weights if critic is not None else None,
+    )
+    steps = drawn.kl if drawn.kl is not None else _kl(policy, drawn, shard, settings, critic, truncate_reference)
+    kl = [row[: len(response)] for row, response in zip(steps.tolist(), drawn.response_ids, strict=True)]
     return {
         "prompt": list(shard.prompts),
-        "response": response_texts(tokenizer, prompt_ids, response_ids),
-        "prompt_ids": prompt_ids,
-        "response_ids": response_ids,
+        "response": response_texts(tokenizer, drawn.prompt_ids, drawn.response_ids),
+        "prompt_ids": drawn.prompt_ids,
+        "response_ids": drawn.response_ids,
         "weights": shard.weights.tolist(),
         "beta": shard.betas.tolist(),
         "kl": kl,
     }
+
+
+def _kl(
+    policy: Any,
+    drawn: Drawn,
+    shard: Plan,
+    settings: RolloutSettings,
+    critic: Critic | None,
+    truncate_reference: bool,
+) -> Tensor:
+    """Read responses again for the KL (B, T) of their steps; that of plain rows is 0."""
+    sequences = Sequences.pack(drawn.prompt_ids, drawn.response_ids)
+    lam = (shard.betas[:, None] * shard.weights).float() if critic is not None else None
+    if critic is None and (settings.top_k is None or not truncate_reference):
+        return torch.zeros(sequences.is_response.shape)
+    assert critic is None or isinstance(critic, HeadedCritic)  # no other is drawn from without the KL
+    nothing = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
+    parts = [
+        replay(
+            policy,
+            sequences.rows(rows),
+            nothing,
+            critic=critic,
+            lam=lam[rows] if lam is not None else None,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+        ).kl.cpu()
+        for rows in (slice(at, at + ROWS_PER_PASS) for at in range(0, len(sequences.ids), ROWS_PER_PASS))
+    ]
+    plain = torch.zeros(len(drawn.response_ids), 1, dtype=torch.bool) if lam is None else ~lam.any(1, keepdim=True)
+    return torch.cat(parts).masked_fill(plain, 0.0)
 
 
 # What a policy's own generation_config can do to its scores that replaying responses would not repeat.

@@ -17,6 +17,9 @@ from mavis.critics.headed import HeadedCritic
 from mavis.math.divergence import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
 
+ROWS_PER_PASS = 32
+"""How many rollouts are read again in one pass of the policy."""
+
 # How many logits are worked on at once, on an accelerator and on a CPU: there a few megabytes stay in its cache, and
 # larger temporaries would cost more in fresh memory pages than in arithmetic.
 _LOGITS_AT_ONCE = (1 << 27, 1 << 20)

@@ -101,7 +101,7 @@ def sample(
         )
     kept = inputs["attention_mask"].bool()
     prompt_ids = [row[is_token].tolist() for row, is_token in zip(inputs["input_ids"], kept, strict=True)]
-    end = _end_ids(policy)
+    end = end_ids(policy)
     return prompt_ids, [_until_end(row, end) for row in output[:, ids.shape[1] :].tolist()]
 
 
@@ -110,7 +110,8 @@ def shard_seed(seed: int, digest: str, index: int) -> int:
     return int(hashlib.sha256(f"{seed}/{digest}/{index}".encode()).hexdigest()[:15], 16)
 
 
-def _end_ids(policy: Any) -> set[int]:
+def end_ids(policy: Any) -> set[int]:
+    """Say which tokens end a response of a policy; none if it does not know any."""
     end = policy.generation_config.eos_token_id
     return set() if end is None else set(end) if isinstance(end, list) else {int(end)}
 

@@ -14,6 +14,7 @@ from mavis.critics.calibration import calibration_directions
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect
 from mavis.rollouts.sample import RolloutSettings
+from mavis.rollouts.sampler import Sampler
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -29,6 +30,7 @@ def calibrate(
     *,
     samples: int,
     betas: Sequence[float] = BETAS,
+    sampler: Sampler | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Sample under a grid of weights and β and, cut to the candidates, under none, and record the mean KL of each.
@@ -45,6 +47,7 @@ def calibrate(
         settings: how to sample; the same as will be decoded with.
         samples: rollouts for each pair of direction and β, ≥ 1.
         betas: ascending, > 0; for a conditioned critic they end with the strongest that it was trained on.
+        sampler: see `collect`.
         progress: called with the rollouts that are done and all there are.
 
     Returns:
@@ -74,6 +77,7 @@ def calibrate(
             Path(folder) / "untilted",
             settings,
             truncate_reference=True,
+            sampler=sampler,
             progress=lambda done, _: say(done, total),
         ):
             cut.extend(sum(row) for row in shard["kl"])
@@ -85,6 +89,7 @@ def calibrate(
         folder,
         settings,
         critic=critic,
+        sampler=sampler,
         progress=lambda done, _: say(len(cut) + done, total),
     ):
         spent.extend(sum(row) for row in shard["kl"])

@@ -18,12 +18,12 @@ from mavis.errors import ConfigError, DataError, check_whole
 from mavis.processes import here
 from mavis.rollouts.collect import Plan, critic_digest
 from mavis.rollouts.prompts import draw_prompts
-from mavis.rollouts.replay import read_again
+from mavis.rollouts.replay import ROWS_PER_PASS, read_again
 from mavis.rollouts.sample import RolloutSettings
 from mavis.training.descent import DescentSettings, descend, draw_held_out
 from mavis.training.imitation import Imitation, explained
 from mavis.training.record import Recordings, record, scale
-from mavis.training.replayed import ROWS_PER_PASS, Shared, joined, own_places
+from mavis.training.replayed import Shared, joined, own_places
 from mavis.training.run import Progress, begin, finish, finished
 from mavis.training.track import Curves, Log, note_training
 

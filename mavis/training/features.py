@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from mavis.critics.headed import HeadedCritic
 from mavis.processes import ALONE, Processes
-from mavis.rollouts.replay import Sequences, read_again, replay
+from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, read_again, replay
 from mavis.rollouts.sample import RolloutSettings
-from mavis.training.replayed import ROWS_PER_PASS, Replayed, Shared, joined, own_places
+from mavis.training.replayed import Replayed, Shared, joined, own_places
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.sample import RolloutSettings
+from mavis.rollouts.sampler import GenerateSampler, Sampler
 from mavis.training.calibrate import calibrate
 from mavis.training.descent import draw_held_out
 from mavis.training.features import extract
@@ -116,6 +117,7 @@ def improve(
     folder: str | os.PathLike[str],
     settings: ImprovementSettings,
     *,
+    sampler: Sampler | None = None,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> Iterator[IterationReport]:
@@ -149,6 +151,7 @@ def improve(
         prompts: to sample from; each iteration draws them in a fresh order.
         folder: of this run.
         settings: how.
+        sampler: draws the rollouts, such as `mavis.engines.rollouts.VllmSampler`; None is the policy's own `generate`.
         progress: told how far each stage is.
         log: told the held-out error after each epoch and the figures of each iteration, see `Curves`.
 
@@ -164,12 +167,14 @@ def improve(
     Source: MAVIS, arXiv 2508.13415; its fixed point is not the optimum of a mixture, that of `conditioned` is.
     """
     _check(critic, objectives, prompts, settings.composition)
+    sampler = sampler or GenerateSampler()
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
+    sampler.check(policy, critic)
     critic.fingerprint = Fingerprint.of(policy)
     processes = here(states_device(policy))
     run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
-    begin(run, critic, prompts, settings, processes)
+    begin(run, critic, prompts, settings, processes, sampler=sampler.name)
     note_training(critic, policy, prompts, settings)
     curves = Curves(log if processes.main else None, settings.fit.epochs)
     critic.to(states_device(policy))
@@ -196,6 +201,7 @@ def improve(
                 sampling,
                 critic=critic if iteration else None,
                 truncate_reference=True,
+                sampler=sampler,
                 progress=partial(say, f"iteration {iteration}: rollouts"),
             )
         )
@@ -266,6 +272,7 @@ def improve(
             run / "calibration",
             replace(settings.sampling, seed=settings.sampling.seed + settings.iterations),
             samples=settings.calibration_samples,
+            sampler=sampler,
             progress=lambda done, total: say("calibration", done, total),
         )
     if processes.main:

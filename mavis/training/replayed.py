@@ -16,9 +16,6 @@ from mavis.errors import ConfigError
 from mavis.processes import Processes
 from mavis.rollouts.replay import Sequences
 
-ROWS_PER_PASS = 32
-"""How many rollouts one pass of the policy replays."""
-
 
 @dataclass(frozen=True)
 class Replayed:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import mavis
 from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError, DataError, ObjectiveError
 from mavis.rewards import score
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import Drawn, Plan, RolloutSettings, collect
+from mavis.rollouts.sampler import GenerateSampler
 
 MODULE = sys.modules["mavis.rollouts.collect"]  # the package's attribute of that name is the function
 MakeCritic = Callable[..., HiddenStateCritic]
@@ -433,3 +435,36 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_written(run:
     with pytest.raises(ConfigError, match="top_k is 1000, but the policy has 61 tokens"):
         list(run(Plan.reference(PROMPTS, 2), tmp_path, RolloutSettings(top_k=1000)))
     assert not list(tmp_path.iterdir())
+
+
+class WithoutKl(GenerateSampler):
+    """Draws what `generate` draws, but does not know the KL."""
+
+    def draw(self, *arguments: Any, **named: Any) -> Drawn:
+        return replace(super().draw(*arguments, **named), kl=None)
+
+
+@pytest.mark.parametrize("top_k", [12, None])
+def test_where_a_sampler_does_not_know_the_kl_the_policy_reads_the_responses_again(
+    run: Any, make_tiny_critic: MakeCritic, tmp_path: Path, top_k: int | None
+) -> None:
+    plan, settings = tilted_plan(40), replace(SETTINGS, top_k=top_k, shard_size=40)
+    plan.weights[::5] = 0.0
+    known, unknown = (
+        columns(run(plan, tmp_path / name, settings, critic=make_tiny_critic(), sampler=sampler))
+        for name, sampler in (("known", None), ("unknown", WithoutKl()))
+    )
+    assert unknown["response_ids"] == known["response_ids"]
+    for row, (found, expected) in enumerate(zip(unknown["kl"], known["kl"], strict=True)):
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert any(found) == bool(row % 5)
+
+
+def test_a_sampler_says_what_it_cannot_sample_from_before_anything_is_on_disk(run: Any, tmp_path: Path) -> None:
+    class Refuses(GenerateSampler):
+        def check(self, policy: Any, critic: Any) -> None:
+            raise ConfigError("no.", "another.")
+
+    with pytest.raises(ConfigError, match="no"):
+        list(run(Plan.reference(PROMPTS, 2), tmp_path / "rollouts", sampler=Refuses()))
+    assert not (tmp_path / "rollouts").exists()

@@ -23,6 +23,8 @@ from mavis.math.tilt import candidates, tilted_logprobs
 from tests.engines.conftest import build_critic
 
 PROCESSOR = "mavis.engines.vllm:MavisLogitsProcessor"
+FALSE_ALARM = 1e-6
+"""How often a test on samples may fail where all is right."""
 HAS_VLLM = find_spec("vllm") is not None
 
 if HAS_VLLM:
@@ -190,6 +192,20 @@ def exact_logprobs(
     lam = tilt.lam.expand(len(inputs), -1)
     logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs, ids, lam), temperature)
     return torch.full_like(logits, -torch.inf).scatter_(1, ids, logprobs) if ids is not None else logprobs
+
+
+def randomised_rank(logprobs: torch.Tensor, order: torch.Tensor, drawn: int, share: float) -> float:
+    """P(order < order of the drawn token) plus a random share of P(order is the same): uniform under `logprobs`."""
+    probabilities = logprobs.exp()
+    below, same = probabilities[order < order[drawn]].sum(), probabilities[order == order[drawn]].sum()
+    return float(below + share * same)
+
+
+def distance_from_uniform(ranks: list[float]) -> float:
+    """The distance of Kolmogorov and Smirnov, which exceeds ε with probability 2 exp(−2nε²) at most."""
+    ordered = torch.tensor(sorted(ranks), dtype=torch.float64)
+    steps = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
+    return float(torch.maximum((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
 
 
 @pytest.fixture(scope="session")

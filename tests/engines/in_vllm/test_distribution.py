@@ -13,15 +13,21 @@ import pytest
 import torch
 
 from mavis.engines.memory import Parked
-from tests.engines.in_vllm.conftest import CRITICS, by_transformers, engine, exact_logprobs, processor_of
+from tests.engines.in_vllm.conftest import (
+    CRITICS,
+    FALSE_ALARM,
+    by_transformers,
+    distance_from_uniform,
+    engine,
+    exact_logprobs,
+    processor_of,
+    randomised_rank,
+)
 
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
-
-FALSE_ALARM = 1e-6
-"""How often a test on samples may fail where all is right."""
 
 
 @pytest.fixture(scope="module", params=list(CRITICS))
@@ -112,20 +118,6 @@ def test_64_mixed_requests_have_the_log_probabilities_of_transformers(
     far = math.sqrt(math.log(2 / FALSE_ALARM) / (2 * len(ranks)))
     assert distance_from_uniform(ranks) < far
     assert distance_from_uniform(surprise) > far, "the test could not tell the tilt from the plain model"
-
-
-def randomised_rank(logprobs: torch.Tensor, order: torch.Tensor, drawn: int, share: float) -> float:
-    """P(order < order of the drawn token) plus a random share of P(order is the same): uniform under `logprobs`."""
-    probabilities = logprobs.exp()
-    below, same = probabilities[order < order[drawn]].sum(), probabilities[order == order[drawn]].sum()
-    return float(below + share * same)
-
-
-def distance_from_uniform(ranks: list[float]) -> float:
-    """The distance of Kolmogorov and Smirnov, which exceeds ε with probability 2 exp(−2nε²) at most."""
-    ordered = torch.tensor(sorted(ranks), dtype=torch.float64)
-    steps = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
-    return float(torch.maximum((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
 
 
 def test_greedy_requests_take_the_likeliest_token_of_the_tilted_distribution(

@@ -1,0 +1,193 @@
+"""`VllmSampler`: rollouts drawn by an engine of vLLM instead of the policy's own `generate`."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from mavis.critics import Critic, HiddenStateCritic
+from mavis.critics.fingerprint import Fingerprint, states_device
+from mavis.engines.arguments import BETA, TOP_K, WEIGHTS
+from mavis.engines.served import SETTING, weights_of
+from mavis.errors import ConfigError, CriticError, MavisError, MissingPackageError, first_sentence
+from mavis.processes import here
+from mavis.rollouts.collect import critic_digest
+from mavis.rollouts.sample import RolloutSettings, end_ids
+from mavis.rollouts.sampler import Drawn
+
+_PROCESSOR = "mavis.engines.vllm:MavisLogitsProcessor"
+# What decides how responses are drawn; a sampler sets these itself.
+_OURS = ("model", "dtype", "logits_processors", "additional_config", "generation_config", "tokenizer")
+
+
+class VllmSampler:
+    """Draws rollouts with vLLM, in a process of its own that is started anew whenever the critic has changed.
+
+    Every request has a seed of its own, so that a run which was broken off draws the same again. The policy in this
+    process reads the responses once more for their KL. Close the sampler when done, or use it in a `with` block.
+
+    Args:
+        options: of `vllm.LLM`, such as `gpu_memory_utilization`, of which the policy itself needs a share too.
+
+    Raises:
+        ConfigError: if an option is one that the sampler sets itself.
+        MissingPackageError: if vLLM is not installed.
+    """
+
+    name = "vllm"
+
+    def __init__(self, **options: Any) -> None:
+        for option in _OURS:
+            if option in options:
+                raise ConfigError(
+                    f"{option} is {options[option]!r}, but the sampler sets it to what the policy needs.",
+                    "leave it out.",
+                )
+        if find_spec("vllm") is None:
+            raise MissingPackageError(
+                "sampling rollouts with vLLM needs vLLM, which is not installed.",
+                "pip install vllm, in an environment of its own, or use the sampler `generate`.",
+            )
+        self._options = options
+        self._engine: Any = None
+        self._serves: tuple[str, str | None] | None = None
+        self._folders: TemporaryDirectory[str] | None = None
+
+    def check(self, policy: Any, critic: Critic | None) -> None:
+        """Refuse what an engine cannot serve; see `Sampler.check`.
+
+        Raises:
+            CriticError: for critics other than of hidden states.
+            ConfigError: for several processes, and for policies that cannot be read from a folder of their own.
+        """
+        if critic is not None and not isinstance(critic, HiddenStateCritic):
+            raise CriticError(
+                f"the critic is a {critic.kind}, whose trunk the engine cannot keep.",
+                "train a critic of hidden states, or use the sampler `generate`.",
+            )
+        if (count := here(states_device(policy)).count) > 1:
+            raise ConfigError(
+                f"{count} processes would each start an engine on devices that the others use.",
+                "start one process, or use the sampler `generate`, which all of them share.",
+            )
+        if hasattr(policy, "peft_config"):
+            raise ConfigError(
+                "the policy has adapters, which the engine would not read.",
+                "merge them into it first: policy = policy.merge_and_unload().",
+            )
+
+    def draw(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        settings: RolloutSettings,
+        seed: int,
+        *,
+        top_k: int | None = None,
+        critic: Critic | None = None,
+        lam: Tensor | None = None,
+    ) -> Drawn:
+        """Draw one response to each prompt; see `Sampler.draw`. The KL is left to the policy."""
+        from vllm import SamplingParams
+
+        engine = self._engine_of(policy, tokenizer, critic)
+        prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+        ends = sorted(end_ids(policy))
+        longest, fits = max(map(len, prompt_ids)) + settings.max_new_tokens, int(engine.model_config.max_model_len)
+        if longest > fits:  # the engine would end such a response early without a word
+            raise ConfigError(
+                f"max_new_tokens is {settings.max_new_tokens}, with which the longest prompt comes to {longest} "
+                f"tokens; the engine has room for {fits}.",
+                "give it more memory, or ask for shorter responses.",
+            )
+        rows: list[list[float] | None] = lam.tolist() if lam is not None else [None] * len(prompt_ids)
+        each = [
+            SamplingParams(
+                max_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=top_k or 0,
+                seed=seed + row,
+                stop_token_ids=ends,
+                ignore_eos=True,  # those above are all
+                detokenize=False,
+                extra_args={WEIGHTS: own, BETA: 1.0, TOP_K: settings.top_k or 0} if own is not None else None,
+            )
+            for row, own in enumerate(rows)
+        ]
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], each, use_tqdm=False)
+        return Drawn(prompt_ids, [list(output.outputs[0].token_ids) for output in outputs])
+
+    def close(self) -> None:
+        """End the engine and give its memory back; the next draw starts another."""
+        if self._engine is not None:
+            self._engine.llm_engine.engine_core.shutdown()
+            self._engine = None
+            gc.collect()
+        if self._folders is not None:
+            self._folders.cleanup()
+        self._folders = self._serves = None
+
+    def __enter__(self) -> VllmSampler:
+        """Return the sampler."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _engine_of(self, policy: Any, tokenizer: Any, critic: Critic | None) -> Any:
+        """Return an engine that serves the policy under the critic as it is now."""
+        weights = Fingerprint.of(policy).weights
+        serves = weights, critic_digest(critic)
+        if self._engine is None or self._serves != serves:
+            self.close()
+            self._folders = TemporaryDirectory(prefix="mavis-vllm-")
+            self._engine = self._start(policy, tokenizer, weights, critic, Path(self._folders.name))
+            self._serves = serves
+        return self._engine
+
+    def _start(self, policy: Any, tokenizer: Any, weights: str, critic: Critic | None, folder: Path) -> Any:
+        # Without this, the engine's process is a copy of this one, with the locks of threads that it does not have.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one takes no logits processors
+        from vllm import LLM
+
+        model = str(getattr(policy.config, "_name_or_path", ""))
+        if weights_of(model) != weights:  # from a hub, or changed since it was loaded
+            model = str(folder / "policy")
+            policy.save_pretrained(model)
+        # max_model_len -1: as long as there is memory for.
+        tokenizer.save_pretrained(folder / "tokenizer")
+        policy.config.save_pretrained(folder / "tokenizer")  # which says what kind of tokenizer to expect
+        options: dict[str, Any] = {"max_model_len": -1, "seed": 0, "disable_log_stats": True}
+        more: dict[str, Any] = {}
+        if critic is not None:
+            critic.save(folder / "critic")
+            more = {"logits_processors": [_PROCESSOR], "additional_config": {SETTING: str(folder / "critic")}}
+            if isinstance(critic, HiddenStateCritic) and critic.memory is not None:
+                options["async_scheduling"] = False
+        options |= self._options
+        try:
+            return LLM(
+                model=model,
+                dtype=str(policy.dtype).removeprefix("torch."),
+                tokenizer=str(folder / "tokenizer"),
+                generation_config="vllm",
+                **more,
+                **options,
+            )
+        except MavisError:
+            raise
+        except Exception as error:  # whatever the engine dislikes, it says so itself, here or in its log
+            raise ConfigError(
+                f"vLLM does not start with {options}: {first_sentence(error)}",
+                "its own messages above say more; use the sampler `generate` where it cannot serve the policy.",
+            ) from error
