@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from mavis.errors import ConfigError
+
+GRADIENT_NORM = 1.0
+"""What gradients are clipped to."""
 
 _borrowing = threading.Lock()
 _borrowers = 0  # how many fits, in as many threads, use it now
@@ -47,6 +51,7 @@ def accelerator(device: torch.device) -> Iterator[Any]:
         options = {"cpu": True} if fresh and device.type == "cpu" else {}
         borrowed = Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
         _borrowers += 1
+    settle_deepspeed(borrowed)
     try:
         yield borrowed
     finally:
@@ -57,25 +62,64 @@ def accelerator(device: torch.device) -> Iterator[Any]:
                 GradientState._reset_state()
 
 
-def sharded(accelerate: Any) -> bool:
-    """Whether an `Accelerator` cuts what it prepares into shards, so that nobody holds it whole."""
-    return bool(accelerate.is_fsdp2)
+def leaves_marks(accelerate: Any) -> bool:
+    """Whether what an `Accelerator` has prepared cannot be used as before: it is cut into shards, or has hooks."""
+    return bool(accelerate.is_fsdp2) or _deepspeed(accelerate) is not None
+
+
+@contextmanager
+def whole(accelerate: Any, module: nn.Module) -> Iterator[None]:
+    """Have every process hold a module's trained weights whole while the block runs, where tensors cannot do so."""
+    plugin = _deepspeed(accelerate)
+    if plugin is None or plugin.zero_stage < 3:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([weight for weight in module.parameters() if weight.requires_grad]):
+        yield
+
+
+def _deepspeed(accelerate: Any) -> Any:
+    return getattr(accelerate.state, "deepspeed_plugin", None)
+
+
+def settle_deepspeed(accelerate: Any) -> None:
+    """Fill in what DeepSpeed asks of a fit that brings no loader of its own and says for itself how it clips.
+
+    Raises:
+        ConfigError: if it is to keep the weights in half precision, in which the last ones of a critic are lost.
+    """
+    plugin = _deepspeed(accelerate)
+    if plugin is None:
+        return
+    if accelerate.mixed_precision != "no":
+        raise ConfigError(
+            f"mixed_precision is {accelerate.mixed_precision!r}, under which DeepSpeed turns the weights of a critic "
+            "themselves into half precision.",
+            "set mixed_precision to no; a value model may have a frozen trunk in bfloat16 (critic.lora_rank).",
+        )
+    # Only its own records read this one: each process is given its share of every batch, and says how much that is.
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    plugin.deepspeed_config["train_batch_size"] = accelerate.num_processes
+    plugin.deepspeed_config["gradient_clipping"] = GRADIENT_NORM
 
 
 def check_sharding() -> None:
     """Refuse the ways of sharding that a fit does not undo: each has its own form for a network cut in pieces.
 
-    Only FSDP 2 leaves every weight a tensor of its own, under its own name and at its own rate.
+    FSDP 2 and DeepSpeed leave every weight a tensor of its own, under its own name and at its own rate.
 
     Raises:
         ConfigError: naming it.
     """
-    names = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
+    names = {"MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
     if os.environ.get("FSDP_VERSION") == "2":
         del names["FSDP"]
     for name, shown in names.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ConfigError(
                 f"Accelerate is configured for {shown}, which mavis does not train with.",
-                "shard by FSDP 2 (--use_fsdp --fsdp_version 2), or do not shard (--multi_gpu): most critics are small.",
+                "shard by FSDP 2 (--use_fsdp --fsdp_version 2) or DeepSpeed (--use_deepspeed), or do not shard "
+                "(--multi_gpu): most critics are small.",
             )

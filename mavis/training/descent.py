@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError, TrainingError, check_whole
 from mavis.processes import Processes
-from mavis.training.accelerating import accelerator, sharded
+from mavis.training.accelerating import GRADIENT_NORM, accelerator, leaves_marks, whole
 from mavis.training.replayed import Rollouts, Shared
 
 
@@ -95,7 +95,7 @@ def descend(
     device, watched, training = _device(critic), held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
     batches = math.ceil(len(training) / settings.batch_size)
     with accelerator(device) as accelerate, rollouts.processes.talking():
-        learner, network = _to_shard(critic, network) if sharded(accelerate) else (critic, network)
+        learner, network = _twin(critic, network) if leaves_marks(accelerate) else (critic, network)
         optimiser = torch.optim.AdamW(
             _groups(learner, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -107,14 +107,14 @@ def descend(
             return mean_error(network, rollouts, watched, settings.batch_size, device).mean().item()
 
         losses = [watch()]
-        best, best_state = 0, _state(learner)
+        best, best_state = 0, _state(learner, accelerate)
         for epoch in range(1, settings.epochs + 1):
             learner.train()
             for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
                 squared, weight = network(rollouts.rows(index).to(device))
                 optimiser.zero_grad()
                 accelerate.backward(_share(squared, weight, rollouts.processes))
-                accelerate.clip_grad_norm_(network.parameters(), 1.0)
+                accelerate.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
                 optimiser.step()
                 schedule.step()
             losses.append(watch())
@@ -124,7 +124,7 @@ def descend(
                     "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
                 )
             if losses[-1] < losses[best]:
-                best, best_state = epoch, _state(learner)
+                best, best_state = epoch, _state(learner, accelerate)
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1])
     critic.load_state_dict(critic.state_dict() | best_state)
@@ -216,8 +216,8 @@ def _device(critic: HeadedCritic) -> torch.device:
     return critic.reward_mean.device
 
 
-def _to_shard(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, nn.Module]:
-    """Copy a network that is to be cut into shards, which cannot be undone, with the critic that it holds."""
+def _twin(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, nn.Module]:
+    """Copy a network that is to be marked for good, with the critic that it holds."""
     twin = copy.deepcopy(network)
     names = [name for name, module in network.named_modules() if module is critic]
     learner: Any = twin.get_submodule(names[0])
@@ -226,10 +226,11 @@ def _to_shard(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, n
     return learner, twin
 
 
-def _state(critic: HeadedCritic) -> dict[str, Tensor]:
+def _state(critic: HeadedCritic, accelerate: Any) -> dict[str, Tensor]:
     """Copy all that a descent may change, whole: a frozen trunk can be too large to be held twice."""
     frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
-    return {name: _whole(tensor) for name, tensor in critic.state_dict().items() if name not in frozen}
+    with whole(accelerate, critic):
+        return {name: _whole(tensor) for name, tensor in critic.state_dict().items() if name not in frozen}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ def launcher(name: str) -> list[str]:
         return [sys.executable]
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
+    stage = name.removeprefix("deepspeed ")
+    way = ["--multi_gpu"] if stage == name else ["--use_deepspeed", "--zero_stage", stage]
+    asked = [*way, "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
     return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *asked]
 
 

@@ -119,7 +119,6 @@ def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
     ("given", "said"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )

@@ -1,0 +1,67 @@
+"""Two processes under DeepSpeed come to the critic of one, with weights whole or in shards, round after round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mavis.critics import load_critic
+from mavis.errors import ConfigError
+from mavis.files import read_json
+from mavis.training.accelerating import settle_deepspeed
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+CRITICS = {
+    "hidden state": ("critic.memory=4", "improvement=conditioned"),
+    "value model": ("critic=value_model", "+critic.backbone=null"),
+}
+SMALL = ("improvement.rollouts=32", "improvement.fit.epochs=2", "improvement.calibration_samples=0")
+
+
+def outcome(process: Any) -> str:
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, output + errors
+    return str(errors)
+
+
+@pytest.fixture(scope="module")
+def alone(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    where = tmp_path_factory.mktemp("alone")
+    runs = {name: train("alone", where, *options, *SMALL, f"output={name}") for name, options in CRITICS.items()}
+    for process in runs.values():
+        outcome(process)
+    return {name: where / name for name in runs}
+
+
+@pytest.mark.parametrize(("stage", "name"), [("2", "value model"), ("3", "hidden state")])
+def test_the_critic_is_that_of_one_process(
+    train: Callable[..., Any], alone: dict[str, Path], tmp_path: Path, stage: str, name: str
+) -> None:
+    outcome(train(f"deepspeed {stage}", tmp_path, *CRITICS[name], *SMALL, "output=run"))
+    for iteration in range(2):
+        found, expected = (
+            read_json(run / f"iteration-{iteration}" / "report.json") for run in (tmp_path / "run", alone[name])
+        )
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert len(set(expected["losses"])) == 3
+    folders = tmp_path / "run" / "critic", alone[name] / "critic", alone[name] / "start"
+    trained, one, start = (load_critic(folder).state_dict() for folder in folders)
+    assert trained.keys() == one.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert any(not torch.allclose(start[key], value, atol=2e-3) for key, value in one.items() if "heads" in key)
+
+
+def test_weights_in_half_precision_are_refused() -> None:
+    accelerate = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=object()), mixed_precision="bf16")
+    with pytest.raises(
+        ConfigError, match="mixed_precision is 'bf16', under which DeepSpeed.*set mixed_precision to no"
+    ):
+        settle_deepspeed(accelerate)
