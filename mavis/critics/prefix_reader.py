@@ -105,6 +105,16 @@ class PrefixReader:
             self._thread.kept = kept
             return result.clone()  # a tensor of no mode, and not what is kept
 
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """The window W of each kind of layer, or None where there is none; of the kind "" if they are all alike."""
+        return self._windows
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the trunk has learnt, or None where there is no table of them."""
+        return self._positions
+
     def release(self) -> None:
         """Let go of what this thread has read."""
         self._thread.kept = None

@@ -177,6 +177,17 @@ class ValueModelCritic(HeadedCritic):
         ).last_hidden_state
         return self._normed(read[:, -steps:] if self.readout == "candidates" else read[:, -steps - 1 : -1])
 
+    def inputs_of_ends(self, states: Tensor) -> Tensor:
+        """Compute what the heads of the `token` readout read, for callers who keep the trunk's cache themselves.
+
+        Args:
+            states: (B, H), floating: the trunk's last hidden states at the ends of prefixes.
+
+        Returns:
+            (B, I) float32.
+        """
+        return self._normed(states)
+
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """See `Critic.tilt`."""
         if self.readout == "token":

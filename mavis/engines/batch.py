@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mavis.critics import ValueModelCritic
 from mavis.engines.arguments import Tilt
 from mavis.engines.memory import Parked, RequestMemories
+from mavis.engines.prefixes import ServedPrefixes
 
 _NARROW = 1024
 """The most candidates whose vectors are gathered for each row.
@@ -27,11 +29,13 @@ class Row:
         tilt: how it is tilted.
         outputs: the tokens that it has drawn; the engine lets them grow.
         parked: where its memory waits while it has no place in the batch.
+        prompt: its tokens, which a value model reads.
     """
 
     tilt: Tilt
     outputs: Sequence[int]
     parked: Parked
+    prompt: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +83,20 @@ class TiltedBatch:
     that no softmax sees. Rows without a tilt stay as they are, bit for bit.
 
     Args:
-        critic: a hidden-state critic, on the device of the engine's states.
+        critic: of hidden states, or a value model in its `token` readout, on the device of the engine's states.
+        room: the most rows of the batch, and the most tokens of each; for a value model.
 
     Source: MAVIS, arXiv 2508.13415.
     """
 
-    def __init__(self, critic: Any) -> None:
+    def __init__(self, critic: Any, room: tuple[int, int] = (0, 0)) -> None:
         self.critic = critic
         self.device = critic.reward_mean.device
         self._rows: list[Row | None] = []
         self._tensors: _Tensors | None = None
-        self._memories = RequestMemories(critic.memory.network.hidden_size, self.device) if critic.memory else None
+        memory = getattr(critic, "memory", None)
+        self._memories = RequestMemories(memory.network.hidden_size, self.device) if memory is not None else None
+        self._prefixes = ServedPrefixes(critic.trunk, *room) if isinstance(critic, ValueModelCritic) else None
 
     @property
     def size(self) -> int:
@@ -141,6 +148,8 @@ class TiltedBatch:
         self._rows = rows[:size]
         if self._memories is not None:
             self._memories.change(before, self.tilted)
+        if self._prefixes is not None:
+            self._prefixes.change(before, self.tilted)
         self._tensors = self._build()
 
     def apply(self, logits: Tensor, states: Tensor) -> Tensor:
@@ -156,15 +165,22 @@ class TiltedBatch:
         tensors = self._tensors
         if tensors is None:
             return logits
-        critic, memories = self.critic, self._memories
-        states = states if tensors.places is None else states.index_select(0, tensors.places)
-        inputs, after = critic.inputs_of_step(states, memories.now if memories is not None else None)
-        if memories is not None:
-            memories.after = after
+        inputs = self._inputs(states if tensors.places is None else states.index_select(0, tensors.places))
         for group in tensors.groups:
             own = inputs if group.members is None else inputs.index_select(0, group.members)
-            _tilt(logits, own, group, critic)
+            _tilt(logits, own, group, self.critic)
         return logits
+
+    def _inputs(self, states: Tensor) -> Tensor:
+        """Compute what the heads read for the tilted rows, (R, I), from the policy's states (R, H) or without them."""
+        if self._prefixes is not None:
+            inputs: Tensor = self.critic.inputs_of_ends(self._prefixes.read(self.tilted))
+            return inputs
+        memories = self._memories
+        inputs, after = self.critic.inputs_of_step(states, memories.now if memories is not None else None)
+        if memories is not None:
+            memories.after = after
+        return inputs
 
     def _build(self) -> _Tensors | None:
         tilts = [row.tilt for row in self.tilted]

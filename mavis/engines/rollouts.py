@@ -15,8 +15,8 @@ from torch import Tensor
 from mavis.critics import Critic, HiddenStateCritic
 from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.engines.arguments import BETA, TOP_K, WEIGHTS
-from mavis.engines.served import SETTING, weights_of
-from mavis.errors import ConfigError, CriticError, MavisError, MissingPackageError, first_sentence
+from mavis.engines.served import SETTING, check_servable, weights_of
+from mavis.errors import ConfigError, MavisError, MissingPackageError, first_sentence
 from mavis.processes import here
 from mavis.rollouts.collect import critic_digest
 from mavis.rollouts.sample import RolloutSettings, end_ids
@@ -64,14 +64,11 @@ class VllmSampler:
         """Refuse what an engine cannot serve; see `Sampler.check`.
 
         Raises:
-            CriticError: for critics other than of hidden states.
+            CriticError: for critics that no engine serves.
             ConfigError: for several processes, and for policies that cannot be read from a folder of their own.
         """
-        if critic is not None and not isinstance(critic, HiddenStateCritic):
-            raise CriticError(
-                f"the critic is a {critic.kind}, whose trunk the engine cannot keep.",
-                "train a critic of hidden states, or use the sampler `generate`.",
-            )
+        if critic is not None:
+            check_servable(critic, "critic")
         if (count := here(states_device(policy)).count) > 1:
             raise ConfigError(
                 f"{count} processes would each start an engine on devices that the others use.",
@@ -172,7 +169,7 @@ class VllmSampler:
         if critic is not None:
             critic.save(folder / "critic")
             more = {"logits_processors": [_PROCESSOR], "additional_config": {SETTING: str(folder / "critic")}}
-            if isinstance(critic, HiddenStateCritic) and critic.memory is not None:
+            if not isinstance(critic, HiddenStateCritic) or critic.memory is not None:
                 options["async_scheduling"] = False
         options |= self._options
         try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from mavis.critics import Critic, HiddenStateCritic, describe_critic, load_critic
+from mavis.critics import Critic, HiddenStateCritic, ValueModelCritic, describe_critic, load_critic
 from mavis.errors import CriticError, MavisError
 from mavis.vectors.source import tensors_of
 
@@ -52,7 +52,7 @@ def described(folder: str, engine: str) -> Critic:
     return describe_critic(folder)
 
 
-def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) -> HiddenStateCritic:
+def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) -> HiddenStateCritic | ValueModelCritic:
     """Load the critic for a model that an engine serves.
 
     Args:
@@ -66,15 +66,10 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
         other ones than the critic was trained on warn.
 
     Raises:
-        CriticError: if there is none, it is of a kind that no engine can keep, or the model has another shape.
+        CriticError: if there is none, it reads every candidate anew, or the model has another shape.
     """
     kind = describe_critic(folder)
-    if not isinstance(kind, HiddenStateCritic):
-        raise CriticError(
-            f"critic {folder!r} is a {kind.kind}, whose trunk keeps keys and values of its own, which the engine "
-            "neither schedules nor pages.",
-            "make a critic of hidden states of it: mavis distill critics=[<folder>] output=<folder>.",
-        )
+    check_servable(kind, f"critic {folder!r}")
     made_for = kind.fingerprint
     if (made_for.hidden_size, made_for.vocab_size) != (hidden_size, vocab_size):
         raise CriticError(
@@ -93,8 +88,23 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
             stacklevel=2,
         )
     critic = load_critic(folder)
-    assert isinstance(critic, HiddenStateCritic)
+    assert isinstance(critic, HiddenStateCritic | ValueModelCritic)
     return critic
+
+
+def check_servable(critic: Critic, who: str) -> None:
+    """Refuse a critic that would read every candidate of every request in every step.
+
+    Raises:
+        CriticError: naming it and what to do.
+    """
+    if isinstance(critic, HiddenStateCritic) or (isinstance(critic, ValueModelCritic) and critic.readout == "token"):
+        return
+    readout = f" in the readout {critic.readout!r}" if isinstance(critic, ValueModelCritic) else ""
+    raise CriticError(
+        f"{who} is a {critic.kind}{readout}, expected one of hidden states, or a value model in the readout 'token'.",
+        "make one of it: mavis distill critics=[<folder>] output=<folder>.",
+    )
 
 
 def weights_of(model: str) -> str | None:

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor as Logit
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from mavis.critics import ValueModelCritic
 from mavis.engines.arguments import asks_for_tilt, read_tilt
 from mavis.engines.batch import Row, TiltedBatch
 from mavis.engines.memory import Parked
@@ -76,10 +77,12 @@ class MavisLogitsProcessor(LogitsProcessor):
         _check_engine(vllm_config)
         model = vllm_config.model_config
         critic = served_critic(folder, str(model.model), model.get_hidden_size(), model.get_vocab_size())
-        if critic.memory is not None:
-            _check_engine_for_memory(vllm_config)
+        reads = isinstance(critic, ValueModelCritic)
+        if reads or critic.memory is not None:
+            _check_engine_for_tokens(vllm_config)
         self._critic = critic.to(device).requires_grad_(False)
-        self._batch = TiltedBatch(self._critic)
+        # A value model's room is set aside before the engine measures how much memory is left for its own.
+        self._batch = TiltedBatch(self._critic, (vllm_config.scheduler_config.max_num_seqs, model.max_model_len))
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -113,7 +116,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         self._batch.step()
         if batch_update is None:
             return
-        added = [(at, self._row(params, outputs)) for at, params, _, outputs in batch_update.added]
+        added = [(at, self._row(params, prompt, outputs)) for at, params, prompt, outputs in batch_update.added]
         moved = [(one, two, how is MoveDirectionality.SWAP) for one, two, how in batch_update.moved]
         self._batch.change(batch_update.batch_size, batch_update.removed, added, moved)
 
@@ -142,7 +145,7 @@ class MavisLogitsProcessor(LogitsProcessor):
             )
         return batch.apply(logits, states)
 
-    def _row(self, params: SamplingParams, outputs: list[int]) -> Row | None:
+    def _row(self, params: SamplingParams, prompt: list[int] | None, outputs: list[int]) -> Row | None:
         if not asks_for_tilt(params.extra_args):
             return None
         with warnings.catch_warnings():  # what there is to warn about has been said where the request was validated
@@ -152,7 +155,7 @@ class MavisLogitsProcessor(LogitsProcessor):
             return None
         # The engine keeps a request's parameters exactly as long as the request can come back.
         parked = params.__dict__.setdefault(_PARKED, Parked())
-        return Row(tilt, outputs, parked)
+        return Row(tilt, outputs, parked, prompt or ())
 
 
 def _check_engine(config: VllmConfig) -> None:
@@ -171,17 +174,18 @@ def _check_engine(config: VllmConfig) -> None:
         )
 
 
-def _check_engine_for_memory(config: VllmConfig) -> None:
-    """Refuse what draws or drops tokens that a memory would not know of."""
+def _check_engine_for_tokens(config: VllmConfig) -> None:
+    """Refuse what draws, drops or hides tokens, for a critic that has to know of all."""
     for name, on, remedy in (
         ("async_scheduling", config.scheduler_config.async_scheduling, "pass --no-async-scheduling"),
         ("kv_transfer_config", config.kv_transfer_config is not None, "leave it out"),
+        ("enable_prompt_embeds", config.model_config.enable_prompt_embeds, "leave it out"),
     ):
         if on:
             raise CriticError(
-                f"{name} is on, under which tokens that were drawn can be dropped again unseen; the critic has a "
-                "memory of them.",
-                f"{remedy}, or serve a critic without a memory.",
+                f"{name} is on, under which the critic does not see every token; it has a memory of them, or reads "
+                "them itself.",
+                f"{remedy}, or serve a critic of hidden states without a memory.",
             )
 
 

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics import Calibration, HiddenStateCritic
+from mavis.critics import Calibration, HiddenStateCritic, ValueModelCritic
 
 
-def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"), **options: Any) -> HiddenStateCritic:
-    """Build a critic whose tilts spread by about a nat at λ = 1, and which remembers if it has a memory."""
-    critic = HiddenStateCritic.for_policy(policy, objectives, **({"hidden": 16, "rank": 8} | options))
+def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"), **options: Any) -> Any:
+    """Build a critic whose tilts spread by about a nat at λ = 1, and which remembers if it has a memory.
+
+    It is a value model if a backbone is given.
+    """
+    kind: Any = ValueModelCritic if "backbone" in options else HiddenStateCritic
+    critic = kind.for_policy(policy, objectives, **({"hidden": 16, "rank": 8} | options))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         critic.heads.outer.normal_(std=0.5)
@@ -24,7 +28,7 @@ def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"),
 
 
 @pytest.fixture
-def make_critic() -> Callable[..., HiddenStateCritic]:
+def make_critic() -> Callable[..., Any]:
     """The function that builds a critic of a policy."""
     return build_critic
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from mavis.engines.arguments import Tilt
 from mavis.engines.batch import Row, TiltedBatch
 from mavis.engines.memory import Parked
-from mavis.errors import DecodingError
+from mavis.errors import CriticError, DecodingError
 from mavis.math.tilt import candidates, tilted_logprobs
+from tests.critics.test_prefix_reader import FAMILIES
 
 VOCABULARY, HIDDEN = 61, 32
 
@@ -156,12 +157,13 @@ class Request:
     tilt: Tilt | None
     states: Tensor
     parked: Parked
+    prompt: list[int]
     drawn: list[int] = field(default_factory=list)
     unread: int = 0
 
     @property
     def row(self) -> Row | None:
-        return Row(self.tilt, self.drawn, self.parked) if self.tilt else None
+        return Row(self.tilt, self.drawn, self.parked, self.prompt) if self.tilt else None
 
 
 def play(critic: Any, seed: int, check: Callable[[Request, Tensor, Tensor], None]) -> tuple[int, int]:
@@ -181,11 +183,12 @@ def play(critic: Any, seed: int, check: Callable[[Request, Tensor, Tensor], None
         tilt = Tilt(torch.tensor(lam[number % 3]), [None, 5, 9][number % 3], 1.0) if tilted else None
         steps = dice.randint(1, 8)
         parked = shared if number % 5 == 0 else Parked()  # children of one request can share their parameters
-        return Request(tilt, torch.randn(steps, HIDDEN, generator=generator), parked, unread=dice.randint(0, 2))
+        prompt = [dice.randrange(1, VOCABULARY) for _ in range(dice.randint(1, 12))]
+        return Request(tilt, torch.randn(steps, HIDDEN, generator=generator), parked, prompt, unread=dice.randint(0, 2))
 
     waiting = [new(number) for number in range(24)]
     places: list[Request | None] = []
-    batch, back, dropped = TiltedBatch(critic), 0, 0
+    batch, back, dropped = TiltedBatch(critic, room=(5, 20)), 0, 0
     while waiting or any(places):
         batch.step()
         left, added, moved = [], [], []
@@ -233,7 +236,7 @@ def play(critic: Any, seed: int, check: Callable[[Request, Tensor, Tensor], None
                 dropped += 1
             else:
                 check(one, logits[at], tilted[at])
-                one.drawn.append(0)
+                one.drawn.append(dice.randrange(1, VOCABULARY))
     assert batch.size == 0
     assert batch.tilted == []
     return back, dropped
@@ -257,6 +260,52 @@ def test_rows_keep_their_tilt_and_memory_wherever_they_go(
     back, dropped = play(critic, seed, check)
     assert back > 0
     assert dropped > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_value_model_reads_every_prefix_as_if_it_were_alone(
+    tiny_policy: Any, make_critic: Callable[..., Any], family: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed:  # prompts are read in many pieces, and few at a time
+        monkeypatch.setattr("mavis.engines.prefixes._POSITIONS_AT_ONCE", 4)
+        monkeypatch.setattr("mavis.engines.prefixes._TOKENS_AT_ONCE", 8)
+    trunk = FAMILIES[family]()
+    critic = make_critic(tiny_policy, backbone=trunk.config)
+    critic.trunk.load_state_dict(trunk.state_dict())
+    checked = 0
+
+    def check(one: Request, logits: Tensor, tilted: Tensor) -> None:
+        nonlocal checked
+        if one.tilt is None:
+            assert torch.equal(tilted, logits)
+            return
+        ids = torch.tensor([[*one.prompt, *one.drawn, 0]])
+        inputs = critic.inputs_of_rollouts(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 1, 0))[0, 0]
+        torch.testing.assert_close(
+            torch.log_softmax(tilted, 0), expected(critic, logits, inputs, one.tilt), atol=1e-4, rtol=1e-4
+        )
+        checked += len(one.drawn) > 0
+
+    back, dropped = play(critic, seed, check)
+    assert min(back, dropped, checked) > 0
+
+
+def test_a_value_model_with_fewer_positions_than_the_engine_takes_is_refused(
+    tiny_policy: Any, make_critic: Callable[..., Any]
+) -> None:
+    critic = make_critic(tiny_policy, backbone=FAMILIES["GPT-2"]().config)
+    TiltedBatch(critic, room=(2, 200))
+    with pytest.raises(CriticError, match="up to 201 tokens, but .* has learnt 200 positions.*--max-model-len 200"):
+        TiltedBatch(critic, room=(2, 201))
+
+
+def test_a_value_model_without_memory_for_its_requests_is_refused(
+    tiny_policy: Any, make_critic: Callable[..., Any]
+) -> None:
+    critic = make_critic(tiny_policy, backbone=FAMILIES["Llama"]().config)
+    with pytest.raises(CriticError, match="no memory for .* 1000000000 requests of up to 100000 tokens.*max-num-seqs"):
+        TiltedBatch(critic, room=(10**9, 10**5))
 
 
 def test_what_is_set_aside_ends_with_the_request(tiny_policy: Any, make_critic: Callable[..., Any]) -> None:

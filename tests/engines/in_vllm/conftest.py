@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, Qwen2Config
 
-from mavis import MavisTilt, embedded
+from mavis import MavisTilt, ValueModelCritic, embedded
 from mavis.critics.capture import forward_states
 from mavis.engines.arguments import read_tilt
 from mavis.math.tilt import candidates, tilted_logprobs
@@ -66,6 +66,17 @@ CRITICS: dict[str, dict[str, Any]] = {
     "memory": {"memory": 8},
     "conditioned": {"composition": "conditioned"},
     "conditioned with memory": {"composition": "conditioned", "memory": 8},
+    "value model": {
+        "backbone": Qwen2Config(
+            vocab_size=2048,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.2,
+        ),
+    },
 }
 
 
@@ -187,7 +198,11 @@ def exact_logprobs(
     tilt = read_tilt(extra_args, temperature, critic)
     if tilt is None:
         return torch.log_softmax(logits / temperature, -1)
-    inputs = critic.inputs_of_responses(states)[0]
+    if isinstance(critic, ValueModelCritic):
+        ids = torch.tensor([[*prompt, *response]])
+        inputs = critic.inputs_of_rollouts(ids, torch.ones_like(ids, dtype=torch.bool), states[..., :0])[0]
+    else:
+        inputs = critic.inputs_of_responses(states)[0]
     values, ids = candidates(logits, tilt.top_k) if tilt.top_k else (logits, None)
     lam = tilt.lam.expand(len(inputs), -1)
     logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs, ids, lam), temperature)

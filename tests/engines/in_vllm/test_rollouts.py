@@ -54,7 +54,7 @@ def kl_of(logprobs: torch.Tensor, plain: torch.Tensor) -> list[float]:
     return [float(x) for x in torch.where(logprobs.isfinite(), logprobs.exp() * (logprobs - plain), 0.0).sum(1)]
 
 
-@pytest.mark.parametrize("name", ["plain heads", "conditioned with memory"])
+@pytest.mark.parametrize("name", ["plain heads", "conditioned with memory", "value model"])
 def test_tilted_rows_are_drawn_from_their_own_distribution_with_its_kl(
     sampler: VllmSampler,
     story: tuple[Any, Any],
@@ -183,8 +183,8 @@ def test_what_no_engine_can_serve_is_refused_before_anything_is_drawn(
     sampler: VllmSampler, story: tuple[Any, Any], critics: Callable[[str], tuple[Any, Path]], tmp_path: Path
 ) -> None:
     policy = story[0]
-    values = ValueModelCritic.for_policy(policy, ["good", "short"], backbone=policy.config)
-    with pytest.raises(CriticError, match="a value_model, whose trunk.*Hint: train a critic of hidden states"):
+    values = ValueModelCritic.for_policy(policy, ["good", "short"], backbone=policy.config, readout="candidates")
+    with pytest.raises(CriticError, match="critic is a value_model in the readout 'candidates'"):
         sampler.check(policy, values)
     policy.peft_config = {}
     try:

@@ -78,9 +78,9 @@ def test_a_model_with_other_weights_warns(folder: Path, tmp_path: Path) -> None:
         start(folder, model=str(other_model(tmp_path)), skip_tokenizer_init=True)
 
 
-def test_a_value_model_is_refused_by_name(story: tuple[Any, Any], tmp_path: Path) -> None:
-    ValueModelCritic.for_policy(story[0], ["good"]).save(tmp_path / "critic")
-    with pytest.raises(CriticError, match="is a value_model, whose trunk keeps keys.*Hint: .*mavis distill"):
+def test_a_value_model_that_reads_every_candidate_is_refused_by_name(story: tuple[Any, Any], tmp_path: Path) -> None:
+    ValueModelCritic.for_policy(story[0], ["good"], readout="candidates").save(tmp_path / "critic")
+    with pytest.raises(CriticError, match="is a value_model in the readout 'candidates'.*Hint: .*mavis distill"):
         start(tmp_path / "critic")
 
 

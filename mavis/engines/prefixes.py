@@ -1,0 +1,226 @@
+"""The prefixes of an engine's requests as a value model reads them, with its keys and values in room set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mavis.critics.prefix_reader import PrefixReader
+from mavis.errors import CriticError
+
+_TOKENS_AT_ONCE, _POSITIONS_AT_ONCE = 4096, 512
+"""How much of prefixes that are new is read in one pass: the scores of attention grow with the product."""
+
+
+class HasPrefix(Protocol):
+    """A request as this module sees it."""
+
+    prompt: Sequence[int]
+    outputs: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Positions from `start` on of some rows, which have been read up to there."""
+
+    rows: Tensor
+    start: int
+
+    def write(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Write keys or values (N, heads, S, D) and return those of all positions up to the last of them."""
+        end = self.start + new.shape[2]
+        buffer[self.rows, :, self.start : end] = new.to(buffer.dtype)
+        return buffer[:, :, :end].index_select(0, self.rows) if self.start else new
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The last position of each of the first R rows, (R,), and the end of the longest."""
+
+    rows: Tensor
+    positions: Tensor
+    end: int
+
+    def write(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Write keys or values (R, heads, 1, D) and return a view of those of all positions up to the last."""
+        buffer[self.rows, :, self.positions] = new[:, :, 0].to(buffer.dtype)
+        return buffer[: len(new), :, : self.end]
+
+
+@dataclass(slots=True)
+class _Room:
+    """How much there is room for, and what is read now, for all layers."""
+
+    rows: int
+    length: int
+    now: _Piece | _Step
+
+
+class _Layer(CacheLayerMixin):
+    """The keys and values of one layer, a row for each request, whose first token stands at position 0."""
+
+    is_sliding = False  # the masks say what a window hides
+
+    def __init__(self, room: _Room) -> None:
+        super().__init__()
+        self.room = room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set the room aside."""
+        rows, length = self.room.rows, self.room.length
+        self.keys, self.values = (  # numbers, for what is hidden is still multiplied, by 0
+            one.new_zeros(rows, one.shape[1], length, one.shape[3]) for one in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write what is read now, and return all that it sees."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        now = self.room.now
+        return now.write(self.keys, key_states), now.write(self.values, value_states)
+
+    def move(self, targets: Tensor, sources: Tensor, end: int) -> None:
+        """Let rows be what others are now, up to a position."""
+        for buffer in (self.keys, self.values):
+            buffer[targets, :, :end] = buffer[sources, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return what no trunk asks, whose masks are given: positions that attention will see, and the first."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return the positions that there is room for."""
+        return self.room.length
+
+
+class ServedPrefixes:
+    """Reads every token of the tilted requests once with a value model's trunk, whatever becomes of the batch.
+
+    A request that joins, or comes back after it was preempted, is read from its beginning; from then on a token a step.
+    The last token is read in every step, so that one for which no token was kept, while a long prompt is still being
+    read by the policy, costs nothing but that.
+
+    Args:
+        trunk: of a value model, on its device; see `PrefixReader` for what it has to be.
+        rows: the most requests in a batch.
+        length: the most tokens of a request.
+
+    Raises:
+        CriticError: if the trunk's states cannot be computed step by step, it has learnt fewer positions, or there is
+            no memory for so many.
+    """
+
+    def __init__(self, trunk: Any, rows: int, length: int) -> None:
+        reader = PrefixReader(trunk)  # which tries the trunk, and finds out which masks it takes
+        self._trunk, self._windows = trunk, reader.windows
+        if reader.positions is not None and reader.positions < length:
+            raise CriticError(
+                f"the engine takes requests of up to {length} tokens, but the value model has learnt "
+                f"{reader.positions} positions.",
+                f"pass --max-model-len {reader.positions}, or serve a value model with rotary positions.",
+            )
+        weight = trunk.get_input_embeddings().weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._columns = torch.arange(length, device=self._device)
+        first = _Piece(self._columns[:1], 0)
+        self._room = _Room(rows, length, first)
+        self._cache = Cache(layer_class_to_replicate=partial(_Layer, self._room))
+        self._read: list[int] = []
+        """How many tokens of each row have been read."""
+        try:
+            self._pass(torch.zeros(1, 1, dtype=torch.long), first)  # sets the room aside
+        except (RuntimeError, MemoryError) as error:
+            raise CriticError(
+                f"there is no memory for a value model's keys and values of {rows} requests of up to {length} tokens.",
+                "pass a smaller --max-num-seqs or --max-model-len.",
+            ) from error
+
+    def change(self, before: Sequence[HasPrefix], rows: Sequence[HasPrefix]) -> None:
+        """Let rows leave, come and change places.
+
+        Args:
+            before: the rows until now, in the order in which they are kept.
+            rows: those of the next step.
+        """
+        was = {id(row): at for at, row in enumerate(before)}
+        read = [self._read[was[id(row)]] if id(row) in was else 0 for row in rows]
+        moved = [(at, was[id(row)]) for at, row in enumerate(rows) if was.get(id(row), at) != at]
+        if moved:
+            targets, sources = torch.tensor(moved, device=self._device).T
+            end = max(read[at] for at, _ in moved)
+            with torch.inference_mode():
+                for layer in self._cache.layers:
+                    layer.move(targets, sources, end)
+        self._read = read
+
+    def read(self, rows: Sequence[HasPrefix]) -> Tensor:
+        """Compute the trunk's last hidden states at the ends of all prefixes.
+
+        Args:
+            rows: those of the last change; the engine lets their drawn tokens grow, on the host.
+
+        Returns:
+            (R, H) float32.
+        """
+        lengths = [len(row.prompt) + len(row.outputs) for row in rows]
+        behind = [at for at, length in enumerate(lengths) if self._read[at] < length - 1]
+        if behind:
+            self._catch_up([(at, [*rows[at].prompt, *rows[at].outputs][:-1]) for at in behind])
+        last = [row.outputs[-1] if len(row.outputs) else row.prompt[-1] for row in rows]
+        tokens, positions = torch.tensor([last, [length - 1 for length in lengths]], device=self._device)
+        self._read = lengths
+        step = _Step(self._columns[: len(rows)], positions, max(lengths))
+        return self._pass(tokens[:, None], step)[:, 0].float()
+
+    def _catch_up(self, new: list[tuple[int, list[int]]]) -> None:
+        """Read prefixes (row, tokens) from their beginnings; those of like length side by side."""
+        new = sorted(new, key=lambda one: len(one[1]))
+        while new:
+            longest = min(len(new[-1][1]), _POSITIONS_AT_ONCE)
+            some = new[-max(1, _TOKENS_AT_ONCE // longest) :]
+            new = new[: -len(some)]
+            length = max(len(ids) for _, ids in some)
+            # What stands after a shorter one is seen by no token of it, and written over as it grows.
+            table = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in some], device=self._device)
+            places = torch.tensor([at for at, _ in some], device=self._device)
+            for start in range(0, length, _POSITIONS_AT_ONCE):
+                self._pass(table[:, start : start + _POSITIONS_AT_ONCE], _Piece(places, start))
+
+    def _pass(self, ids: Tensor, now: _Piece | _Step) -> Tensor:
+        """Read tokens (N, S) where `now` says: (N, S, H)."""
+        if isinstance(now, _Step):
+            positions, end = now.positions[:, None], now.end
+        else:
+            end = now.start + ids.shape[1]
+            positions = self._columns[None, now.start : end].expand(len(ids), -1)
+        columns = self._columns[:end]
+        masks = {kind: self._mask(columns, positions, window) for kind, window in self._windows.items()}
+        self._room.now = now
+        with torch.inference_mode():
+            states: Tensor = self._trunk(
+                input_ids=ids.to(self._device),
+                attention_mask=masks.get("", masks),
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )[0]
+        return states
+
+    def _mask(self, columns: Tensor, positions: Tensor, window: int | None) -> Tensor:
+        """Build what is added to attention (N, 1, S, columns): each position sees those before it, and itself."""
+        seen = columns <= positions[:, :, None]
+        if window is not None:
+            seen &= columns > positions[:, :, None] - window
+        hidden = torch.zeros(seen.shape, dtype=self._dtype, device=self._device)
+        return hidden.masked_fill_(~seen, torch.finfo(self._dtype).min)[:, None]
