@@ -39,7 +39,7 @@ class PrefixReader:
 
     Args:
         trunk: a decoder without output embedding; its attention is set to `sdpa`, or to `eager` if it has no `sdpa`
-            that takes the masks of candidates.
+            that takes the masks of candidates. On the CPU its weights stay what they are, but are laid out anew.
 
     Raises:
         CriticError: if the trunk's states cannot be computed step by step, which is tried.
@@ -50,6 +50,7 @@ class PrefixReader:
         if reason:
             raise CriticError(f"trunk is a {type(trunk).__name__}, {reason}.", _SUITABLE)
         self._trunk: Any = trunk
+        _lay_out(trunk)
         self._thread = threading.local()
         self._weights = [weight for weight in trunk.parameters() if not weight.is_inference()]
         self._embedding, self._positions = _tables(trunk)
@@ -300,6 +301,16 @@ def _unsuitable(trunk: Any) -> str:
         if kind in ("dynamic", "longrope"):
             return f"whose rotary frequencies ({kind}) change with the length, so that keys cannot be kept"
     return ""
+
+
+def _lay_out(trunk: nn.Module) -> None:
+    """Keep the weights of linear layers input by input on the CPU, where a product with one row is then a third faster.
+
+    Such a product reads every weight once, and is faster in the order in which it adds to all outputs at once.
+    """
+    for module in trunk.modules():
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and module.weight.is_contiguous():
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def _tables(trunk: Any) -> tuple[Any, int | None]:

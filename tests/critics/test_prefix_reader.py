@@ -711,3 +711,14 @@ def test_a_trunk_whose_mode_or_attention_has_been_changed_is_not_read() -> None:
     trunk.set_attn_implementation("eager")
     with pytest.raises(CriticError, match="trunk has attention 'eager', expected 'sdpa'"):
         reader.read(*prompts(0, 3))
+
+
+def test_weights_are_laid_out_input_by_input_and_keep_their_values_and_places() -> None:
+    trunk = build("Llama")
+    before = {name: (weight, weight.clone()) for name, weight in trunk.named_parameters()}
+    PrefixReader(trunk)
+    for name, weight in trunk.named_parameters():
+        same, values = before[name]
+        assert weight is same
+        assert torch.equal(weight, values)
+        assert weight.dim() < 2 or weight.t().is_contiguous() == ("proj" in name), name
