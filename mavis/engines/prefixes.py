@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -14,8 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mavis.critics.prefix_reader import PrefixReader
 from mavis.errors import CriticError
 
-_TOKENS_AT_ONCE, _POSITIONS_AT_ONCE = 4096, 512
-"""How much of prefixes that are new is read in one pass: the scores of attention grow with the product."""
+_TOKENS_AT_ONCE, _POSITIONS_AT_ONCE, _SCORES_AT_ONCE = 4096, 512, 1 << 24
+"""How much of prefixes that are new is read in one pass: tokens, positions of each, and what all of these see."""
+_ALIKE = 4
+"""How many times as long the longest of prefixes may be that are read on side by side."""
 
 
 class HasPrefix(Protocol):
@@ -41,16 +44,18 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The last position of each of the first R rows, (R,), and the end of the longest."""
+    """The last positions (R,) of some rows (R,), the end of the longest, and whether they are the first R of all."""
 
     rows: Tensor
     positions: Tensor
     end: int
+    first: bool
 
     def write(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Write keys or values (R, heads, 1, D) and return a view of those of all positions up to the last."""
+        """Write keys or values (R, heads, 1, D) and return those of all positions up to the last."""
         buffer[self.rows, :, self.positions] = new[:, :, 0].to(buffer.dtype)
-        return buffer[: len(new), :, : self.end]
+        all_of_them = buffer[:, :, : self.end]
+        return all_of_them[: len(new)] if self.first else all_of_them.index_select(0, self.rows)
 
 
 @dataclass(slots=True)
@@ -133,17 +138,29 @@ class ServedPrefixes:
         weight = trunk.get_input_embeddings().weight
         self._device, self._dtype = weight.device, weight.dtype
         self._columns = torch.arange(length, device=self._device)
-        first = _Piece(self._columns[:1], 0)
-        self._room = _Room(rows, length, first)
+        self._room = _Room(rows, length, _Piece(self._columns[:1], 0))
         self._cache = Cache(layer_class_to_replicate=partial(_Layer, self._room))
         self._read: list[int] = []
         """How many tokens of each row have been read."""
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Make the buffers, after a look at how large they would be."""
+        rows, length = self._room.rows, self._room.length
+        self._room.rows = self._room.length = 1
+        self._pass(torch.zeros(1, 1, dtype=torch.long), self._room.now)
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers) * rows * length
+        self._room.rows, self._room.length = rows, length
         try:
-            self._pass(torch.zeros(1, 1, dtype=torch.long), first)  # sets the room aside
+            if self._device.type == "cpu" and size > psutil.virtual_memory().available:
+                raise MemoryError  # which the system would find out too late
+            for layer in self._cache.layers:
+                layer.lazy_initialization(layer.keys, layer.values)
         except (RuntimeError, MemoryError) as error:
             raise CriticError(
-                f"there is no memory for a value model's keys and values of {rows} requests of up to {length} tokens.",
-                "pass a smaller --max-num-seqs or --max-model-len.",
+                f"there is no memory for {size / 2**30:.1f} GiB, a value model's keys and values of {rows} requests of "
+                f"up to {length} tokens.",
+                "lower the engine's max_num_seqs or max_model_len.",
             ) from error
 
     def change(self, before: Sequence[HasPrefix], rows: Sequence[HasPrefix]) -> None:
@@ -180,22 +197,35 @@ class ServedPrefixes:
         last = [row.outputs[-1] if len(row.outputs) else row.prompt[-1] for row in rows]
         tokens, positions = torch.tensor([last, [length - 1 for length in lengths]], device=self._device)
         self._read = lengths
-        step = _Step(self._columns[: len(rows)], positions, max(lengths))
-        return self._pass(tokens[:, None], step)[:, 0].float()
+        if max(lengths) <= _ALIKE * max(min(lengths), _POSITIONS_AT_ONCE):
+            step = _Step(self._columns[: len(rows)], positions, max(lengths), True)
+            return self._pass(tokens[:, None], step)[:, 0].float()
+        # All positions of the longest are worked on for each row, so few long ones must not make many short ones wait.
+        states, left = torch.empty(0), sorted(range(len(rows)), key=lengths.__getitem__)
+        while left:
+            most = _ALIKE * max(lengths[left[0]], _POSITIONS_AT_ONCE)
+            alike = [at for at in left if lengths[at] <= most]
+            left = left[len(alike) :]
+            places = torch.tensor(alike, device=self._device)
+            step = _Step(places, positions[places], lengths[alike[-1]], False)
+            read = self._pass(tokens[places, None], step)[:, 0].float()
+            states = states if len(states) else read.new_empty(len(rows), read.shape[1])
+            states[places] = read
+        return states
 
     def _catch_up(self, new: list[tuple[int, list[int]]]) -> None:
         """Read prefixes (row, tokens) from their beginnings; those of like length side by side."""
         new = sorted(new, key=lambda one: len(one[1]))
         while new:
-            longest = min(len(new[-1][1]), _POSITIONS_AT_ONCE)
-            some = new[-max(1, _TOKENS_AT_ONCE // longest) :]
+            length = len(new[-1][1])
+            some = new[-max(1, _TOKENS_AT_ONCE // min(length, _POSITIONS_AT_ONCE)) :]
             new = new[: -len(some)]
-            length = max(len(ids) for _, ids in some)
+            piece = max(1, min(_POSITIONS_AT_ONCE, _SCORES_AT_ONCE // (length * len(some))))
             # What stands after a shorter one is seen by no token of it, and written over as it grows.
             table = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in some], device=self._device)
             places = torch.tensor([at for at, _ in some], device=self._device)
-            for start in range(0, length, _POSITIONS_AT_ONCE):
-                self._pass(table[:, start : start + _POSITIONS_AT_ONCE], _Piece(places, start))
+            for start in range(0, length, piece):
+                self._pass(table[:, start : start + piece], _Piece(places, start))
 
     def _pass(self, ids: Tensor, now: _Piece | _Step) -> Tensor:
         """Read tokens (N, S) where `now` says: (N, S, H)."""

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
 from mavis.critics import Critic, HiddenStateCritic
 from mavis.critics.fingerprint import Fingerprint, states_device
+from mavis.engines import guard
 from mavis.engines.arguments import BETA, TOP_K, WEIGHTS
 from mavis.engines.served import SETTING, check_servable, weights_of
 from mavis.errors import ConfigError, MavisError, MissingPackageError, first_sentence
 from mavis.processes import here
-from mavis.rollouts.collect import critic_digest
 from mavis.rollouts.sample import RolloutSettings, end_ids
 from mavis.rollouts.sampler import Drawn
 
 _PROCESSOR = "mavis.engines.vllm:MavisLogitsProcessor"
-# What decides how responses are drawn; a sampler sets these itself.
-_OURS = ("model", "dtype", "logits_processors", "additional_config", "generation_config", "tokenizer")
+# What decides how responses are drawn; a sampler sets these itself, or leaves them out.
+_OURS = (
+    *("model", "dtype", "tokenizer", "logits_processors", "additional_config", "generation_config"),
+    *("quantization", "kv_cache_dtype", "hf_overrides"),
+)
+_MOST_TOGETHER = 256
 
 
 class VllmSampler:
-    """Draws rollouts with vLLM, in a process of its own that is started anew whenever the critic has changed.
+    """Draws rollouts with vLLM, in a process of its own that is started anew for every critic.
 
     Every request has a seed of its own, so that a run which was broken off draws the same again. The policy in this
-    process reads the responses once more for their KL. Close the sampler when done, or use it in a `with` block.
+    process reads the responses once more for their KL. The engine ends when `collect` has all that it wanted, when the
+    sampler is closed or its `with` block left, and when this process ends, be it killed.
 
     Args:
         options: of `vllm.LLM`, such as `gpu_memory_utilization`, of which the policy itself needs a share too.
@@ -57,8 +66,11 @@ class VllmSampler:
             )
         self._options = options
         self._engine: Any = None
-        self._serves: tuple[str, str | None] | None = None
-        self._folders: TemporaryDirectory[str] | None = None
+        self._serves: tuple[Any, ...] = ()
+        self._folder: Path | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._mark = uuid.uuid4().hex
+        self._copied = ""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
         """Refuse what an engine cannot serve; see `Sampler.check`.
@@ -95,15 +107,16 @@ class VllmSampler:
         """Draw one response to each prompt; see `Sampler.draw`. The KL is left to the policy."""
         from vllm import SamplingParams
 
-        engine = self._engine_of(policy, tokenizer, critic)
         prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
         ends = sorted(end_ids(policy))
-        longest, fits = max(map(len, prompt_ids)) + settings.max_new_tokens, int(engine.model_config.max_model_len)
+        longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+        engine = self._engine_of(policy, tokenizer, critic, longest, settings.shard_size)
+        fits = int(engine.model_config.max_model_len)
         if longest > fits:  # the engine would end such a response early without a word
             raise ConfigError(
                 f"max_new_tokens is {settings.max_new_tokens}, with which the longest prompt comes to {longest} "
                 f"tokens; the engine has room for {fits}.",
-                "give it more memory, or ask for shorter responses.",
+                "ask for shorter responses.",
             )
         rows: list[list[float] | None] = lam.tolist() if lam is not None else [None] * len(prompt_ids)
         each = [
@@ -122,15 +135,21 @@ class VllmSampler:
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], each, use_tqdm=False)
         return Drawn(prompt_ids, [list(output.outputs[0].token_ids) for output in outputs])
 
-    def close(self) -> None:
+    def rest(self) -> None:
         """End the engine and give its memory back; the next draw starts another."""
         if self._engine is not None:
             self._engine.llm_engine.engine_core.shutdown()
             self._engine = None
             gc.collect()
-        if self._folders is not None:
-            self._folders.cleanup()
-        self._folders = self._serves = None
+
+    def close(self) -> None:
+        """End the engine, and remove what was written for it."""
+        self.rest()
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()  # it ends what is left, and the folder
+            self._guard.wait()
+        self._guard = self._folder = None
+        self._copied = ""
 
     def __enter__(self) -> VllmSampler:
         """Return the sampler."""
@@ -140,45 +159,53 @@ class VllmSampler:
         """Close it."""
         self.close()
 
-    def _engine_of(self, policy: Any, tokenizer: Any, critic: Critic | None) -> Any:
-        """Return an engine that serves the policy under the critic as it is now."""
-        weights = Fingerprint.of(policy).weights
-        serves = weights, critic_digest(critic)
-        if self._engine is None or self._serves != serves:
-            self.close()
-            self._folders = TemporaryDirectory(prefix="mavis-vllm-")
-            self._engine = self._start(policy, tokenizer, weights, critic, Path(self._folders.name))
-            self._serves = serves
+    def _engine_of(self, policy: Any, tokenizer: Any, critic: Critic | None, longest: int, rows: int) -> Any:
+        """Return an engine that serves the policy under the critic as it is now, with room for the longest response."""
+        serves = _version(policy), _version(critic)
+        engine = self._engine
+        if engine is not None and self._serves == serves and longest <= engine.model_config.max_model_len:
+            return engine
+        self.rest()
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="mavis-vllm-"))
+            self._guard = subprocess.Popen(
+                [sys.executable, guard.__file__, self._mark, str(self._folder)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # a Ctrl-C is not for it
+            )
+        self._engine = self._start(policy, tokenizer, critic, longest, rows, self._folder)
+        self._serves = serves
         return self._engine
 
-    def _start(self, policy: Any, tokenizer: Any, weights: str, critic: Critic | None, folder: Path) -> Any:
+    def _start(self, policy: Any, tokenizer: Any, critic: Critic | None, longest: int, rows: int, folder: Path) -> Any:
         # Without this, the engine's process is a copy of this one, with the locks of threads that it does not have.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one takes no logits processors
         from vllm import LLM
 
-        model = str(getattr(policy.config, "_name_or_path", ""))
-        if weights_of(model) != weights:  # from a hub, or changed since it was loaded
-            model = str(folder / "policy")
-            policy.save_pretrained(model)
-        # max_model_len -1: as long as there is memory for.
-        tokenizer.save_pretrained(folder / "tokenizer")
-        policy.config.save_pretrained(folder / "tokenizer")  # which says what kind of tokenizer to expect
-        options: dict[str, Any] = {"max_model_len": -1, "seed": 0, "disable_log_stats": True}
-        more: dict[str, Any] = {}
+        # Little more than is asked for: a value model's room is set aside for as many requests of this length.
+        most = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        length = 1 << (longest - 1).bit_length()
+        options: dict[str, Any] = {
+            "max_model_len": min(length, most) if most else length,
+            "max_num_seqs": min(rows, _MOST_TOGETHER),
+            "seed": 0,
+            "disable_log_stats": True,
+        }
         if critic is not None:
+            shutil.rmtree(folder / "critic", ignore_errors=True)
             critic.save(folder / "critic")
-            more = {"logits_processors": [_PROCESSOR], "additional_config": {SETTING: str(folder / "critic")}}
+            options |= {"logits_processors": [_PROCESSOR], "additional_config": {SETTING: str(folder / "critic")}}
             if not isinstance(critic, HiddenStateCritic) or critic.memory is not None:
                 options["async_scheduling"] = False
         options |= self._options
+        os.environ[guard.MARK] = self._mark
         try:
             return LLM(
-                model=model,
-                dtype=str(policy.dtype).removeprefix("torch."),
+                model=self._model(policy, tokenizer, folder),
                 tokenizer=str(folder / "tokenizer"),
+                dtype=str(policy.dtype).removeprefix("torch."),
                 generation_config="vllm",
-                **more,
                 **options,
             )
         except MavisError:
@@ -188,3 +215,27 @@ class VllmSampler:
                 f"vLLM does not start with {options}: {first_sentence(error)}",
                 "its own messages above say more; use the sampler `generate` where it cannot serve the policy.",
             ) from error
+        finally:
+            del os.environ[guard.MARK]
+
+    def _model(self, policy: Any, tokenizer: Any, folder: Path) -> str:
+        """Find the folder that the policy was loaded from; if it is from a hub or was changed since, write another."""
+        weights = Fingerprint.of(policy).weights
+        if self._copied != weights:
+            tokenizer.save_pretrained(folder / "tokenizer")
+            policy.config.save_pretrained(folder / "tokenizer")  # which says what kind of tokenizer to expect
+        model = str(getattr(policy.config, "_name_or_path", ""))
+        if weights_of(model) != weights:
+            model = str(folder / "policy")
+            if self._copied != weights:
+                policy.save_pretrained(model)
+        self._copied = weights
+        return model
+
+
+def _version(module: Any) -> tuple[Any, ...]:
+    """Tell a module from another, and from what it is after a change of its weights in place."""
+    if module is None:
+        return ()
+    weights = [*module.parameters(), *module.buffers()]
+    return id(module), *((one.data_ptr(), None if one.is_inference() else one._version) for one in weights)

@@ -22,7 +22,7 @@ from mavis.processes import here
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sample import RolloutSettings, shard_seed
-from mavis.rollouts.sampler import Drawn, GenerateSampler, Sampler
+from mavis.rollouts.sampler import Drawn, GenerateSampler, Sampler, named
 from mavis.rollouts.shards import each_stored
 
 
@@ -120,7 +120,7 @@ def collect(
         "policy": Fingerprint.of(policy).to_json(),
         "critic": critic_digest(critic),
         "truncate_reference": truncate_reference,
-        "sampler": sampler.name,
+        **named(sampler),
     }
     processes.agree("plan of rollouts", claim)
     if processes.main and not claimed(target / "plan.json", claim, "rollouts of another run: different"):
@@ -139,8 +139,11 @@ def collect(
         if progress is not None:
             progress(min(done * settings.shard_size, len(plan.prompts)), len(plan.prompts))
 
-    for index in each_stored(paths, store, processes, tell):
-        yield _read_shard(paths[index], len(shards[index].prompts))
+    try:
+        for index in each_stored(paths, store, processes, tell):
+            yield _read_shard(paths[index], len(shards[index].prompts))
+    finally:
+        sampler.rest()
 
 
 def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:

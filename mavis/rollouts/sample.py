@@ -97,6 +97,7 @@ def sample(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
+            synced_gpus=False,  # each process samples what is its own, whatever shards the weights of a fit
             logits_processor=[processor] if processor is not None else [],
         )
     kept = inputs["attention_mask"].bool()

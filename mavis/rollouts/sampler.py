@@ -49,6 +49,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Give back what is held for drawing, until the next draw: all that were wanted have been drawn."""
+        ...
+
     def draw(
         self,
         policy: Any,
@@ -76,10 +80,18 @@ class Sampler(Protocol):
         ...
 
 
+def named(sampler: Sampler) -> dict[str, str]:
+    """Say who draws, for the claim of a folder; nothing of `generate`, which is what a claim without a word means."""
+    return {} if isinstance(sampler, GenerateSampler) else {"sampler": sampler.name}
+
+
 class GenerateSampler:
     """Draws with the policy's own `generate`, and notes the KL of a tilt as it goes."""
 
     name = "generate"
+
+    def rest(self) -> None:
+        """Hold nothing anyway."""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
         """Refuse nothing: whatever the tilt cannot work with refuses by itself."""

@@ -35,7 +35,7 @@ def accelerator(device: torch.device) -> Iterator[Any]:
         An `Accelerator`.
 
     Raises:
-        ConfigError: if it is configured for a way of sharding that is not supported.
+        ConfigError: if it is configured for something that a fit does not support.
     """
     check_sharding()
     from accelerate import Accelerator, PartialState
@@ -51,11 +51,12 @@ def accelerator(device: torch.device) -> Iterator[Any]:
         options = {"cpu": True} if fresh and device.type == "cpu" else {}
         borrowed = Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
         _borrowers += 1
-    settle_deepspeed(borrowed)
     try:
+        settle_deepspeed(borrowed)
         yield borrowed
     finally:
         with _borrowing:
+            _forget_deepspeed(borrowed)
             _borrowers -= 1
             if _ours and _borrowers == 0:
                 AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,12 +98,43 @@ def settle_deepspeed(accelerate: Any) -> None:
         raise ConfigError(
             f"mixed_precision is {accelerate.mixed_precision!r}, under which DeepSpeed turns the weights of a critic "
             "themselves into half precision.",
-            "set mixed_precision to no; a value model may have a frozen trunk in bfloat16 (critic.lora_rank).",
+            "set mixed_precision to no.",
         )
-    # Only its own records read this one: each process is given its share of every batch, and says how much that is.
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    plugin.deepspeed_config["train_batch_size"] = accelerate.num_processes
-    plugin.deepspeed_config["gradient_clipping"] = GRADIENT_NORM
+    config = plugin.deepspeed_config
+    if own := sorted({"optimizer", "scheduler"} & set(config)):
+        raise ConfigError(
+            f"DeepSpeed's configuration has an entry {own[0]!r}, but a fit brings its own.", "leave it out."
+        )
+    # Only its own records read these: each process is given its share of every batch, and says how much that is.
+    config["train_micro_batch_size_per_gpu"] = 1
+    config["train_batch_size"] = accelerate.num_processes
+    config["gradient_accumulation_steps"] = accelerate.gradient_accumulation_steps = 1
+    config["gradient_clipping"] = GRADIENT_NORM
+
+
+def _forget_deepspeed(accelerate: Any) -> None:
+    """Let transformers forget it: models that are built or sample after a fit would wait for those elsewhere."""
+    plugin = _deepspeed(accelerate)
+    if plugin is not None:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        plugin.dschf = None
+        unset_hf_deepspeed_config()
+
+
+def check_accelerate(device: torch.device) -> None:
+    """Refuse what a fit would refuse, before anything is done for it.
+
+    Args:
+        device: where the fit will be.
+
+    Raises:
+        ConfigError: see `accelerator`.
+    """
+    check_sharding()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        with accelerator(device):
+            pass
 
 
 def check_sharding() -> None:

@@ -23,7 +23,7 @@ from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.sample import RolloutSettings
-from mavis.rollouts.sampler import GenerateSampler, Sampler
+from mavis.rollouts.sampler import GenerateSampler, Sampler, named
 from mavis.training.calibrate import calibrate
 from mavis.training.descent import draw_held_out
 from mavis.training.features import extract
@@ -174,7 +174,7 @@ def improve(
     critic.fingerprint = Fingerprint.of(policy)
     processes = here(states_device(policy))
     run, say = Path(folder), (progress if processes.main else None) or (lambda stage, done, total: None)
-    begin(run, critic, prompts, settings, processes, sampler=sampler.name)
+    begin(run, critic, prompts, settings, processes, **named(sampler))
     note_training(critic, policy, prompts, settings)
     curves = Curves(log if processes.main else None, settings.fit.epochs)
     critic.to(states_device(policy))

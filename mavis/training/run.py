@@ -14,7 +14,7 @@ from mavis.critics.headed import HeadedCritic
 from mavis.files import claimed, read_json, write_json
 from mavis.processes import Processes
 from mavis.rollouts import Plan
-from mavis.training.accelerating import check_sharding
+from mavis.training.accelerating import check_accelerate
 
 Report = TypeVar("Report", bound=Any)
 
@@ -44,10 +44,10 @@ def begin(
 
     Raises:
         DataError: if the folder belongs to a run that is made of something else; names the parts that differ.
-        ConfigError: if Accelerate is configured for a way of sharding that is not supported.
+        ConfigError: if Accelerate is configured for something that a fit does not support.
         ProcessError: if a process runs something else than the others, or one has stopped.
     """
-    check_sharding()  # before anything is sampled
+    check_accelerate(torch.device(processes.device))  # before anything is sampled
     claim = {
         "settings": asdict(settings),
         "objectives": list(critic.objectives),

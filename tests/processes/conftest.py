@@ -23,7 +23,7 @@ def launcher(name: str) -> list[str]:
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     stage = name.removeprefix("deepspeed ")
-    way = ["--multi_gpu"] if stage == name else ["--use_deepspeed", "--zero_stage", stage]
+    way = ["--multi_gpu"] if stage == name else ["--use_deepspeed", "--zero_stage", *stage.split()]
     asked = [*way, "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
     return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *asked]
 

@@ -22,7 +22,13 @@ CRITICS = {
     "hidden state": ("critic.memory=4", "improvement=conditioned"),
     "value model": ("critic=value_model", "+critic.backbone=null"),
 }
-SMALL = ("improvement.rollouts=32", "improvement.fit.epochs=2", "improvement.calibration_samples=0")
+# Three shards for two processes, so that one has nothing to do while the other samples.
+SMALL = (
+    "improvement.rollouts=32",
+    "improvement.shard_size=12",
+    "improvement.fit.epochs=2",
+    "improvement.calibration_samples=0",
+)
 
 
 def outcome(process: Any) -> str:
@@ -40,7 +46,7 @@ def alone(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     return {name: where / name for name in runs}
 
 
-@pytest.mark.parametrize(("stage", "name"), [("2", "value model"), ("3", "hidden state")])
+@pytest.mark.parametrize(("stage", "name"), [("2", "value model"), ("3", "hidden state"), ("3", "value model")])
 def test_the_critic_is_that_of_one_process(
     train: Callable[..., Any], alone: dict[str, Path], tmp_path: Path, stage: str, name: str
 ) -> None:
@@ -65,3 +71,18 @@ def test_weights_in_half_precision_are_refused() -> None:
         ConfigError, match="mixed_precision is 'bf16', under which DeepSpeed.*set mixed_precision to no"
     ):
         settle_deepspeed(accelerate)
+
+
+def test_an_optimiser_in_its_configuration_is_refused() -> None:
+    plugin = SimpleNamespace(deepspeed_config={"optimizer": {}})
+    accelerate = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision="no")
+    with pytest.raises(ConfigError, match="has an entry 'optimizer', but a fit brings its own"):
+        settle_deepspeed(accelerate)
+
+
+def test_what_a_fit_refuses_is_refused_before_anything_is_sampled(train: Callable[..., Any], tmp_path: Path) -> None:
+    process = train("deepspeed 2 --mixed_precision bf16", tmp_path, *SMALL, "output=run")
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert "mixed_precision is 'bf16'" in output + errors
+    assert not (tmp_path / "run" / "iteration-0").exists()

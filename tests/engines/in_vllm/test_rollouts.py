@@ -7,16 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mavis import MavisError, ValueModelCritic, load_critic
+from mavis.engines import guard
 from mavis.errors import ConfigError, CriticError
 from mavis.files import read_json
 from mavis.rewards import Brevity, Positive
@@ -199,6 +203,73 @@ def test_what_no_engine_can_serve_is_refused_before_anything_is_drawn(
         sampler.draw(*story, ["Lily and her mom went to the park and"], long, 0)
     with VllmSampler(max_model_len=10**6) as other, pytest.raises(ConfigError, match="vLLM does not start with"):
         other.draw(*story, PROMPTS, SETTINGS, 0)
+
+
+KILLED = """
+import sys, tempfile
+from mavis import embedded
+from mavis.engines.rollouts import VllmSampler
+from mavis.rollouts import RolloutSettings
+
+if __name__ == "__main__":
+    tempfile.tempdir = sys.argv[1]
+    sampler = VllmSampler(enforce_eager=True)
+    drawn = sampler.draw(*embedded.load(), ["Once upon a time"], RolloutSettings(max_new_tokens=4, top_k=None), 0)
+    print(sampler._mark, flush=True)
+    sys.stdin.read()
+"""
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(guard.MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_an_engine_ends_with_its_trainer_even_if_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "trainer.py").write_text(KILLED)
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    (tmp_path / "folders").mkdir()
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "trainer.py"), str(tmp_path / "folders")],
+        env=environment | {"PYTHONPATH": os.getcwd()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as trainer:
+        assert trainer.stdout is not None
+        mark = next(line for line in map(str.strip, trainer.stdout) if len(line) == 32)
+        assert marked(mark)
+        assert list((tmp_path / "folders").glob("mavis-vllm-*"))
+        trainer.kill()
+    for _ in range(300):
+        if not marked(mark) and not list((tmp_path / "folders").glob("mavis-vllm-*")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(marked(mark))
+
+
+def test_a_closed_sampler_leaves_nothing_behind(story: tuple[Any, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with VllmSampler(enforce_eager=True) as sampler:
+        sampler.draw(*story, PROMPTS, SETTINGS, 0)
+        [folder] = tmp_path.glob("mavis-vllm-*")
+        assert sampler._engine is not None
+        sampler.rest()
+        assert sampler._engine is None
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_a_longer_prompt_than_any_before_is_given_room(story: tuple[Any, Any]) -> None:
+    with VllmSampler(enforce_eager=True) as sampler:
+        for prompt in ("Once", "Once upon a time there was a little girl who went to the park with her dog and"):
+            drawn = sampler.draw(story[0], story[1], [prompt], RolloutSettings(max_new_tokens=8, top_k=None), 0)
+            longest = len(drawn.prompt_ids[0]) + 8
+            assert longest <= sampler._engine.model_config.max_model_len < 2 * longest
 
 
 def test_a_run_of_the_command_trains_with_an_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
