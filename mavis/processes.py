@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,7 +215,10 @@ def started_as() -> int:
 def leave() -> None:
     """Part from the other processes at the end of a job that has come to its end in all of them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        gc.collect()  # what has been thrown away can hold groups, and gloo aborts where one is left
+        keeps_groups: Any = sys.modules.get("deepspeed.comm")
+        own = keeps_groups is not None and keeps_groups.is_initialized()
+        (keeps_groups if own else torch.distributed).destroy_process_group()
 
 
 def _refuse_lone_start() -> None:

@@ -113,11 +113,13 @@ def settle_deepspeed(accelerate: Any) -> None:
 
 
 def _forget_deepspeed(accelerate: Any) -> None:
-    """Let transformers forget it: models that are built or sample after a fit would wait for those elsewhere."""
+    """Let go of an engine, and let transformers forget it: what is built or sampled later would wait for the others."""
     plugin = _deepspeed(accelerate)
     if plugin is not None:
         from transformers.integrations import unset_hf_deepspeed_config
 
+        if accelerate.deepspeed_engine_wrapped is not None:
+            accelerate.deepspeed_engine_wrapped.engine.destroy()
         plugin.dschf = None
         unset_hf_deepspeed_config()
 
