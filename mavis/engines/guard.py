@@ -1,37 +1,34 @@
 """Ends an engine whose trainer is gone, however it went, and clears its folder; run by path, as a process of its own.
 
-python guard.py MARK FOLDER     waits until standard input ends, which it does with the process that started this one
+python guard.py FOLDER     is told of processes on standard input, which ends with the process that started this one
 """
 
+from __future__ import annotations
+
+import contextlib
 import shutil
 import sys
-import time
+from collections.abc import Iterable
 
 import psutil
 
-MARK = "MAVIS_SAMPLER"
-"""Name of the environment variable by which the engine's processes are known."""
+
+def name(process: psutil.Process) -> str:
+    """Tell a process from all others, also from later ones of the same number."""
+    return f"{process.pid} {process.create_time()}"
 
 
-def main(mark: str, folder: str) -> None:
-    """Wait, then kill all processes with a mark, and remove a folder."""
-    sys.stdin.read()
-    while _kill(mark):
-        time.sleep(0.1)
+def main(folder: str, told: Iterable[str]) -> None:
+    """Listen for names of processes, then kill those and what they have started, and remove a folder."""
+    for known in list(told):
+        with contextlib.suppress(psutil.Error):  # it is gone
+            process = psutil.Process(int(known.split()[0]))
+            if name(process) == known.strip():
+                for one in [process, *process.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        one.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _kill(mark: str) -> int:
-    killed = 0
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-                killed += 1
-        except psutil.Error:  # it is gone, or another user's
-            continue
-    return killed
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.stdin)

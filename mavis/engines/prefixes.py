@@ -138,7 +138,8 @@ class ServedPrefixes:
         weight = trunk.get_input_embeddings().weight
         self._device, self._dtype = weight.device, weight.dtype
         self._columns = torch.arange(length, device=self._device)
-        self._room = _Room(rows, length, _Piece(self._columns[:1], 0))
+        self._places = torch.arange(rows, device=self._device)
+        self._room = _Room(rows, length, _Piece(self._places[:1], 0))
         self._cache = Cache(layer_class_to_replicate=partial(_Layer, self._room))
         self._read: list[int] = []
         """How many tokens of each row have been read."""
@@ -198,7 +199,7 @@ class ServedPrefixes:
         tokens, positions = torch.tensor([last, [length - 1 for length in lengths]], device=self._device)
         self._read = lengths
         if max(lengths) <= _ALIKE * max(min(lengths), _POSITIONS_AT_ONCE):
-            step = _Step(self._columns[: len(rows)], positions, max(lengths), True)
+            step = _Step(self._places[: len(rows)], positions, max(lengths), True)
             return self._pass(tokens[:, None], step)[:, 0].float()
         # All positions of the longest are worked on for each row, so few long ones must not make many short ones wait.
         states, left = torch.empty(0), sorted(range(len(rows)), key=lengths.__getitem__)

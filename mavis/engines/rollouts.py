@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from mavis.critics import Critic, HiddenStateCritic
@@ -68,8 +68,7 @@ class VllmSampler:
         self._engine: Any = None
         self._serves: tuple[Any, ...] = ()
         self._folder: Path | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._mark = uuid.uuid4().hex
+        self._guard: subprocess.Popen[str] | None = None
         self._copied = ""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
@@ -169,8 +168,9 @@ class VllmSampler:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mavis-vllm-"))
             self._guard = subprocess.Popen(
-                [sys.executable, guard.__file__, self._mark, str(self._folder)],
+                [sys.executable, guard.__file__, str(self._folder)],
                 stdin=subprocess.PIPE,
+                text=True,
                 start_new_session=True,  # a Ctrl-C is not for it
             )
         self._engine = self._start(policy, tokenizer, critic, longest, rows, self._folder)
@@ -199,9 +199,9 @@ class VllmSampler:
             if not isinstance(critic, HiddenStateCritic) or critic.memory is not None:
                 options["async_scheduling"] = False
         options |= self._options
-        os.environ[guard.MARK] = self._mark
+        before = set(psutil.Process().children(recursive=True))
         try:
-            return LLM(
+            engine = LLM(
                 model=self._model(policy, tokenizer, folder),
                 tokenizer=str(folder / "tokenizer"),
                 dtype=str(policy.dtype).removeprefix("torch."),
@@ -215,8 +215,12 @@ class VllmSampler:
                 f"vLLM does not start with {options}: {first_sentence(error)}",
                 "its own messages above say more; use the sampler `generate` where it cannot serve the policy.",
             ) from error
-        finally:
-            del os.environ[guard.MARK]
+        assert self._guard is not None
+        assert self._guard.stdin is not None
+        started = set(psutil.Process().children(recursive=True)) - before
+        self._guard.stdin.write("".join(f"{guard.name(one)}\n" for one in started))
+        self._guard.stdin.flush()
+        return engine
 
     def _model(self, policy: Any, tokenizer: Any, folder: Path) -> str:
         """Find the folder that the policy was loaded from; if it is from a hub or was changed since, write another."""

@@ -294,6 +294,21 @@ def test_a_value_model_reads_every_prefix_as_if_it_were_alone(
     assert min(back, dropped, checked) > 0
 
 
+def test_a_value_model_reads_more_requests_than_each_has_tokens(
+    tiny_policy: Any, make_critic: Callable[..., Any]
+) -> None:
+    critic = make_critic(tiny_policy, backbone=FAMILIES["Llama"]().config)
+    batch, tilt = TiltedBatch(critic, room=(9, 3)), Tilt(torch.ones(2), 5, 1.0)
+    rows = [(at, Row(tilt, [], Parked(), [3 + at, 7])) for at in range(9)]
+    batch.change(9, [], rows, [])
+    logits, states = torch.randn(9, VOCABULARY), torch.randn(9, HIDDEN)
+    together = batch.apply(logits.clone(), states)
+    for at, (_, row) in enumerate(rows):
+        alone = TiltedBatch(critic, room=(1, 3))
+        alone.change(1, [], [(0, row)], [])
+        close(alone.apply(logits[at : at + 1].clone(), states[at : at + 1])[0], together[at])
+
+
 def test_a_value_model_with_fewer_positions_than_the_engine_takes_is_refused(
     tiny_policy: Any, make_critic: Callable[..., Any]
 ) -> None:
