@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ class VllmSampler:
         """End the engine, and remove what was written for it."""
         self.rest()
         if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()  # it ends what is left, and the folder
+            with suppress(OSError):  # something has killed it
+                self._guard.stdin.close()  # it ends what is left, and the folder
             self._guard.wait()
         self._guard = self._folder = None
         self._copied = ""
@@ -218,8 +220,9 @@ class VllmSampler:
         assert self._guard is not None
         assert self._guard.stdin is not None
         started = set(psutil.Process().children(recursive=True)) - before
-        self._guard.stdin.write("".join(f"{guard.name(one)}\n" for one in started))
-        self._guard.stdin.flush()
+        with suppress(OSError):
+            self._guard.stdin.write("".join(f"{guard.name(one)}\n" for one in started))
+            self._guard.stdin.flush()
         return engine
 
     def _model(self, policy: Any, tokenizer: Any, folder: Path) -> str:
