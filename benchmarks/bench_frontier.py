@@ -84,6 +84,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "fit": {"epochs": 6, "weight_decay": 0.1},
         "top_k": None,
     },
+    "conditioned": {
+        "about": "`best` after as many rounds as `memory`, which shows what the composition alone brings",
+        "rounds_of": ("best", 2),
+        "critic": {"rank": 16, "memory": 128},
+        "top_k": None,
+    },
 }
 
 
@@ -131,7 +137,10 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     logging.disable_progress_bar()
     policy, tokenizer = load(name)
     how = METHODS[method]
-    place = Path(arguments.folder) / Path(name).name / f"{method}-{seed}"
+    place = place_of(name, method, seed, arguments)
+    if "rounds_of" in how:  # trained by another cell
+        critic = load_critic(critic_of(name, method, seed, arguments))
+        return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": None, "goals": []}
     settings = ImprovementSettings(
         beta=3.0,
         calibration_samples=0,
@@ -158,27 +167,45 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
             {"iteration": report.iteration, "goal": goal, "j": report.goal[goal], "error": report.goal_error[goal]}
             for goal in report.goal
         ]
-    shared, own = Path(arguments.folder) / Path(name).name / "evaluation" / "reference", place / "evaluation"
+    found = measure(name, method, seed, policy, tokenizer, critic, arguments)
+    return found | {"seconds": spent, "goals": goals}
+
+
+def measure(
+    name: str, method: str, seed: int, policy: Any, tokenizer: Any, critic: Critic, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Sweep β under a critic that has been trained."""
+    place = place_of(name, method, seed, arguments)
+    shared, own = place.parent / "evaluation" / "reference", place / "evaluation"
     if not (own / "reference").exists():
         shutil.copytree(shared, own / "reference")
     measured = evaluation(arguments)
-    measured = replace(measured, sampling=replace(measured.sampling, top_k=how["top_k"]))
+    measured = replace(measured, sampling=replace(measured.sampling, top_k=METHODS[method]["top_k"]))
     report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, own, measured)
-    print(name, method, seed, f"{spent:.0f} s", *_shown(report["efficiency"]), flush=True)
-    return {
-        "efficiency": report["efficiency"],
-        "limits": report["limits"],
-        "seconds": spent,
-        "goals": goals,
-    }
+    print(name, method, seed, *_shown(report["efficiency"]), flush=True)
+    return {"efficiency": report["efficiency"], "limits": report["limits"]}
+
+
+def place_of(name: str, method: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Say where a cell's files are."""
+    return Path(arguments.folder) / Path(name).name / f"{method}-{seed}"
+
+
+def critic_of(name: str, method: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Say where a cell's critic is: at the end of its own training, or after some rounds of another's."""
+    if "rounds_of" not in METHODS[method]:
+        return place_of(name, method, seed, arguments) / "train" / "critic"
+    other, rounds = METHODS[method]["rounds_of"]
+    return place_of(name, other, seed, arguments) / "train" / f"iteration-{rounds - 1}" / "critic"
 
 
 def decode_ratios(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Time tilted decoding with every method's first critic against plain decoding."""
     policy, tokenizer = load(name)
     inputs = tokenizer([PROMPTS[0]] * 8, return_tensors="pt")
-    places = {method: Path(arguments.folder) / Path(name).name / f"{method}-{arguments.seeds[0]}" for method in METHODS}
-    critics = {method: load_critic(places[method] / "train" / "critic") for method in arguments.methods}
+    critics = {
+        method: load_critic(critic_of(name, method, arguments.seeds[0], arguments)) for method in arguments.methods
+    }
 
     def detach_all() -> None:
         for critic in critics.values():
@@ -220,7 +247,7 @@ def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio:
                     "as_best_of", [as_best_of(limit, e["reward"]) for limit, e in zip(limits, entries, strict=True)]
                 ),
                 "seeds": len(entries),
-                "train_seconds": round(mean(cell["seconds"] for cell in cells)),
+                "train_seconds": spread("s", [cell["seconds"] for cell in cells])["s"],
                 "decode_ratio": round(decode_ratio, 3),
             }
         )
@@ -288,13 +315,16 @@ def main() -> None:
     rows, goals = [], []
     with ProcessPoolExecutor(arguments.processes) as pool:
         list(pool.map(reference, arguments.policy, [arguments] * len(arguments.policy)))
-        waiting = {
-            (policy, method, seed): pool.submit(cell, policy, method, seed, arguments)
-            for method in arguments.methods
-            for seed in arguments.seeds
-            for policy in arguments.policy
-        }
-        done = {key: future.result() for key, future in waiting.items()}
+        done: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for of_others in (False, True):  # those that others train come last
+            waiting = {
+                (policy, method, seed): pool.submit(cell, policy, method, seed, arguments)
+                for method in arguments.methods
+                for seed in arguments.seeds
+                for policy in arguments.policy
+                if ("rounds_of" in METHODS[method]) == of_others
+            }
+            done |= {key: future.result() for key, future in waiting.items()}
     for policy in arguments.policy:
         rows += best_of_n_rows(policy, [done[policy, arguments.methods[-1], seed] for seed in arguments.seeds])
         ratios = decode_ratios(policy, arguments)

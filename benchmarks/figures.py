@@ -49,6 +49,7 @@ def frontier() -> str:
     methods = content["config"]["methods"]
     kls = sorted({row["kl"] for row in rows if row["method"] in methods})
     compared = 2.0  # nats at which critics are compared with the best of n
+    most = max(int(row["method"].rpartition("_")[2]) for row in rows if row["method"].startswith("best_of_"))
     told = []
     for policy, method in dict.fromkeys((row["policy"], row["method"]) for row in rows if row["method"] in methods):
         here = [row for row in rows if (row["policy"], row["method"]) == (policy, method)]
@@ -58,8 +59,8 @@ def frontier() -> str:
                 policy,
                 method,
                 *(_averaged([row["efficiency"] for row in at[kl]]) for kl in kls),
-                _averaged([row["as_best_of"] for row in at[compared]], 1),
-                f"{here[0]['train_seconds'] / 60:.0f} min",
+                _averaged([row["as_best_of"] for row in at[compared]], 1, f"beyond {most}"),
+                f"{here[0]['train_seconds'] / 60:.0f} min" if here[0]["train_seconds"] else "–",
                 f"{here[0]['decode_ratio']:.2f}",
             ]
         )
@@ -78,8 +79,8 @@ def frontier() -> str:
     )
 
 
-def _averaged(found: list[float | None], digits: int = 2) -> str:
-    return "–" if None in found else ranged(found, digits)
+def _averaged(found: list[float | None], digits: int = 2, without: str = "–") -> str:
+    return without if None in found else ranged(found, digits)
 
 
 def serving() -> str:

@@ -14,7 +14,14 @@ from matplotlib.figure import Figure
 from mavis.files import atomic_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLOURS = {"paper": "#8c6d31", "trunk": "#bd9e39", "hidden": "#9ecae1", "memory": "#4292c6", "best": "#08306b"}
+COLOURS = {
+    "paper": "#8c6d31",
+    "trunk": "#bd9e39",
+    "hidden": "#9ecae1",
+    "memory": "#4292c6",
+    "conditioned": "#2171b5",
+    "best": "#08306b",
+}
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
