@@ -113,8 +113,8 @@ def evaluation(arguments: argparse.Namespace) -> EvaluationSettings:
     """What is swept."""
     return EvaluationSettings(
         divisions=2,
-        # The least shows what the cut to candidates alone costs. The largest lies beyond what `best` is trained for: at 8
-        # it spends less than 2 nats on `positive` alone with the embedded policy.
+        # The least shows what the cut to candidates alone costs. The largest lies beyond what `best` is trained for: at
+        # 8 it spends less than 2 nats on `positive` alone with the embedded policy.
         betas=(1e-3, 1.0, 2.0, 4.0, 8.0, 12.0),
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
