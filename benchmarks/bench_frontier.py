@@ -249,7 +249,7 @@ def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio:
                     "as_best_of", [as_best_of(limit, e["reward"]) for limit, e in zip(limits, entries, strict=True)]
                 ),
                 "seeds": len(entries),
-                "train_seconds": spread("s", [cell["seconds"] for cell in cells])["s"],
+                "train_seconds": None if "rounds_of" in METHODS[method] else round(mean(c["seconds"] for c in cells)),
                 "decode_ratio": round(decode_ratio, 3),
             }
         )

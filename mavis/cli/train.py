@@ -132,15 +132,15 @@ def make_sampler(config: Any) -> AbstractContextManager[Any]:
 
     from mavis.engines.rollouts import VllmSampler
     from mavis.errors import ConfigError, closest
-    from mavis.rollouts.sampler import GenerateSampler
+    from mavis.rollouts.sampler import GENERATE
 
     kind = str(config.sampler.kind)
     options: Any = OmegaConf.to_container(config.sampler.options)
-    if kind == GenerateSampler.name:
-        return nullcontext(GenerateSampler())
+    if kind == GENERATE.name:
+        return nullcontext(GENERATE)
     if kind == VllmSampler.name:
         return VllmSampler(**options)
-    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GenerateSampler.name, VllmSampler.name]))
+    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GENERATE.name, VllmSampler.name]))
 
 
 def _run(config: Any) -> None:

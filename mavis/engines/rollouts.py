@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from mavis.critics import Critic, HiddenStateCritic
+from mavis.critics import Critic
 from mavis.critics.fingerprint import Fingerprint, states_device
 from mavis.engines import guard
 from mavis.engines.arguments import BETA, TOP_K, WEIGHTS
-from mavis.engines.served import SETTING, check_servable, weights_of
+from mavis.engines.served import SETTING, check_servable, follows_tokens, weights_of
 from mavis.errors import ConfigError, MavisError, MissingPackageError, first_sentence
 from mavis.processes import here
 from mavis.rollouts.sample import RolloutSettings, end_ids
@@ -70,7 +70,7 @@ class VllmSampler:
         self._serves: tuple[Any, ...] = ()
         self._folder: Path | None = None
         self._guard: subprocess.Popen[str] | None = None
-        self._copied = ""
+        self._model: tuple[tuple[Any, ...], str] = (), ""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
         """Refuse what an engine cannot serve; see `Sampler.check`.
@@ -150,7 +150,7 @@ class VllmSampler:
                 self._guard.stdin.close()  # it ends what is left, and the folder
             self._guard.wait()
         self._guard = self._folder = None
-        self._copied = ""
+        self._model = (), ""
 
     def __enter__(self) -> VllmSampler:
         """Return the sampler."""
@@ -198,13 +198,13 @@ class VllmSampler:
             shutil.rmtree(folder / "critic", ignore_errors=True)
             critic.save(folder / "critic")
             options |= {"logits_processors": [_PROCESSOR], "additional_config": {SETTING: str(folder / "critic")}}
-            if not isinstance(critic, HiddenStateCritic) or critic.memory is not None:
+            if follows_tokens(critic):
                 options["async_scheduling"] = False
         options |= self._options
         before = set(psutil.Process().children(recursive=True))
         try:
             engine = LLM(
-                model=self._model(policy, tokenizer, folder),
+                model=self._model_of(policy, tokenizer, folder),
                 tokenizer=str(folder / "tokenizer"),
                 dtype=str(policy.dtype).removeprefix("torch."),
                 generation_config="vllm",
@@ -225,19 +225,17 @@ class VllmSampler:
             self._guard.stdin.flush()
         return engine
 
-    def _model(self, policy: Any, tokenizer: Any, folder: Path) -> str:
+    def _model_of(self, policy: Any, tokenizer: Any, folder: Path) -> str:
         """Find the folder that the policy was loaded from; if it is from a hub or was changed since, write another."""
-        weights = Fingerprint.of(policy).weights
-        if self._copied != weights:
+        version, model = _version(policy), str(getattr(policy.config, "_name_or_path", ""))
+        if self._model[0] != version:
             tokenizer.save_pretrained(folder / "tokenizer")
             policy.config.save_pretrained(folder / "tokenizer")  # which says what kind of tokenizer to expect
-        model = str(getattr(policy.config, "_name_or_path", ""))
-        if weights_of(model) != weights:
-            model = str(folder / "policy")
-            if self._copied != weights:
+            if weights_of(model) != Fingerprint.of(policy).weights:
+                model = str(folder / "policy")
                 policy.save_pretrained(model)
-        self._copied = weights
-        return model
+            self._model = version, model
+        return self._model[1]
 
 
 def _version(module: Any) -> tuple[Any, ...]:

@@ -107,6 +107,11 @@ def check_servable(critic: Critic, who: str) -> None:
     )
 
 
+def follows_tokens(critic: Critic) -> bool:
+    """Whether a critic that is servable has to know of every token: it remembers states, or reads the tokens itself."""
+    return not isinstance(critic, HiddenStateCritic) or critic.memory is not None
+
+
 def weights_of(model: str) -> str | None:
     """Take the fingerprint of a model folder's weights, tensor by tensor, or None where it cannot be read."""
     if not Path(model).is_dir():

@@ -18,11 +18,10 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor as Logit
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from mavis.critics import ValueModelCritic
 from mavis.engines.arguments import asks_for_tilt, read_tilt
 from mavis.engines.batch import Row, TiltedBatch
 from mavis.engines.memory import Parked
-from mavis.engines.served import critic_folder, described, served_critic
+from mavis.engines.served import critic_folder, described, follows_tokens, served_critic
 from mavis.errors import CriticError, DecodingError
 
 _caught = threading.local()
@@ -77,8 +76,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         _check_engine(vllm_config)
         model = vllm_config.model_config
         critic = served_critic(folder, str(model.model), model.get_hidden_size(), model.get_vocab_size())
-        reads = isinstance(critic, ValueModelCritic)
-        if reads or critic.memory is not None:
+        if follows_tokens(critic):
             _check_engine_for_tokens(vllm_config)
         self._critic = critic.to(device).requires_grad_(False)
         # A value model's room is set aside before the engine measures how much memory is left for its own.

@@ -22,7 +22,7 @@ from mavis.processes import here
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sample import RolloutSettings, shard_seed
-from mavis.rollouts.sampler import Drawn, GenerateSampler, Sampler, named
+from mavis.rollouts.sampler import GENERATE, Drawn, Sampler, named
 from mavis.rollouts.shards import each_stored
 
 
@@ -73,7 +73,7 @@ def collect(
     *,
     critic: Critic | None = None,
     truncate_reference: bool = False,
-    sampler: Sampler | None = None,
+    sampler: Sampler = GENERATE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Sample, score and store a plan, yielding each shard as it is on disk.
@@ -95,7 +95,7 @@ def collect(
         critic: tilts rows whose λ is not 0; None samples every row from the reference policy.
         truncate_reference: without a critic, sample from the top-k of the reference policy instead of from all of it,
             so that iteration 0 samples from the same candidates as later ones; the truncation is counted as KL.
-        sampler: draws the responses; None is the policy's own `generate`.
+        sampler: draws the responses; by default the policy's own `generate`.
         progress: called with how many rows are on disk and how many there will be, as they come.
 
     Yields:
@@ -109,7 +109,6 @@ def collect(
         ProcessError: if the processes are not about to sample the same, or one has stopped.
     """
     target, processes = Path(folder), here(states_device(policy))
-    sampler = sampler or GenerateSampler()
     settings.check(policy)
     sampler.check(policy, critic)
     _refuse_hidden_bans(policy)
@@ -190,17 +189,11 @@ def _sample(
     truncate_reference: bool,
     index: int,
 ) -> dict[str, list[Any]]:
-    drawn = sampler.draw(
-        policy,
-        tokenizer,
-        shard.prompts,
-        settings,
-        shard_seed(settings.seed, shard.digest(), index),
-        top_k=settings.top_k if critic is None and truncate_reference else None,
-        critic=critic,
-        lam=shard.betas[:, None] * shard.weights if critic is not None else None,
-    )
-    steps = drawn.kl if drawn.kl is not None else _kl(policy, drawn, shard, settings, critic, truncate_reference)
+    cut = settings.top_k if critic is None and truncate_reference else None
+    lam = shard.betas[:, None] * shard.weights if critic is not None else None
+    seed = shard_seed(settings.seed, shard.digest(), index)
+    drawn = sampler.draw(policy, tokenizer, shard.prompts, settings, seed, top_k=cut, critic=critic, lam=lam)
+    steps = drawn.kl if drawn.kl is not None else _kl(policy, drawn, settings, cut, critic, lam)
     kl = [row[: len(response)] for row, response in zip(steps.tolist(), drawn.response_ids, strict=True)]
     return {
         "prompt": list(shard.prompts),
@@ -216,15 +209,14 @@ def _sample(
 def _kl(
     policy: Any,
     drawn: Drawn,
-    shard: Plan,
     settings: RolloutSettings,
+    cut: int | None,
     critic: Critic | None,
-    truncate_reference: bool,
+    lam: Tensor | None,
 ) -> Tensor:
     """Read responses again for the KL (B, T) of their steps; that of plain rows is 0."""
     sequences = Sequences.pack(drawn.prompt_ids, drawn.response_ids)
-    lam = (shard.betas[:, None] * shard.weights).float() if critic is not None else None
-    if critic is None and (settings.top_k is None or not truncate_reference):
+    if critic is None and cut is None:
         return torch.zeros(sequences.is_response.shape)
     assert critic is None or isinstance(critic, HeadedCritic)  # no other is drawn from without the KL
     nothing = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
@@ -234,14 +226,14 @@ def _kl(
             sequences.rows(rows),
             nothing,
             critic=critic,
-            lam=lam[rows] if lam is not None else None,
+            lam=lam[rows].float() if lam is not None else None,
             top_k=settings.top_k,
             temperature=settings.temperature,
         ).kl.cpu()
         for rows in (slice(at, at + ROWS_PER_PASS) for at in range(0, len(sequences.ids), ROWS_PER_PASS))
     ]
-    plain = torch.zeros(len(drawn.response_ids), 1, dtype=torch.bool) if lam is None else ~lam.any(1, keepdim=True)
-    return torch.cat(parts).masked_fill(plain, 0.0)
+    kl = torch.cat(parts)
+    return kl if lam is None else kl.masked_fill(~lam.any(1, keepdim=True), 0.0)
 
 
 # What a policy's own generation_config can do to its scores that replaying responses would not repeat.

@@ -116,3 +116,7 @@ class GenerateSampler:
         with critic.attached_to(policy):
             ids = sample(policy, tokenizer, prompts, settings, seed, processor=tilt)
         return Drawn(*ids, kl=tilt.kl)
+
+
+GENERATE = GenerateSampler()
+"""The sampler of who names no other."""

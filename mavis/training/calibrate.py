@@ -14,7 +14,7 @@ from mavis.critics.calibration import calibration_directions
 from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect
 from mavis.rollouts.sample import RolloutSettings
-from mavis.rollouts.sampler import Sampler
+from mavis.rollouts.sampler import GENERATE, Sampler
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -30,7 +30,7 @@ def calibrate(
     *,
     samples: int,
     betas: Sequence[float] = BETAS,
-    sampler: Sampler | None = None,
+    sampler: Sampler = GENERATE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Sample under a grid of weights and β and, cut to the candidates, under none, and record the mean KL of each.

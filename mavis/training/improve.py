@@ -23,7 +23,7 @@ from mavis.rewards import Objective
 from mavis.rollouts.collect import Plan, collect, stored
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.sample import RolloutSettings
-from mavis.rollouts.sampler import GenerateSampler, Sampler, named
+from mavis.rollouts.sampler import GENERATE, Sampler, named
 from mavis.training.calibrate import calibrate
 from mavis.training.descent import draw_held_out
 from mavis.training.features import extract
@@ -117,7 +117,7 @@ def improve(
     folder: str | os.PathLike[str],
     settings: ImprovementSettings,
     *,
-    sampler: Sampler | None = None,
+    sampler: Sampler = GENERATE,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> Iterator[IterationReport]:
@@ -151,7 +151,7 @@ def improve(
         prompts: to sample from; each iteration draws them in a fresh order.
         folder: of this run.
         settings: how.
-        sampler: draws the rollouts, such as `mavis.engines.rollouts.VllmSampler`; None is the policy's own `generate`.
+        sampler: draws the rollouts, such as `mavis.engines.rollouts.VllmSampler`; by default the policy's `generate`.
         progress: told how far each stage is.
         log: told the held-out error after each epoch and the figures of each iteration, see `Curves`.
 
@@ -167,7 +167,6 @@ def improve(
     Source: MAVIS, arXiv 2508.13415; its fixed point is not the optimum of a mixture, that of `conditioned` is.
     """
     _check(critic, objectives, prompts, settings.composition)
-    sampler = sampler or GenerateSampler()
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
     sampler.check(policy, critic)

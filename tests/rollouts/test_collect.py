@@ -452,7 +452,7 @@ def test_where_a_sampler_does_not_know_the_kl_the_policy_reads_the_responses_aga
     plan.weights[::5] = 0.0
     known, unknown = (
         columns(run(plan, tmp_path / name, settings, critic=make_tiny_critic(), sampler=sampler))
-        for name, sampler in (("known", None), ("unknown", WithoutKl()))
+        for name, sampler in (("known", GenerateSampler()), ("unknown", WithoutKl()))
     )
     assert unknown["response_ids"] == known["response_ids"]
     for row, (found, expected) in enumerate(zip(unknown["kl"], known["kl"], strict=True)):
