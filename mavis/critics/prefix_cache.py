@@ -115,14 +115,25 @@ def prefix_mask(is_token: Tensor, new: int, candidates: int, window: int | None,
     """
     length, device = is_token.shape[1], is_token.device
     columns = torch.arange(length, device=device)
-    places = torch.arange(length - new, length + candidates, device=device).clamp_(max=length)[:, None]
-    seen = columns <= places
-    if window is not None:
-        seen &= columns > places - window
+    places = torch.arange(length - new, length + candidates, device=device).clamp_(max=length)
+    seen = seen_from(places, columns, window)
     sees_itself = torch.ones(new + candidates, candidates, dtype=torch.bool, device=device).tril_(-new).triu_(-new)
-    in_prefix = (seen & is_token[:, None, :]) | (columns == places)
+    in_prefix = (seen & is_token[:, None, :]) | (columns == places[:, None])
     visible = torch.cat([in_prefix, sees_itself.expand(len(is_token), -1, -1)], dim=2)[:, None]
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
+    return added(visible, dtype)
+
+
+def seen_from(places: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Tell which columns (L,) stand before places (..., S) or there, within a window W if there is one: (..., S, L)."""
+    places = places[..., None]
+    seen = columns <= places
+    return seen if window is None else seen & (columns > places - window)
+
+
+def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn what is visible, bool, into what is added to attention, of the same shape: 0, or the least number."""
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return hidden.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 class StepMask:

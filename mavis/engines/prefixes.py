@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mavis.critics.prefix_cache import added, seen_from
 from mavis.critics.prefix_reader import PrefixReader
 from mavis.errors import CriticError
 
@@ -202,17 +203,17 @@ class ServedPrefixes:
             step = _Step(self._places[: len(rows)], positions, max(lengths), True)
             return self._pass(tokens[:, None], step)[:, 0].float()
         # All positions of the longest are worked on for each row, so few long ones must not make many short ones wait.
-        states, left = torch.empty(0), sorted(range(len(rows)), key=lengths.__getitem__)
+        parts, left = [], sorted(range(len(rows)), key=lengths.__getitem__)
+        order = torch.tensor(left, device=self._device)
         while left:
             most = _ALIKE * max(lengths[left[0]], _POSITIONS_AT_ONCE)
             alike = [at for at in left if lengths[at] <= most]
             left = left[len(alike) :]
             places = torch.tensor(alike, device=self._device)
             step = _Step(places, positions[places], lengths[alike[-1]], False)
-            read = self._pass(tokens[places, None], step)[:, 0].float()
-            states = states if len(states) else read.new_empty(len(rows), read.shape[1])
-            states[places] = read
-        return states
+            parts.append(self._pass(tokens[places, None], step)[:, 0].float())
+        states = torch.cat(parts)
+        return torch.empty_like(states).index_copy_(0, order, states)
 
     def _catch_up(self, new: list[tuple[int, list[int]]]) -> None:
         """Read prefixes (row, tokens) from their beginnings; those of like length side by side."""
@@ -236,7 +237,10 @@ class ServedPrefixes:
             end = now.start + ids.shape[1]
             positions = self._columns[None, now.start : end].expand(len(ids), -1)
         columns = self._columns[:end]
-        masks = {kind: self._mask(columns, positions, window) for kind, window in self._windows.items()}
+        masks = {
+            kind: added(seen_from(positions, columns, window), self._dtype)[:, None]
+            for kind, window in self._windows.items()
+        }
         self._room.now = now
         with torch.inference_mode():
             states: Tensor = self._trunk(
@@ -247,11 +251,3 @@ class ServedPrefixes:
                 use_cache=True,
             )[0]
         return states
-
-    def _mask(self, columns: Tensor, positions: Tensor, window: int | None) -> Tensor:
-        """Build what is added to attention (N, 1, S, columns): each position sees those before it, and itself."""
-        seen = columns <= positions[:, :, None]
-        if window is not None:
-            seen &= columns > positions[:, :, None] - window
-        hidden = torch.zeros(seen.shape, dtype=self._dtype, device=self._device)
-        return hidden.masked_fill_(~seen, torch.finfo(self._dtype).min)[:, None]
