@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -142,7 +141,7 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     place = place_of(name, method, seed, arguments)
     if "rounds_of" in how:  # trained by another cell
         critic = load_critic(critic_of(name, method, seed, arguments))
-        return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": None, "goals": []}
+        return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": None}
     settings = ImprovementSettings(
         beta=3.0,
         calibration_samples=0,
@@ -152,7 +151,7 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     )
     kind: Any = ValueModelCritic if "readout" in how["critic"] else HiddenStateCritic
     critic = kind.for_policy(policy, list(OBJECTIVES), composition=settings.composition, seed=seed, **how["critic"])
-    seconds, goals = place / "seconds.json", []
+    seconds = place / "seconds.json"
     spent = json.loads(seconds.read_text()) if seconds.is_file() else 0.0
     counted = time.process_time()
 
@@ -163,14 +162,9 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
         write_json(seconds, spent)
 
     prompts = training_prompts()
-    for report in improve(policy, tokenizer, critic, OBJECTIVES, prompts, place / "train", settings, progress=count):
+    for _ in improve(policy, tokenizer, critic, OBJECTIVES, prompts, place / "train", settings, progress=count):
         count()
-        goals += [
-            {"iteration": report.iteration, "goal": goal, "j": report.goal[goal], "error": report.goal_error[goal]}
-            for goal in report.goal
-        ]
-    found = measure(name, method, seed, policy, tokenizer, critic, arguments)
-    return found | {"seconds": spent, "goals": goals}
+    return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": spent}
 
 
 def measure(
@@ -178,12 +172,10 @@ def measure(
 ) -> dict[str, Any]:
     """Sweep β under a critic that has been trained."""
     place = place_of(name, method, seed, arguments)
-    shared, own = place.parent / "evaluation" / "reference", place / "evaluation"
-    if not (own / "reference").exists():
-        shutil.copytree(shared, own / "reference")
+    shared, own = place.parent / "evaluation", place / "evaluation"
     measured = evaluation(arguments)
     measured = replace(measured, sampling=replace(measured.sampling, top_k=METHODS[method]["top_k"]))
-    report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, own, measured)
+    report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, own, measured, reference=shared)
     print(name, method, seed, *_shown(report["efficiency"]), flush=True)
     return {"efficiency": report["efficiency"], "limits": report["limits"]}
 
@@ -303,7 +295,7 @@ def spread(name: str, found: list[float | None]) -> dict[str, float | None]:
 
 
 def main() -> None:
-    """Run the benchmark and write `results/frontier.json` and `results/frontier-goals.json`."""
+    """Run the benchmark and write `results/frontier.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", nargs="+", default=["embedded"], help="embedded, folders or hub ids")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -314,7 +306,7 @@ def main() -> None:
     parser.add_argument("--folder", default="outputs/frontier")
     parser.add_argument("--name", default="frontier", help="of the result file")
     arguments = parser.parse_args()
-    rows, goals = [], []
+    rows = []
     with ProcessPoolExecutor(arguments.processes) as pool:
         list(pool.map(reference, arguments.policy, [arguments] * len(arguments.policy)))
         done: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -333,11 +325,6 @@ def main() -> None:
         for method in arguments.methods:
             cells = [done[policy, method, seed] for seed in arguments.seeds]
             rows += rows_of(policy, method, cells, ratios[method])
-            for seed, found in zip(arguments.seeds, cells, strict=True):
-                goals += [
-                    {"policy": Path(policy).name, "method": method, "seed": seed} | goal for goal in found["goals"]
-                ]
-    results.write(f"{arguments.name}-goals", vars(arguments), goals)
     results.write(arguments.name, vars(arguments) | {"methods": METHODS}, rows)
 
 
