@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import numpy as np
 from figures_decode import overhead
@@ -76,6 +78,33 @@ def frontier() -> str:
         f"(`benchmarks/bench_frontier.py`):\n{about[:-1]}.\n\n"
         + table(["policy", "critic", *(f"at KL {kl:g}" for kl in kls), "as best of", "training", "speed"], told)
         + "\n![Frontier efficiency against KL, with the best of n](benchmarks/results/frontier.svg)\n"
+    )
+
+
+def rounds() -> str:
+    """J_w after each round of training."""
+    content = read("rounds")
+    rows = content["rows"]
+    groups: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = (row["policy"], row["method"], json.dumps(row["weights"]))
+        groups.setdefault(key, {}).setdefault(row["rounds"], []).append(row)
+    choices = list(dict.fromkeys(key[2] for key in groups))
+
+    def course(by_round: dict[int, list[dict[str, Any]]]) -> str:
+        return " → ".join(f"{mean(row['j'] for row in found):.2f}" for found in by_round.values())
+
+    told = [
+        [policy, method, *(course(groups[policy, method, choice]) for choice in choices)]
+        for policy, method in dict.fromkeys(key[:2] for key in groups)
+    ]
+    errors = [row["error"] for row in rows if row["rounds"]]
+    names = ["({:g}, {:g})".format(*json.loads(choice)) for choice in choices]
+    return (
+        f"J_w = reward − KL/β at β = {content['config']['beta']:g} under the reference policy and after each round of "
+        f"training, by weights, mean of {len(content['config']['seeds'])} seeds on prompts that were not trained on "
+        f"(`benchmarks/bench_rounds.py`; the standard error of one seed's figure is {min(errors):.2f} to "
+        f"{max(errors):.2f}):\n\n" + table(["policy", "critic", *names], told)
     )
 
 
@@ -232,6 +261,7 @@ def _reward_at(line: list[tuple[float, float]], kl: float) -> float | None:
 SECTIONS = {
     "demo": efficiency,
     "frontier": frontier,
+    "rounds": rounds,
     "exact": optimum,
     "decode": overhead,
     "vllm": serving,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mavis.errors import ConfigError
 
@@ -68,9 +68,24 @@ def leaves_marks(accelerate: Any) -> bool:
     return bool(accelerate.is_fsdp2) or _deepspeed(accelerate) is not None
 
 
+def trained_state(accelerate: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Copy all that training may change, gathered from all processes.
+
+    Args:
+        accelerate: the `Accelerator` that prepared it.
+        module: the one that was prepared, or a part of it.
+
+    Returns:
+        Its state, whole, without frozen parameters: a frozen trunk can be too large to be held twice.
+    """
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    with _gathered(accelerate, module):
+        return {name: _whole(tensor) for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 @contextmanager
-def whole(accelerate: Any, module: nn.Module) -> Iterator[None]:
-    """Have every process hold a module's trained weights whole while the block runs, where tensors cannot do so."""
+def _gathered(accelerate: Any, module: nn.Module) -> Iterator[None]:
+    """Undo DeepSpeed's third stage while the block runs: its tensors cannot gather themselves."""
     plugin = _deepspeed(accelerate)
     if plugin is None or plugin.zero_stage < 3:
         yield
@@ -79,6 +94,11 @@ def whole(accelerate: Any, module: nn.Module) -> Iterator[None]:
 
     with GatheredParameters([weight for weight in module.parameters() if weight.requires_grad]):
         yield
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    gather = getattr(tensor, "full_tensor", None)  # of FSDP 2
+    return tensor.detach().clone() if gather is None else gather().detach()
 
 
 def _deepspeed(accelerate: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mavis.critics.headed import HeadedCritic
 from mavis.errors import ConfigError, TrainingError, check_whole
 from mavis.processes import Processes
-from mavis.training.accelerating import GRADIENT_NORM, accelerator, leaves_marks, whole
+from mavis.training.accelerating import GRADIENT_NORM, accelerator, leaves_marks, trained_state
 from mavis.training.replayed import Rollouts, Shared
 
 
@@ -107,7 +107,7 @@ def descend(
             return mean_error(network, rollouts, watched, settings.batch_size, device).mean().item()
 
         losses = [watch()]
-        best, best_state = 0, _state(learner, accelerate)
+        best, best_state = 0, trained_state(accelerate, learner)
         for epoch in range(1, settings.epochs + 1):
             learner.train()
             for index in training[torch.randperm(len(training), generator=order)].split(settings.batch_size):
@@ -124,7 +124,7 @@ def descend(
                     "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
                 )
             if losses[-1] < losses[best]:
-                best, best_state = epoch, _state(learner, accelerate)
+                best, best_state = epoch, trained_state(accelerate, learner)
             if on_epoch is not None:
                 on_epoch(epoch, losses[-1])
     critic.load_state_dict(critic.state_dict() | best_state)
@@ -226,19 +226,6 @@ def _twin(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, nn.Mo
     # What accelerate is to keep together is asked of the network, and known by a value model's trunk.
     twin._no_split_modules = getattr(getattr(critic, "trunk", None), "_no_split_modules", None)  # type: ignore[assignment]
     return learner, twin
-
-
-def _state(critic: HeadedCritic, accelerate: Any) -> dict[str, Tensor]:
-    """Copy all that a descent may change, whole: a frozen trunk can be too large to be held twice."""
-    frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
-    with whole(accelerate, critic):
-        return {name: _whole(tensor) for name, tensor in critic.state_dict().items() if name not in frozen}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Copy a tensor, gathered from all processes if it is in shards."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach().clone() if gather is None else gather().detach()
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:

@@ -217,14 +217,18 @@ if __name__ == "__main__":
 """
 
 
+def _of_its_own() -> dict[str, str]:
+    """The environment of a process whose engine is a process too, as it is outside these tests."""
+    return {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+
+
 def test_an_engine_ends_with_its_trainer_even_if_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text(KILLED)
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     folders = tmp_path / "folders"
     folders.mkdir()
     with subprocess.Popen(
         [sys.executable, str(tmp_path / "trainer.py"), str(folders)],
-        env=environment | {"PYTHONPATH": os.getcwd()},
+        env=_of_its_own() | {"PYTHONPATH": os.getcwd()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -265,9 +269,8 @@ def test_a_run_of_the_command_trains_with_an_engine_in_a_process_of_its_own(tmp_
         "sampler=vllm +sampler.options.enforce_eager=true improvement.rollouts=64 improvement.shard_size=64 "
         "improvement.fit.epochs=1 improvement.calibration_samples=0 decoding.max_new_tokens=8"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     command = [sys.executable, "-m", "mavis.cli.train", *settings.split(), f"output={tmp_path / 'run'}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=_of_its_own(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert load_critic(tmp_path / "run" / "critic").objectives == ("positive", "dialogue")
     for iteration in range(2):
