@@ -3,9 +3,9 @@
     python benchmarks/bench_frontier.py --policy embedded FOLDER_OR_HUB_ID [--methods paper hidden memory best]
 
 Every cell (policy, method, seed) trains a critic and sweeps β on prompts that were never trained on, in a process of
-its own with one thread. Training is measured in processor time, which other work on the machine hardly changes. Beside
-them stands the best of n reference responses, at n times the cost. Speeds are measured at the end, by turns. A repeated
-call goes on where it stopped.
+its own with one thread. A seed has its own training, its own sweep and its own limit, so that the spread over seeds is
+that of the whole experiment; methods share a seed's random numbers. Beside them stands the best of n reference
+responses, at n times the cost. Speeds are measured at the end, by turns. A repeated call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ from mavis import HiddenStateCritic, MavisTilt, embedded
 from mavis.critics import ValueModelCritic, load_critic
 from mavis.critics.base import Critic
 from mavis.evaluation import EvaluationSettings, evaluate
-from mavis.evaluation.evaluate import reference_rollouts
+from mavis.evaluation.evaluate import efficiency_at, reference_rollouts
 from mavis.evaluation.speed import compare_speed
 from mavis.files import write_json
-from mavis.math.frontier import frontier_efficiency
+from mavis.math.best_of_n import best_of_n
 from mavis.rewards import Dialogue, Positive
-from mavis.rollouts import RolloutSettings, load_prompts
+from mavis.rollouts import Plan, RolloutSettings, collect, load_prompts
 from mavis.training import ImprovementSettings, improve
 from mavis.training.fit import FitSettings
 
@@ -47,6 +46,9 @@ PROMPTS = [
 ]
 OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue()}
 TARGETS = (0.5, 1.0, 2.0, 4.0)
+WEIGHTS = ([1.0, 0.0], [0.5, 0.5], [0.0, 1.0])
+NO_TILT = 1e-3
+"""A β that shows what a cut to candidates costs alone."""
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {
         "about": "separate trunk (a copy of the policy), every candidate of 40 read, plain returns, independent",
@@ -92,6 +94,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+SOURCES = {
+    "embedded": "the project's own, made by bench_policy.py",
+    "stories260K": "Karpathy's stories260K (llama2.c), from icppWorld/icpp_llm at 6c9bf2ee, llama2_c/stories260K",
+}
+SHOWN_N = (2, 4, 8, 16)
+ASKED_N = (1, *SHOWN_N, 32, 64, 128, 256)
+
+
 def load(policy: str) -> tuple[Any, Any]:
     """Load a policy and its tokenizer."""
     if policy == "embedded":
@@ -108,28 +118,44 @@ def training_prompts() -> list[str]:
     return [text for text in openings if not any(text.startswith(p) or p.startswith(text) for p in PROMPTS)]
 
 
-def evaluation(arguments: argparse.Namespace) -> EvaluationSettings:
+def evaluation(seed: int, top_k: int | None, arguments: argparse.Namespace) -> EvaluationSettings:
     """What is swept."""
+    betas = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
     return EvaluationSettings(
         divisions=2,
-        # The least shows what the cut to candidates alone costs. The largest lies beyond what `best` is trained for: at
-        # 8 it spends less than 2 nats on `positive` alone with the embedded policy.
-        betas=(1e-3, 1.0, 2.0, 4.0, 8.0, 12.0),
+        betas=betas if top_k is None else (NO_TILT, *betas),
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,
         speed_repeats=0,
-        sampling=RolloutSettings(max_new_tokens=64, top_k=None, shard_size=512, seed=77),
+        sampling=RolloutSettings(max_new_tokens=64, top_k=top_k, shard_size=512, seed=77 + 1000 * seed),
     )
 
 
-def reference(name: str, arguments: argparse.Namespace) -> None:
-    """Sample the reference rollouts that all cells of a policy share."""
+def reference(name: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Sample the reference rollouts that all cells of a policy and seed share."""
     torch.set_num_threads(1)
-    model, tokenizer = load(name)
-    folder = Path(arguments.folder) / Path(name).name / "evaluation"
-    for _ in reference_rollouts(model, tokenizer, OBJECTIVES, PROMPTS, folder, evaluation(arguments)):
-        pass
+    policy, tokenizer = load(name)
+    _reference(name, policy, tokenizer, seed, arguments)
+
+
+def _reference(name: str, policy: Any, tokenizer: Any, seed: int, arguments: argparse.Namespace) -> torch.Tensor:
+    """Draw them or read them back: raw rewards (P, N, M)."""
+    settings, folder = evaluation(seed, None, arguments), limit_of(name, seed, arguments)
+    shards = reference_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings)
+    rewards = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
+    return rewards.view(len(PROMPTS), arguments.reference_samples, len(OBJECTIVES))
+
+
+def cut_kl(name: str, method: str, seed: int, arguments: argparse.Namespace, policy: Any, tokenizer: Any) -> float:
+    """Measure what a method's cut to candidates costs alone, in nats per response."""
+    if METHODS[method]["top_k"] is None:
+        return 0.0
+    plan = Plan.reference([prompt for prompt in PROMPTS for _ in range(arguments.samples)], len(OBJECTIVES))
+    folder = place_of(name, method, seed, arguments) / "cut"
+    sampling = evaluation(seed, METHODS[method]["top_k"], arguments).sampling
+    shards = collect(policy, tokenizer, OBJECTIVES, plan, folder, sampling, truncate_reference=True)
+    return mean(sum(kl) for shard in shards for kl in shard["kl"][:])
 
 
 def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -137,11 +163,20 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     policy, tokenizer = load(name)
+    cut = cut_kl(name, method, seed, arguments, policy, tokenizer)
+    if cut > max(TARGETS):  # wherever its values led it, it would be in no cell of the table
+        return {"cut": cut, "seconds": None, "entries": None}
+    seconds = None if "rounds_of" in METHODS[method] else train(name, method, seed, policy, tokenizer, arguments)
+    critic = load_critic(critic_of(name, method, seed, arguments))
+    entries, best = measure(name, method, seed, policy, tokenizer, critic, arguments)
+    print(name, method, seed, *(f"{e['efficiency']:.3f}" if e["efficiency"] else "–" for e in entries), flush=True)
+    return {"cut": cut, "seconds": seconds, "entries": entries, "best_of_n": best}
+
+
+def train(name: str, method: str, seed: int, policy: Any, tokenizer: Any, arguments: argparse.Namespace) -> float:
+    """Train one critic and return the processor time that it took, without what a break made it do again."""
     how = METHODS[method]
     place = place_of(name, method, seed, arguments)
-    if "rounds_of" in how:  # trained by another cell
-        critic = load_critic(critic_of(name, method, seed, arguments))
-        return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": None}
     settings = ImprovementSettings(
         beta=3.0,
         calibration_samples=0,
@@ -155,29 +190,54 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     spent = json.loads(seconds.read_text()) if seconds.is_file() else 0.0
     counted = time.process_time()
 
-    def count(*_: Any) -> None:
+    def keep() -> None:
         nonlocal spent, counted
         now = time.process_time()
         spent, counted = spent + now - counted, now
         write_json(seconds, spent)
 
-    prompts = training_prompts()
-    for _ in improve(policy, tokenizer, critic, OBJECTIVES, prompts, place / "train", settings, progress=count):
-        count()
-    return measure(name, method, seed, policy, tokenizer, critic, arguments) | {"seconds": spent}
+    def count(stage: str, *_: int) -> None:
+        if stage.endswith("rollouts"):  # which are kept as they come, while a fit begins anew
+            keep()
+
+    for _ in improve(
+        policy, tokenizer, critic, OBJECTIVES, training_prompts(), place / "train", settings, progress=count
+    ):
+        keep()
+    return float(spent)
 
 
 def measure(
-    name: str, method: str, seed: int, policy: Any, tokenizer: Any, critic: Critic, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Sweep β under a critic that has been trained."""
-    place = place_of(name, method, seed, arguments)
-    shared, own = place.parent / "evaluation", place / "evaluation"
-    measured = evaluation(arguments)
-    measured = replace(measured, sampling=replace(measured.sampling, top_k=METHODS[method]["top_k"]))
-    report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, own, measured, reference=shared)
-    print(name, method, seed, *_shown(report["efficiency"]), flush=True)
-    return {"efficiency": report["efficiency"], "limits": report["limits"]}
+    name: str, method: str, seed: int, policy: Any, tokenizer: Any, critic: Any, arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sweep β under a critic that has been trained.
+
+    Returns:
+        What it reaches by weights and KL, with the n whose best response earns as much; and what the best of n reaches
+        by weights and n.
+    """
+    settings, place = evaluation(seed, METHODS[method]["top_k"], arguments), place_of(name, method, seed, arguments)
+    limit = limit_of(name, seed, arguments)
+    report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, place / "evaluation", settings, reference=limit)
+    rewards = critic.normalise(_reference(name, policy, tokenizer, seed, arguments))
+    entries, best = [], []
+    for entry in report["efficiency"]:
+        weights = list(entry["weights"].values())
+        weighted = rewards @ torch.tensor(weights, dtype=torch.float64)
+        if entry["kl"] == TARGETS[0]:  # once for each choice of weights
+            of_n = {n: best_of_n(weighted, n) for n in ASKED_N}
+            best += [
+                {"n": n, "weights": weights, "kl": of_n[n][1], "efficiency": efficiency_at(weighted, *of_n[n])}
+                for n in SHOWN_N
+            ]
+        matched = as_best_of({n: reward for n, (reward, _) in of_n.items()}, entry["reward"])
+        entries.append(entry | {"weights": weights, "as_best_of": matched})
+    return entries, best
+
+
+def limit_of(name: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Say where the reference rollouts of a policy and seed are."""
+    return Path(arguments.folder) / Path(name).name / f"limit-{seed}"
 
 
 def place_of(name: str, method: str, seed: int, arguments: argparse.Namespace) -> Path:
@@ -193,13 +253,11 @@ def critic_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
     return place_of(name, other, seed, arguments) / "train" / f"iteration-{rounds - 1}" / "critic"
 
 
-def decode_ratios(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+def decode_ratios(name: str, methods: list[str], arguments: argparse.Namespace) -> dict[str, float]:
     """Time tilted decoding with every method's first critic against plain decoding."""
     policy, tokenizer = load(name)
     inputs = tokenizer([PROMPTS[0]] * 8, return_tensors="pt")
-    critics = {
-        method: load_critic(critic_of(name, method, arguments.seeds[0], arguments)) for method in arguments.methods
-    }
+    critics = {method: load_critic(critic_of(name, method, arguments.seeds[0], arguments)) for method in methods}
 
     def detach_all() -> None:
         for critic in critics.values():
@@ -219,69 +277,60 @@ def decode_ratios(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     return {method: speeds[method]["ratio"] for method in critics}
 
 
-def _shown(entries: list[dict[str, Any]]) -> list[str]:
-    return [f"{e['efficiency']:.3f}" if e["efficiency"] is not None else "–" for e in entries]
-
-
-def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio: float) -> list[dict[str, Any]]:
+def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio: float | None) -> list[dict[str, Any]]:
     """Gather the seeds of one policy and method, one row for each of the weights and KLs."""
-    rows = []
-    for entries in zip(*(cell["efficiency"] for cell in cells), strict=True):
-        weights = list(entries[0]["weights"].values())
-        limits = [limit for cell in cells for limit in cell["limits"] if list(limit["weights"].values()) == weights]
-        rows.append(
-            {
-                "policy": Path(policy).name,
-                "method": method,
-                "critic": "value_model" if "readout" in METHODS[method]["critic"] else "hidden_state",
-                "weights": weights,
-                "kl": entries[0]["kl"],
-                **spread("efficiency", [entry["efficiency"] for entry in entries]),
-                **spread(
-                    "as_best_of", [as_best_of(limit, e["reward"]) for limit, e in zip(limits, entries, strict=True)]
-                ),
-                "seeds": len(entries),
-                "train_seconds": None if "rounds_of" in METHODS[method] else round(mean(c["seconds"] for c in cells)),
-                "decode_ratio": round(decode_ratio, 3),
-            }
-        )
-    return rows
+    nothing = [{"weights": w, "kl": kl, "efficiency": None, "as_best_of": None} for w in WEIGHTS for kl in TARGETS]
+    seconds = [cell["seconds"] for cell in cells if cell["seconds"] is not None]
+    return [
+        {
+            "policy": Path(policy).name,
+            "method": method,
+            "critic": "value_model" if "readout" in METHODS[method]["critic"] else "hidden_state",
+            "weights": entries[0]["weights"],
+            "kl": entries[0]["kl"],
+            **spread("efficiency", [entry["efficiency"] for entry in entries]),
+            **spread("as_best_of", [entry["as_best_of"] for entry in entries]),
+            "cut_kl": round(mean(cell["cut"] for cell in cells), 4),
+            "seeds": len(entries),
+            "train_seconds": round(median(seconds)) if seconds else None,
+            "decode_ratio": round(decode_ratio, 3) if decode_ratio else None,
+        }
+        for entries in zip(*(cell["entries"] or nothing for cell in cells), strict=True)
+    ]
 
 
 def best_of_n_rows(policy: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say how close the best of n comes at its own KL; it needs no training, and n responses for one."""
-    rows = []
-    for limits in zip(*(cell["limits"] for cell in cells), strict=True):
-        for entries in zip(*(limit["best_of_n"] for limit in limits), strict=True):
-            found = [
-                frontier_efficiency(
-                    entry["reward"], limit["reward"][0], np.interp(entry["kl"], limit["kl"], limit["reward"])
-                )
-                for limit, entry in zip(limits, entries, strict=True)
-            ]
-            rows.append(
-                {
-                    "policy": Path(policy).name,
-                    "method": f"best_of_{entries[0]['n']}",
-                    "critic": None,
-                    "weights": list(limits[0]["weights"].values()),
-                    "kl": round(mean(entry["kl"] for entry in entries), 4),
-                    **spread("efficiency", found),
-                    "seeds": len(found),
-                    "train_seconds": 0,
-                    "decode_ratio": 1 / entries[0]["n"],
-                }
-            )
-    return rows
+    return [
+        {
+            "policy": Path(policy).name,
+            "method": f"best_of_{entries[0]['n']}",
+            "critic": None,
+            "weights": entries[0]["weights"],
+            "kl": round(mean(entry["kl"] for entry in entries), 4),
+            **spread("efficiency", [entry["efficiency"] for entry in entries]),
+            "seeds": len(entries),
+            "train_seconds": 0,
+            "decode_ratio": 1 / entries[0]["n"],
+        }
+        for entries in zip(*(cell["best_of_n"] for cell in cells), strict=True)
+    ]
 
 
-def as_best_of(limit: dict[str, Any], reward: float | None) -> float | None:
-    """Find the n whose best response earns as much, between the n that were measured; None beyond them."""
-    best = limit["best_of_n"]
-    rewards = [limit["reward"][0], *(entry["reward"] for entry in best)]
-    if reward is None or not rewards[0] <= reward <= rewards[-1]:
+def as_best_of(rewards: dict[int, float], reward: float | None) -> float | None:
+    """Find the n whose best response earns as much, between the n that were measured.
+
+    Args:
+        rewards: what the best of n earns, by n in rising order.
+        reward: what is earned.
+
+    Returns:
+        n, interpolated in its logarithm; None where nothing is reached, or something below or beyond all of them.
+    """
+    earned = list(rewards.values())
+    if reward is None or not earned[0] <= reward <= earned[-1]:
         return None
-    return float(np.exp(np.interp(reward, rewards, np.log([1, *(entry["n"] for entry in best)]))))
+    return float(np.exp(np.interp(reward, earned, np.log(list(rewards)))))
 
 
 def spread(name: str, found: list[float | None]) -> dict[str, float | None]:
@@ -308,7 +357,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with ProcessPoolExecutor(arguments.processes) as pool:
-        list(pool.map(reference, arguments.policy, [arguments] * len(arguments.policy)))
+        limits = [pool.submit(reference, p, seed, arguments) for seed in arguments.seeds for p in arguments.policy]
+        for limit in limits:
+            limit.result()
         done: dict[tuple[str, str, int], dict[str, Any]] = {}
         for of_others in (False, True):  # those that others train come last
             waiting = {
@@ -320,12 +371,15 @@ def main() -> None:
             }
             done |= {key: future.result() for key, future in waiting.items()}
     for policy in arguments.policy:
-        rows += best_of_n_rows(policy, [done[policy, arguments.methods[-1], seed] for seed in arguments.seeds])
-        ratios = decode_ratios(policy, arguments)
+        trained = [m for m in arguments.methods if all(done[policy, m, s]["entries"] for s in arguments.seeds)]
+        rows += best_of_n_rows(policy, [done[policy, trained[-1], seed] for seed in arguments.seeds])
+        ratios = decode_ratios(policy, trained, arguments)
         for method in arguments.methods:
             cells = [done[policy, method, seed] for seed in arguments.seeds]
-            rows += rows_of(policy, method, cells, ratios[method])
-    results.write(arguments.name, vars(arguments) | {"methods": METHODS}, rows)
+            rows += rows_of(policy, method, cells, ratios.get(method))
+    config = {name: value for name, value in vars(arguments).items() if name not in ("folder", "policy")}
+    policies = {Path(policy).name: SOURCES.get(Path(policy).name, policy) for policy in arguments.policy}
+    results.write(arguments.name, config | {"policies": policies, "methods": METHODS}, rows)
 
 
 if __name__ == "__main__":

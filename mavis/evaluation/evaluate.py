@@ -277,15 +277,20 @@ def _efficiencies(
     critic: HeadedCritic,
     settings: EvaluationSettings,
 ) -> list[dict[str, Any]]:
-    """Read each weight's sweep over β at the target KLs; the reference policy is the sweep's point at KL 0."""
+    """Read each weight's sweep over β at the target KLs.
+
+    The reference policy is the sweep's point at KL 0, except where the tilt is cut to candidates: no β leads there.
+    """
     found = []
+    whole = [0.0] if settings.sampling.top_k is None else []
     per_weight = len(settings.betas)
     for index, weights in enumerate(grid):
         sweep = rows[1 + index * per_weight : 1 + (index + 1) * per_weight]
         rewards = per_prompt @ weights
         start = float(rewards.mean())
-        kl = torch.tensor([0.0] + [row["kl"] for row in sweep], dtype=torch.float64)
-        ours = torch.tensor([start] + [_weighted(row, weights, critic) for row in sweep], dtype=torch.float64)
+        kl = torch.tensor(whole + [row["kl"] for row in sweep], dtype=torch.float64)
+        earned = [start for _ in whole] + [_weighted(row, weights, critic) for row in sweep]
+        ours = torch.tensor(earned, dtype=torch.float64)
         for target in settings.target_kls:
             reached = reward_at(kl, ours, target)
             found.append(

@@ -125,7 +125,8 @@ def reward_at(kl: Tensor, rewards: Tensor, target: float) -> float | None:
 
     Args:
         kl: (G,) measured KL to the reference policy in nats per response, in any order. The caller includes
-            the reference policy itself, at KL 0. Points of equal KL count as one, with their mean reward.
+            the reference policy itself, at KL 0, if the sweep leads there. Points of equal KL count as one, with their
+            mean reward.
         rewards: (G,) measured rewards w·R of the same points.
         target: the KL at which the reward is asked.
 
