@@ -64,16 +64,17 @@ def train(composition: Any, seed: int, arguments: argparse.Namespace) -> list[di
 
 def row(
     arguments: argparse.Namespace,
-    seed: int,
+    seed: int | None,
     weights: tuple[float, ...],
     composition: str,
     iteration: int,
     reached: float,
     critic: str,
 ) -> dict[str, Any]:
-    """Lay one row out."""
+    """Lay one row out; `seed` is that of training, which exact values have none of."""
     return {
         "kind": arguments.kind,
+        "world": arguments.world,
         "seed": seed,
         "beta": arguments.beta,
         "weights": list(weights),
@@ -110,7 +111,7 @@ def main() -> None:
                 islice(iterate(world, w, arguments.beta, composition), arguments.iterations + 1)
             ):
                 reached = share(world, tilt, arguments.beta * w)
-                rows.append(row(arguments, arguments.world, weights, composition, iteration, reached, "exact"))
+                rows.append(row(arguments, None, weights, composition, iteration, reached, "exact"))
     with ProcessPoolExecutor(arguments.processes) as pool:
         waiting = [pool.submit(train, c, seed, arguments) for c in arguments.compositions for seed in arguments.seeds]
         for done in waiting:

@@ -118,6 +118,16 @@ def training_prompts() -> list[str]:
     return [text for text in openings if not any(text.startswith(p) or p.startswith(text) for p in PROMPTS)]
 
 
+def sources(arguments: argparse.Namespace) -> dict[str, str]:
+    """Say by their names where the policies come from."""
+    return {Path(policy).name: SOURCES.get(Path(policy).name, policy) for policy in arguments.policy}
+
+
+def sweep_seed(seed: int) -> int:
+    """Keep what one seed draws for its evaluation apart from that of another."""
+    return 77 + 1000 * seed
+
+
 def evaluation(seed: int, top_k: int | None, arguments: argparse.Namespace) -> EvaluationSettings:
     """What is swept."""
     betas = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
@@ -128,7 +138,7 @@ def evaluation(seed: int, top_k: int | None, arguments: argparse.Namespace) -> E
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,
         speed_repeats=0,
-        sampling=RolloutSettings(max_new_tokens=64, top_k=top_k, shard_size=512, seed=77 + 1000 * seed),
+        sampling=RolloutSettings(max_new_tokens=64, top_k=top_k, shard_size=512, seed=sweep_seed(seed)),
     )
 
 
@@ -136,10 +146,10 @@ def reference(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """Sample the reference rollouts that all cells of a policy and seed share."""
     torch.set_num_threads(1)
     policy, tokenizer = load(name)
-    _reference(name, policy, tokenizer, seed, arguments)
+    reference_rewards(name, policy, tokenizer, seed, arguments)
 
 
-def _reference(name: str, policy: Any, tokenizer: Any, seed: int, arguments: argparse.Namespace) -> torch.Tensor:
+def reference_rewards(name: str, policy: Any, tokenizer: Any, seed: int, arguments: argparse.Namespace) -> torch.Tensor:
     """Draw them or read them back: raw rewards (P, N, M)."""
     settings, folder = evaluation(seed, None, arguments), limit_of(name, seed, arguments)
     shards = reference_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings)
@@ -219,7 +229,7 @@ def measure(
     settings, place = evaluation(seed, METHODS[method]["top_k"], arguments), place_of(name, method, seed, arguments)
     limit = limit_of(name, seed, arguments)
     report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, place / "evaluation", settings, reference=limit)
-    rewards = critic.normalise(_reference(name, policy, tokenizer, seed, arguments))
+    rewards = critic.normalise(reference_rewards(name, policy, tokenizer, seed, arguments))
     entries, best = [], []
     for entry in report["efficiency"]:
         weights = list(entry["weights"].values())
@@ -377,9 +387,8 @@ def main() -> None:
         for method in arguments.methods:
             cells = [done[policy, method, seed] for seed in arguments.seeds]
             rows += rows_of(policy, method, cells, ratios.get(method))
-    config = {name: value for name, value in vars(arguments).items() if name not in ("folder", "policy")}
-    policies = {Path(policy).name: SOURCES.get(Path(policy).name, policy) for policy in arguments.policy}
-    results.write(arguments.name, config | {"policies": policies, "methods": METHODS}, rows)
+    config = {name: value for name, value in vars(arguments).items() if name != "policy"}
+    results.write(arguments.name, config | {"policies": sources(arguments), "methods": METHODS}, rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/bench_rounds.py --policy embedded FOLDER_OR_HUB_ID --folder outputs/frontier
 
 It goes through the critics that `bench_frontier.py` left in its folder, all at one β and on its prompts, which were
-never trained on, and says beside J which share of the gain J* − J_ref it is. A repeated call goes on where it stopped.
+never trained on, and says beside J which share of the gain J* − J_ref it is. Round 0 is the reference policy under the
+method's own cut to candidates. A repeated call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from transformers.utils import logging
 
 from mavis.critics import load_critic
-from mavis.evaluation.evaluate import reference_rollouts
 from mavis.math.frontier import optimal_frontier
 from mavis.rollouts.collect import Plan, collect
 
@@ -31,44 +30,53 @@ TRUSTED = 50.0  # effective samples below which the optimum is not known
 
 
 def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one training, before its first round and after each."""
+    """Measure one training, before its first round and after each; nothing if there was none."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    policy, tokenizer = bench_frontier.load(name)
     place = bench_frontier.place_of(name, method, seed, arguments)
-    settings = bench_frontier.evaluation(arguments)
+    if not (place / "train" / "critic").is_dir():
+        return []
+    policy, tokenizer = bench_frontier.load(name)
+    how = bench_frontier.METHODS[method]
+    reference = bench_frontier.reference_rewards(name, policy, tokenizer, seed, arguments)
+    centre, scale = reference.flatten(0, 1).mean(0), reference.flatten(0, 1).std(0)
     sampling = replace(
-        settings.sampling, top_k=bench_frontier.METHODS[method]["top_k"], seed=settings.sampling.seed + 2
+        bench_frontier.evaluation(seed, how["top_k"], arguments).sampling, seed=bench_frontier.sweep_seed(seed) + 2
     )
     plan = Plan(
         [prompt for prompt in bench_frontier.PROMPTS for _ in range(arguments.samples)] * len(WEIGHTS),
         WEIGHTS.repeat_interleave(len(bench_frontier.PROMPTS) * arguments.samples, 0),
         torch.full((len(WEIGHTS) * len(bench_frontier.PROMPTS) * arguments.samples,), BETA, dtype=torch.float64),
     )
-    draw = partial(collect, policy, tokenizer, bench_frontier.OBJECTIVES)
-    rounds = bench_frontier.METHODS[method]["improvement"]["iterations"]
-    critics = [load_critic(place / "train" / f"iteration-{done}" / "critic") for done in range(rounds)]
 
-    def rewards(shards: list[Any]) -> torch.Tensor:
+    def sampled(done: int, critic: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw rewards (W, N, M), on a scale that all methods of a policy and seed share, and KL (W, N)."""
+        shards = list(
+            collect(
+                policy,
+                tokenizer,
+                bench_frontier.OBJECTIVES,
+                plan if critic else Plan.reference(plan.prompts, WEIGHTS.shape[1]),
+                place / "rounds" / f"after-{done}",
+                sampling,
+                critic=critic,
+                truncate_reference=True,  # a policy of another support is no start to compare with
+            )
+        )
         raw = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
-        return critics[0].normalise(raw)
+        kl = torch.tensor([sum(spent) for shard in shards for spent in shard["kl"][:]], dtype=torch.float64)
+        return ((raw - centre) / scale).view(len(WEIGHTS), -1, WEIGHTS.shape[1]), kl.view(len(WEIGHTS), -1)
 
-    shared = place.parent / "evaluation"
-    reference = rewards(
-        list(reference_rollouts(policy, tokenizer, bench_frontier.OBJECTIVES, bench_frontier.PROMPTS, shared, settings))
-    ).view(len(bench_frontier.PROMPTS), -1, WEIGHTS.shape[1])
-    measured = [(0, reference.flatten(0, 1)[None].expand(len(WEIGHTS), -1, -1), torch.zeros(len(WEIGHTS), 1))]
-    for done, critic in enumerate(critics, start=1):
-        shards = list(draw(plan, place / "rounds" / f"after-{done}", sampling, critic=critic))
-        spent = torch.tensor([sum(kl) for shard in shards for kl in shard["kl"][:]], dtype=torch.float64)
-        measured.append((done, rewards(shards).view(len(WEIGHTS), -1, WEIGHTS.shape[1]), spent.view(len(WEIGHTS), -1)))
+    trained = [place / "train" / f"iteration-{i}" / "critic" for i in range(how["improvement"]["iterations"])]
+    measured = [sampled(done, load_critic(where) if where else None) for done, where in enumerate([None, *trained])]
     rows = []
     for m, weights in enumerate(WEIGHTS):
-        optimum = optimal_frontier(reference @ weights, torch.tensor([BETA], dtype=torch.float64))
-        best = float(optimum.reward - optimum.kl / BETA)
-        start = float((reference @ weights).mean())
-        for done, earned, kl in measured:
-            goal = earned[m] @ weights - kl[m] / BETA
+        weighted = ((reference - centre) / scale) @ weights
+        optimum = optimal_frontier(weighted, torch.tensor([BETA], dtype=torch.float64))
+        start, best = float(weighted.mean()), float(optimum.reward - optimum.kl / BETA)
+        known = float(optimum.effective_sample_size) >= TRUSTED
+        for done, (rewards, kl) in enumerate(measured):
+            j = rewards[m] @ weights - kl[m] / BETA
             rows.append(
                 {
                     "policy": Path(name).name,
@@ -76,11 +84,9 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
                     "seed": seed,
                     "weights": weights.tolist(),
                     "rounds": done,
-                    "j": round(float(goal.mean()), 4),
-                    "error": round(float(goal.std()) / len(goal) ** 0.5, 4),
-                    "share": round((float(goal.mean()) - start) / (best - start), 4)
-                    if float(optimum.effective_sample_size) >= TRUSTED
-                    else None,
+                    "j": round(float(j.mean()), 4),
+                    "error": round(float(j.std()) / len(j) ** 0.5, 4),
+                    "share": round((float(j.mean()) - start) / (best - start), 4) if known else None,
                 }
             )
     print(Path(name).name, method, seed, *(f"{row['rounds']}:{row['j']:.3f}" for row in rows), flush=True)
@@ -107,7 +113,8 @@ def main() -> None:
             for seed in arguments.seeds
         ]
         rows = [row for cell in cells for row in cell.result()]
-    results.write("rounds", vars(arguments) | {"beta": BETA}, rows)
+    config = {name: value for name, value in vars(arguments).items() if name != "policy"}
+    results.write("rounds", config | {"policies": bench_frontier.sources(arguments), "beta": BETA}, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ python benchmarks/figures.py --check    exit with 1 if that part is not what the
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -47,69 +50,129 @@ def efficiency() -> str:
 def frontier() -> str:
     """Methods beside each other: how close they come to the optimum, and their price."""
     content = read("frontier")
-    rows = content["rows"]
-    methods = content["config"]["methods"]
-    kls = sorted({row["kl"] for row in rows if row["method"] in methods})
-    compared = 2.0  # nats at which critics are compared with the best of n
-    most = max(int(row["method"].rpartition("_")[2]) for row in rows if row["method"].startswith("best_of_"))
+    methods, config = content["config"]["methods"], content["config"]
+    rows = [row for row in content["rows"] if row["method"] in methods]
+    asked = 2.0  # nats at which every choice of weights is shown
+    kls = sorted({row["kl"] for row in rows})
+    choices = list(dict.fromkeys(tuple(row["weights"]) for row in rows))
+    groups: dict[tuple[str, str], dict[tuple[float, tuple[float, ...]], dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["policy"], row["method"]), {})[row["kl"], tuple(row["weights"])] = row
+    whole = [kl for kl in kls if any(_mean_at(here, kl, choices) is not None for here in groups.values())]
     told = []
-    for policy, method in dict.fromkeys((row["policy"], row["method"]) for row in rows if row["method"] in methods):
-        here = [row for row in rows if (row["policy"], row["method"]) == (policy, method)]
-        at = {kl: [row for row in here if row["kl"] == kl] for kl in kls}
+    for (policy, method), here in groups.items():
+        one = here[asked, choices[0]]
+        how = methods[methods[method]["rounds_of"][0] if "rounds_of" in methods[method] else method]["improvement"]
+        rounds = methods[method]["rounds_of"][1] if "rounds_of" in methods[method] else how["iterations"]
         told.append(
             [
                 policy,
                 method,
-                *(_averaged([row["efficiency"] for row in at[kl]]) for kl in kls),
-                _averaged([row["as_best_of"] for row in at[compared]], 1, f"beyond {most}"),
-                f"{here[0]['train_seconds'] / 60:.0f} min" if here[0]["train_seconds"] else "–",
-                f"{here[0]['decode_ratio']:.2f}",
+                f"{rounds} × {how['rollouts']:,}",
+                *(_plus_minus(here[asked, choice], "efficiency") for choice in choices),
+                *(_shown(_mean_at(here, kl, choices)) for kl in whole),
+                " / ".join(_shown(here[asked, choice]["as_best_of"], 0) for choice in choices),
+                f"{one['train_seconds'] / 60:.0f} min" if one["train_seconds"] else "–",
+                _shown(one["decode_ratio"]),
             ]
         )
     about = "".join(
         f"\n- `{name}`: {how['about']};" for name, how in methods.items() if any(name == t[1] for t in told)
     )
-    seeds = len(content["config"]["seeds"])
+    shown = [f"({', '.join(f'{w:g}' for w in choice)})" for choice in choices]
+    cut = [
+        f"{here[asked, choices[0]]['cut_kl']:.1f} nats a response for `{method}` on {policy}"
+        for (policy, method), here in groups.items()
+        if here[asked, choices[0]]["cut_kl"]
+    ]
+    beyond = [
+        f"`{method}` {_plus_minus(here[kl, choice], 'efficiency')} on {policy} at {name}, KL {kl:g}"
+        for (policy, method), here in groups.items()
+        for kl in kls
+        for choice, name in zip(choices, shown, strict=True)
+        if kl not in whole and here[kl, choice]["efficiency"] is not None
+    ]
     return (
-        "Frontier efficiency of several critics on prompts that were not trained on, averaged over the weights (1, 0), "
-        f"(½, ½) and (0, 1), with the least and the most of them, each the mean of {seeds} seeds; the n whose best "
-        f"of n responses earns as much as one at KL {compared:g}; the processor time that training took, and tokens "
-        "per second beside plain `generate` at batch 8 "
-        f"(`benchmarks/bench_frontier.py`):\n{about[:-1]}.\n\n"
-        + table(["policy", "critic", *(f"at KL {kl:g}" for kl in kls), "as best of", "training", "speed"], told)
+        "Frontier efficiency of several critics on prompts that were not trained on: at KL "
+        f"{asked:g} by weights (`positive`, `dialogue`), with the standard deviation over {len(config['seeds'])} seeds "
+        "of training, sweep and limit; its mean over these weights at other KLs; the n whose best of n responses earns "
+        f"as much as one at KL {asked:g}, by weights; the processor time that training took; and tokens per second "
+        f"beside plain `generate` at batch 8 (`benchmarks/bench_frontier.py`):\n{about[:-1]}.\n\n"
+        + table(
+            [
+                "policy",
+                "critic",
+                "rollouts",
+                *shown,
+                *(f"mean at KL {kl:g}" for kl in whole),
+                "as best of",
+                "training",
+                "speed",
+            ],
+            told,
+        )
+        + (
+            f"\nThe cut to candidates alone costs {' and '.join(cut)}; what costs more than 4 was not trained.\n"
+            if cut
+            else ""
+        )
+        + (f"\nWhere the limit is known beyond that: {'; '.join(beyond)}.\n" if beyond else "")
         + "\n![Frontier efficiency against KL, with the best of n](benchmarks/results/frontier.svg)\n"
     )
 
 
+def _mean_at(here: dict[Any, dict[str, Any]], kl: float, choices: Sequence[Any]) -> float | None:
+    found = [here[kl, choice]["efficiency"] for choice in choices]
+    return None if None in found else mean(found)
+
+
+def _shown(figure: float | None, digits: int = 2) -> str:
+    return "–" if figure is None else f"{figure:.{digits}f}"
+
+
+def _plus_minus(row: dict[str, Any], name: str) -> str:
+    return "–" if row[name] is None else f"{row[name]:.2f} ± {row[name + '_std'] or 0:.2f}"
+
+
 def rounds() -> str:
-    """J_w after each round of training."""
+    """J_w after each round of training, and every fall that is more than chance."""
     content = read("rounds")
-    rows = content["rows"]
-    groups: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
-    for row in rows:
-        key = (row["policy"], row["method"], json.dumps(row["weights"]))
-        groups.setdefault(key, {}).setdefault(row["rounds"], []).append(row)
-    choices = list(dict.fromkeys(key[2] for key in groups))
-
-    def course(by_round: dict[int, list[dict[str, Any]]]) -> str:
-        return " → ".join(f"{mean(row['j'] for row in found):.2f}" for found in by_round.values())
-
+    groups: dict[tuple[str, str], dict[str, dict[int, list[dict[str, Any]]]]] = {}
+    for row in content["rows"]:
+        choice = "({:g}, {:g})".format(*row["weights"])
+        by_round = groups.setdefault((row["policy"], row["method"]), {}).setdefault(choice, {})
+        by_round.setdefault(row["rounds"], []).append(row)
+    choices = list(dict.fromkeys(choice for group in groups.values() for choice in group))
+    means = {
+        (*key, choice): [(mean(row["j"] for row in found), _error_of_mean(found)) for found in group[choice].values()]
+        for key, group in groups.items()
+        for choice in choices
+    }
     told = [
-        [policy, method, *(course(groups[policy, method, choice]) for choice in choices)]
-        for policy, method in dict.fromkeys(key[:2] for key in groups)
+        [*key, *(" → ".join(f"{j:.2f} ± {error:.2f}" for j, error in means[*key, choice]) for choice in choices)]
+        for key in groups
     ]
-    errors = [row["error"] for row in rows if row["rounds"]]
-    names = ["({:g}, {:g})".format(*json.loads(choice)) for choice in choices]
+    falls = [
+        f"`{method}` on {policy} at {choice} in round {done}, by {before[0] - after[0]:.2f}"
+        for (policy, method, choice), course in means.items()
+        for done, (before, after) in enumerate(pairwise(course), start=1)
+        if before[0] - after[0] > 2 * math.hypot(before[1], after[1])
+    ]
     return (
         f"J_w = reward − KL/β at β = {content['config']['beta']:g} under the reference policy and after each round of "
-        f"training, by weights, mean of {len(content['config']['seeds'])} seeds on prompts that were not trained on "
-        f"(`benchmarks/bench_rounds.py`; the standard error of one seed's figure is {min(errors):.2f} to "
-        f"{max(errors):.2f}):\n\n" + table(["policy", "critic", *names], told)
+        f"training, by weights, mean of {len(content['config']['seeds'])} seeds and its sampling error, on prompts "
+        "that were not trained on (`benchmarks/bench_rounds.py`):\n\n"
+        + table(["policy", "critic", *choices], told)
+        + f"\nFalls of more than two standard errors: {'; '.join(falls) or 'none'}.\n"
     )
 
 
-def _averaged(found: list[float | None], digits: int = 2, without: str = "–") -> str:
-    return without if None in found else ranged(found, digits)
+def _error_of_mean(found: list[dict[str, Any]]) -> float:
+    return math.sqrt(sum(row["error"] ** 2 for row in found)) / len(found)
+
+
+def _averaged(found: list[float | None]) -> str:
+    return "–" if None in found else ranged(found)
 
 
 def serving() -> str:
@@ -142,29 +205,32 @@ def optimum() -> str:
     shown = sorted({0, 1, 2, max(row["iteration"] for row in exact["rows"])})
     groups: dict[tuple[str, str, int], list[float]] = {}
     for row in exact["rows"]:
-        if row["beta"] == beta:
+        if row["beta"] == beta and max(row["weights"]) < 1:
             groups.setdefault((row["kind"], row["composition"], row["iteration"]), []).append(row["share"])
     rows = [
         [kind, composition, *(ranged(groups[kind, composition, iteration], 3) for iteration in shown)]
         for kind, composition in dict.fromkeys(key[:2] for key in groups)
     ]
-    ends: dict[tuple[str, str], list[float]] = {}
+    ends: dict[tuple[str, str, tuple[float, ...]], list[float]] = {}
     for row in learnt["rows"]:
-        if row["weights"] == [0.5, 0.5] and row["iteration"] == last:
-            ends.setdefault((row["composition"], row["critic"]), []).append(row["share"])
+        if row["iteration"] == last:
+            ends.setdefault((row["composition"], row["critic"], tuple(row["weights"])), []).append(row["share"])
+    choices = [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    names = {"exact": "exact values", "hidden_state": "learnt heads"}
     told = [
-        [composition, f"{ends[composition, 'exact'][0]:.3f}", ranged(ends[composition, "hidden_state"], 3)]
-        for composition in dict.fromkeys(composition for composition, _ in ends)
+        [composition, names[critic], *(ranged(ends[composition, critic, choice], 3) for choice in choices)]
+        for composition, critic in dict.fromkeys(key[:2] for key in ends)
     ]
     seeds = len({row["seed"] for row in exact["rows"]})
     return (
         "Share of the gain J* − J_ref that is reached in worlds that dynamic programming solves, with exact values at "
-        f"β = {beta:g}, by iteration: mean and range over {seeds} worlds of each kind and a grid of weights "
-        "(`benchmarks/bench_exact.py`):\n\n"
+        f"β = {beta:g}, by iteration: mean and range over {seeds} worlds of each kind and the mixtures of a grid of "
+        "weights; for one objective alone the compositions are the same (`benchmarks/bench_exact.py`):\n\n"
         + table(["rewards", "composition", *(f"iteration {iteration}" for iteration in shown)], rows)
-        + f"\nThe same at equal weights with heads that were trained from {config['rollouts']:,} sampled responses per "
-        f"iteration, in one {config['kind']} world after {last} iterations: mean and range of {len(config['seeds'])} "
-        "seeds (`benchmarks/bench_exact_learnt.py`):\n\n" + table(["composition", "exact values", "learnt heads"], told)
+        + f"\nThe same by weights with heads that were trained from {config['rollouts']:,} sampled responses per "
+        f"iteration, in one {config['kind']} world after iteration {last}: mean and range of {len(config['seeds'])} "
+        "seeds (`benchmarks/bench_exact_learnt.py`):\n\n"
+        + table(["composition", "", *(f"({a:g}, {b:g})" for a, b in choices)], told)
     )
 
 

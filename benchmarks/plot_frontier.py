@@ -36,9 +36,14 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             axes.set_title(f"{policy}: positive {choice[0]:g}, dialogue {choice[1]:g}", fontsize=8.5, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.axhline(1.0, color="#999999", linewidth=1.2)
-            here = [r for r in rows if r["policy"] == policy and tuple(r["weights"]) == choice and r["efficiency"]]
+            here = [
+                r
+                for r in rows
+                if r["policy"] == policy and tuple(r["weights"]) == choice and r["efficiency"] is not None
+            ]
             for method in COLOURS:
-                found = [row for row in here if row["method"] == method]
+                if not (found := [row for row in here if row["method"] == method]):
+                    continue
                 axes.errorbar(
                     [row["kl"] for row in found],
                     [row["efficiency"] for row in found],
@@ -49,10 +54,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                 axes.plot(row["kl"], row["efficiency"], "x", color="#cb181d", label="best of n, at n times the cost")
                 n = row["method"].removeprefix("best_of_")
                 axes.annotate(n, (row["kl"], row["efficiency"]), (3, -9), textcoords="offset points", fontsize=7.5)
-    named = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    named: dict[str, Any] = {}
+    for axes in panels.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True)) | named
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
     figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9)
-    figure.supylabel("frontier efficiency (1 is the optimum)", fontsize=9)
+    figure.supylabel("frontier efficiency (1 is the optimum), ± one standard deviation over seeds", fontsize=9)
     return figure
 
 

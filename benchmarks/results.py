@@ -23,7 +23,7 @@ def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
 
     Args:
         name: of the benchmark, without ending.
-        config: the settings that the rows depend on.
+        config: the settings that the rows depend on; a `folder` among them is where this machine keeps its work.
         rows: the figures, plain numbers and strings.
 
     Returns:
@@ -34,7 +34,7 @@ def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "versions": versions(),
-        "config": dict(config),
+        "config": {key: value for key, value in config.items() if key != "folder"},
         "rows": [dict(row) for row in rows],
     }
     path = HERE / "results" / f"{name}.json"

@@ -254,8 +254,22 @@ def test_the_front_is_measured_from_its_reference_point(one_token: dict[str, Any
 # On the tiny policy
 
 
+@pytest.mark.parametrize("top_k", [20, None])
+def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidates_costs(
+    measure: Any, make_tiny_critic: Any, top_k: int | None
+) -> None:
+    """No β leads from the one to the other, so a line between them would be no measurement."""
+    sampling = replace(SHORT.sampling, top_k=top_k)
+    report = measure(make_tiny_critic(), replace(SHORT, betas=(0.1, 3.0), target_kls=(1e-6, 1.0), sampling=sampling))
+    for entry in report["efficiency"]:
+        swept = [row["kl"] for row in report["rows"][1:] if row["weights"] == entry["weights"]]
+        assert min(swept) > (0.1 if top_k else 1e-6)
+        assert (entry["reward"] is not None) == ((min(swept) if top_k else 0.0) <= entry["kl"] <= max(swept))
+
+
 def test_a_limit_that_hangs_on_few_rollouts_gives_no_efficiency(measure: Any, make_tiny_critic: Any) -> None:
-    report = measure(make_tiny_critic())  # 6 reference rollouts per prompt
+    whole = replace(SHORT.sampling, top_k=None)
+    report = measure(make_tiny_critic(), replace(SHORT, sampling=whole))  # 6 reference rollouts per prompt
     assert all(row["efficiency"] is None for row in report["rows"])
     assert all(entry["efficiency"] is None for entry in report["efficiency"])
     assert any(entry["reward"] is not None for entry in report["efficiency"])
