@@ -98,17 +98,35 @@ class Critic(nn.Module, ABC):
         Args:
             prefix_ids: (B, L) integer, the ids the logits processor is called with.
             candidate_ids: (B, K) integer, or None for every token in order (K = V).
-            lam: (B, M) float32, of the policy whose values are asked for; None is the reference policy. A critic of the
-                `independent` composition does not read it.
+            lam: (B, M) float32, of the policy whose values are asked for, if the critic is conditioned; None is then
+                λ = 0, the reference policy, which lies a little outside what it was trained on.
 
         Returns:
             (B, K, M) float32, on the normalised reward scale.
+
+        Raises:
+            CriticError: if λ is given and the critic is not conditioned.
         """
 
     @property
     def conditioned(self) -> bool:
         """Whether the heads read λ."""
         return self.composition == "conditioned"
+
+    def check_asks(self, lam: Tensor | None) -> None:
+        """Refuse to tell the values of a policy that the critic does not know.
+
+        Args:
+            lam: what `values` was given.
+
+        Raises:
+            CriticError: if it is a λ and the critic is not conditioned.
+        """
+        if lam is not None and not self.conditioned:
+            raise CriticError(
+                "lam is given, but composition is 'independent': its values are the same for every λ.",
+                "leave lam out, or train a critic with composition='conditioned'.",
+            )
 
     def check_range(self, lam: Tensor) -> None:
         """Warn where a conditioned critic is asked for a λ that it was not trained on.

@@ -74,6 +74,7 @@ class CriticGroup(Critic):
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
+        self.check_asks(lam)
         return torch.cat([critic.values(prefix_ids, candidate_ids) for critic in self._members], dim=-1)
 
     def settings(self) -> dict[str, Any]:

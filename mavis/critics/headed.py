@@ -126,12 +126,15 @@ class HeadedCritic(Critic):
         Args:
             inputs: (B, I) float32.
             candidate_ids: (B, K) integer, or None for every token.
-            lam: (B, M) float32, of the policy whose values they are; None is the reference policy. A critic of the
-                `independent` composition does not read it.
+            lam: (B, M) float32, of the policy whose values they are, see `Critic.values`.
 
         Returns:
             (B, K, M) float32.
+
+        Raises:
+            CriticError: if λ is given and the critic is not conditioned.
         """
+        self.check_asks(lam)
         return self._outputs(inputs, candidate_ids, lam)[..., : len(self.objectives)]
 
     def kl_to_come_of_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:

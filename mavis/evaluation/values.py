@@ -93,7 +93,7 @@ def _pairs(
             device = steps.states.device
             ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
             inputs = critic.inputs_of_rollouts(ids, is_token, steps.states)[which, step]
-            asked = lam.to(inputs.device).expand(len(inputs), -1)
+            asked = lam.to(inputs.device).expand(len(inputs), -1) if critic.conditioned else None
             values = critic.values_of_inputs(inputs, steps.action_ids[which, step][:, None], asked)
         predicted.extend(values[:, 0, objective].tolist())
         observed.extend(returns[which.cpu(), step.cpu()].tolist())

@@ -1,4 +1,7 @@
-"""A world as a causal LM: `generate`, the critics and the tilt take it as they take any other."""
+"""A world as a causal LM: `generate`, the critics and the tilt take it as they take any other.
+
+Only a value model cannot start from a copy of it, which knows no counting: it takes a `backbone` of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mavis.errors import CriticError
 from mavis.exact.world import World
 
 
@@ -139,7 +143,15 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
 
         Returns:
             (T, S, V, V) float64 by step, counts, last token and token.
+
+        Raises:
+            CriticError: if the critic reads more than one state.
         """
+        if getattr(critic, "kind", None) != "hidden_state" or critic.memory is not None:
+            raise CriticError(
+                f"critic is a {type(critic).__name__} that reads more than one state.",
+                "ask a HiddenStateCritic without memory; others are asked through generate.",
+            )
         grid = self.state_grid()
         inputs = critic.inputs_of_responses(grid.flatten(0, 2)[:, None])[:, 0]
         tilt: Tensor = critic.tilt_of_inputs(inputs, None, lam.float().expand(len(inputs), -1))

@@ -46,8 +46,9 @@ class FitReport:
     """What a fit came to.
 
     Args:
-        explained: per objective, 1 − held-out squared error of Q / variance of the returns, for the epoch that is kept;
-            None where the held-out returns do not vary. Early steps know little, so even exact values explain a part.
+        explained: per objective, 1 − held-out squared error of Q / variance of the returns, for the epoch that is kept,
+            over the rollouts of the policies whose values these are; None where the held-out returns do not vary. Early
+            steps know little, so even exact values explain a part.
         epoch: which epoch that is, counted from 1; 0 if none was better than the heads at the start.
         losses: the held-out error before the first and after each epoch.
     """
@@ -66,6 +67,7 @@ def fit(
     *,
     seed: int,
     held_out: Tensor | None = None,
+    on_policy: int | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> FitReport:
     """Fit the heads of a critic to soft returns, in place.
@@ -91,6 +93,8 @@ def fit(
         settings: how.
         seed: of the split and the order.
         held_out: (N,) bool, the rollouts that only choose the epoch; None draws `settings.held_out` of them.
+        on_policy: how many rollouts, the first ones, were sampled by the policies that are evaluated; None is all. The
+            others, read again, have other policies' returns: they teach advantages, but Q alone does not foretell them.
         on_epoch: called with each epoch's number and held-out error.
 
     Returns:
@@ -121,7 +125,7 @@ def fit(
     best, losses = descend(critic, predictor, shared, settings, held_out=held_out, order=order, on_epoch=on_epoch)
     critic.refresh_token_table(embeddings)
     predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
-    watched = held_out.nonzero()[:, 0]
+    watched = held_out[:on_policy].nonzero()[:, 0]
     error = mean_error(predictor, shared, watched, settings.batch_size, device)
     variance = _variance(predictor, shared, watched, settings.batch_size, device)
     return FitReport(explained_share(critic.objectives, error, variance), best, losses)

@@ -248,6 +248,7 @@ def improve(
             ),
             seed=sampling.seed,
             held_out=torch.cat(held_out),
+            on_policy=len(held_out[0]),
             on_epoch=curves.watch(say, stage, iteration),
         )
         report = IterationReport(

@@ -94,6 +94,19 @@ def test_the_tilt_is_the_values_weighed_by_lambda(policy: Any, candidates: torch
         torch.testing.assert_close(values, everything.gather(1, candidates[..., None].expand(-1, -1, 2)))
 
 
+def test_an_independent_critic_is_asked_for_no_conditioning(policy: Any) -> None:
+    critic, lam = talkative(policy), torch.ones(2, 2)
+    inputs = first_step(critic, torch.zeros(2, 16))
+    for ask in (critic.values_of_inputs, critic.kl_to_come_of_inputs):
+        with pytest.raises(CriticError, match="composition is 'independent'.*composition='conditioned'"):
+            ask(inputs, None, lam)
+    with critic.attached_to(policy):
+        ids = torch.zeros(2, 3, dtype=torch.long)
+        policy(ids)
+        with pytest.raises(CriticError, match="composition is 'independent'"):
+            critic.values(ids, None, lam)
+
+
 def test_attached_it_reads_the_policys_last_hidden_state(policy: Any) -> None:
     critic = talkative(policy)
     ids = torch.randint(0, 30, (2, 5))

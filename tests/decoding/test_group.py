@@ -95,6 +95,8 @@ def test_what_does_not_go_together_is_refused(
         MavisTilt([1.0], [])
     with pytest.raises(CriticError, match="objective 'a' belongs to two of the critics"):
         MavisTilt([1.0], [*four, make_critic(llama, ("a",))])
+    with pytest.raises(CriticError, match="composition is 'independent'"):
+        CriticGroup(four).values(torch.zeros(1, 1, dtype=torch.long), None, torch.ones(1, 5))
     with pytest.raises(CriticError, match="the critic of x is conditioned"):
         MavisTilt([1.0], [*four, make_critic(llama, ("x",), composition="conditioned")])
     with pytest.raises(WeightsError, match="names objective 'f', but the critic has: a, b, c, d, e"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import mavis
+from mavis.errors import CriticError
 from mavis.exact import World, WorldObjective, WorldPolicy, evaluate_tilt, world_tokenizer
 
 
@@ -105,6 +109,37 @@ def test_steered_responses_earn_and_spend_what_dynamic_programming_says(
     kl = processor.kl.double().sum(1)
     assert exact.kl > 1.0
     assert abs(kl.mean() - exact.kl) <= 4.5 * kl.std() / len(kl) ** 0.5
+
+
+def test_a_value_model_with_a_backbone_of_its_own_steers_it(world: World, policy: WorldPolicy) -> None:
+    backbone = LlamaConfig(
+        vocab_size=world.tokens + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    value_model = mavis.ValueModelCritic.for_policy(policy, ["first", "second"], backbone=backbone)
+    torch.nn.init.normal_(value_model.heads.outer)
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+    with value_model.attached_to(policy):
+        tilt = mavis.MavisTilt([1.0, -1.0], value_model, beta=2.0, top_k=None)
+        chosen = policy.generate(prompt, do_sample=False, max_new_tokens=1, logits_processor=tilt)[0, 1]
+        policy(prompt)
+        values = value_model.values(prompt, None)[0].double()
+    tilted = policy(prompt).logits[0, -1].double() + 2.0 * (values[:, 0] - values[:, 1])
+    assert chosen == tilted[: world.tokens].argmax()
+
+
+@pytest.mark.parametrize("kind", ["memory", "value model"])
+def test_a_critic_that_reads_more_than_one_state_has_no_tilt_of_a_state(policy: WorldPolicy, kind: str) -> None:
+    backbone = LlamaConfig(
+        vocab_size=policy.config.vocab_size, hidden_size=8, intermediate_size=8, num_attention_heads=2
+    )
+    critic: Any = (
+        mavis.HiddenStateCritic.for_policy(policy, ["first"], memory=4)
+        if kind == "memory"
+        else mavis.ValueModelCritic.for_policy(policy, ["first"], backbone=backbone)
+    )
+    with pytest.raises(CriticError, match="reads more than one state"):
+        policy.tilts(critic, torch.ones(1))
 
 
 def test_its_text_is_scored_by_the_objectives(world: World) -> None:

@@ -19,6 +19,7 @@ from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import ConfigError
 from mavis.training.features import Features
 from mavis.training.fit import FitSettings, fit
+from mavis.training.replayed import joined
 
 STEPS, TOKENS = 3, 3
 STATES = STEPS * STEPS
@@ -231,6 +232,23 @@ def test_a_seed_fixes_the_fit_and_another_one_changes_it() -> None:
     assert losses == same_losses != other_losses
     for name, tensor in state.items():
         assert torch.equal(tensor, same_state[name]), name
+
+
+def test_what_the_values_explain_is_told_of_the_rollouts_of_their_own_policies() -> None:
+    """Those that are read again, here of a policy that never hits, have other returns than the values foretell."""
+    own, again = make_features(200), make_features(200, seed=1)
+    missed = again.action_ids.clamp_min(1)
+    again = replace(again, action_ids=missed, rewards=torch.zeros_like(again.rewards))
+    features = joined([own, again])
+    critic, held_out = make_critic(), torch.arange(400) % 4 == 0
+    report = fit(critic, features, EMBEDDINGS, 0.0, SETTINGS, seed=0, held_out=held_out, on_policy=200)
+    watched = own.rows(held_out[:200].nonzero()[:, 0])
+    told = values(critic, watched)[..., 0].gather(2, watched.action_ids[:, :, None])[:, :, 0]
+    error, variance = (told - watched.rewards).square().mean(), watched.rewards.var(correction=0)
+    assert report.explained["count"] == pytest.approx(float(1 - error / variance), abs=1e-5)
+    on_all = fit(make_critic(), features, EMBEDDINGS, 0.0, SETTINGS, seed=0, held_out=held_out)
+    assert on_all.losses == report.losses
+    assert on_all.explained["count"] != pytest.approx(report.explained["count"], abs=0.02)
 
 
 def test_gradients_that_an_earlier_run_left_behind_do_not_count() -> None:
