@@ -47,6 +47,10 @@ def test_learnt_conditioned_heads_beat_what_exact_independent_values_converge_to
         goals.append((report.goal[MIXTURES], report.goal_error[MIXTURES]))
     assert shares[-1] >= 0.85 > converged
     assert shares[-1] > shares[0]
+    for beta, least in ((0.5, 0.95), (1.0, 0.95), (2.0, 0.95), (BETA, 0.88)):  # one critic for every weight and every β
+        for first in (1.0, 0.75, 0.5, 0.0):
+            lam = beta * torch.tensor([first, 1 - first])
+            assert share(world, policy.tilts(critic, lam), lam) >= least, lam
     # J of the mixtures, over the λ that were drawn: the reference policy's, then that of each tilt but the last.
     assert goals[0][0] == pytest.approx(0.0, abs=4.5 * goals[0][1])
     assert goals[1][0] > goals[0][0] + 4.5 * (goals[0][1] + goals[1][1])
