@@ -108,9 +108,11 @@ class Ways:
         if key not in self.critics:
             names = [f"objective_{m}" for m in range(case.objectives)]
             if case.readout is None:
-                critic: Any = HiddenStateCritic.for_policy(self.policy, names)
+                critic: Any = HiddenStateCritic.for_policy(self.policy, names, composition="independent")
             else:
-                critic = ValueModelCritic.for_policy(self.policy, names, backbone=self.backbone, readout=case.readout)
+                critic = ValueModelCritic.for_policy(
+                    self.policy, names, backbone=self.backbone, readout=case.readout, composition="independent"
+                )
             torch.nn.init.normal_(critic.heads.outer, std=0.02)
             self.critics[key] = critic
         return self.critics[key]

@@ -111,13 +111,17 @@ class Lab:
     def critic(self, name: str, policy: Any) -> HiddenStateCritic:
         """Train a critic for a policy."""
         settings = ImprovementSettings(
+            composition="independent",
+            iterations=2,
             rollouts=self.arguments.rollouts,
             beta=3.0,
             calibration_samples=0,
             sampling=self.settings,
             fit=FitSettings(weight_decay=0.1),
         )
-        critic = HiddenStateCritic.for_policy(policy, list(OBJECTIVES), memory=64, rank=16, seed=self.seed)
+        critic = HiddenStateCritic.for_policy(
+            policy, list(OBJECTIVES), memory=64, rank=16, composition="independent", seed=self.seed
+        )
         list(improve(policy, self.tokenizer, critic, OBJECTIVES, self.prompts, self.folder / name, settings))
         return critic
 

@@ -47,7 +47,8 @@ class Engines:
         model = embedded.path() if name == "embedded" else folder / "policy"
         if name != "embedded":
             policy.save_pretrained(model)
-        critic = HiddenStateCritic.for_policy(policy, [f"objective_{m}" for m in range(OBJECTIVES)], memory=memory)
+        names = [f"objective_{m}" for m in range(OBJECTIVES)]
+        critic = HiddenStateCritic.for_policy(policy, names, memory=memory, composition="independent")
         torch.nn.init.normal_(critic.heads.outer, std=0.02)  # what a tilt costs does not depend on what was learnt
         critic.save(folder / "critic")
         del policy, critic

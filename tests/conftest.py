@@ -129,7 +129,9 @@ def make_tiny_critic(tiny_policy: Any) -> Callable[..., HiddenStateCritic]:
 
     def make(*objectives: str, scale: float = 1.0, seed: int = 0) -> HiddenStateCritic:
         names = objectives or ("good", "brevity")
-        critic = HiddenStateCritic.for_policy(tiny_policy, list(names), hidden=16, rank=8, seed=seed)
+        critic = HiddenStateCritic.for_policy(
+            tiny_policy, list(names), hidden=16, rank=8, composition="independent", seed=seed
+        )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             critic.heads.outer.normal_(std=0.4 * scale)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEWER = {
-    "train": "improvement.rollouts=1024 improvement.shard_size=512 improvement.fit.epochs=4 "
+    "train": "improvement.iterations=2 improvement.rollouts=1024 improvement.shard_size=512 improvement.fit.epochs=4 "
     "improvement.calibration_samples=8 decoding.max_new_tokens=32",
     "evaluate": "evaluation.divisions=1 evaluation.betas=[1.0,3.0] evaluation.samples=4 "
     "evaluation.reference_samples=32 evaluation.speed_repeats=1 evaluation.speed_batch=2 decoding.max_new_tokens=32",
@@ -36,7 +36,7 @@ def blocks(language: str) -> list[str]:
 def mavis(command: str, where: Path) -> str:
     words = shlex.split(command, comments=True)
     assert words[0] == "mavis"
-    few = "-m" in words or words[1] == "search" or "critic=value_model" in words or "improvement=conditioned" in words
+    few = "-m" in words or words[1] == "search" or "critic=value_model" in words or "improvement=independent" in words
     extra = f"{FEWER.get(words[1], '')} {SWEEP if few else ''} threads=1".split() if words[1] != "report" else []
     # The later of two equal settings would be an error, so what the README gives is kept.
     given = {word.partition("=")[0] for word in words}

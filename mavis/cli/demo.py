@@ -54,7 +54,9 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
     choices = [{first: 1.0}, {name: 1 / len(critic.objectives) for name in critic.objectives}, {last: 1.0}]
     next_weights = f"{{{last}: 0.7, {first}: 0.3}}"
     if first == last:
-        choices, next_weights = [{first: 1.0}, {first: -1.0}], f"{{{first}: -1}}"
+        choices, next_weights = [{first: 1.0}], f"{{{first}: 1}}"
+        if not critic.conditioned:  # for which a negative weight lies outside what it has learnt
+            choices, next_weights = [*choices, {first: -1.0}], f"{{{first}: -1}}"
     reached = critic.calibration.reach() if critic.calibration is not None else 0.0
     strength: dict[str, Any] = {"beta": None, "target_kl": 2.0}
     if reached < 2.0:  # a short training may not reach two nats, and none at all reaches nothing

@@ -75,7 +75,7 @@ class HiddenStateCritic(HeadedCritic):
         hidden: int = 128,
         rank: int = 64,
         memory: int = 0,
-        composition: Composition = "independent",
+        composition: Composition = "conditioned",
         seed: int = 0,
     ) -> HiddenStateCritic:
         """Build an untrained critic that fits a policy; it predicts 0 until it is trained.
@@ -86,7 +86,8 @@ class HiddenStateCritic(HeadedCritic):
             hidden: width of each head.
             rank: size of a token's vector.
             memory: size of the memory of a response; 0 for none.
-            composition: `independent` or `conditioned`.
+            composition: `conditioned` on λ = β·w, which comes to the optimum of every mixture, or `independent`, whose
+                values go with any weights and can be put together with those of other critics.
             seed: of the initial weights.
 
         Raises:

@@ -112,7 +112,7 @@ class ValueModelCritic(HeadedCritic):
         readout: Readout = "token",
         hidden: int = 128,
         rank: int = 64,
-        composition: Composition = "independent",
+        composition: Composition = "conditioned",
         norm: bool = True,
         lora_rank: int = 0,
         trust_remote_code: bool = False,
@@ -129,7 +129,8 @@ class ValueModelCritic(HeadedCritic):
             readout: `token` or `candidates`.
             hidden: width of each head; 0 for linear heads.
             rank: size of a token's vector in the `token` readout.
-            composition: `independent` or `conditioned`.
+            composition: `conditioned` on λ = β·w, which comes to the optimum of every mixture, or `independent`, whose
+                values go with any weights and can be put together with those of other critics.
             norm: whether the trunk's last state gets a layer norm; False is the paper's.
             lora_rank: rank of adapters that are trained instead of the trunk's own weights; 0 trains those.
             trust_remote_code: whether a loaded backbone may bring code of its own.

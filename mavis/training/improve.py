@@ -42,18 +42,19 @@ class ImprovementSettings:
     """How a critic is improved.
 
     Args:
-        composition: what is improved: each objective under its own policy (`independent`, the paper's), or the
-            weighted goal of every λ under the policy of that λ (`conditioned`).
+        composition: what is improved: the weighted goal of every λ under the policy of that λ (`conditioned`), or each
+            objective under its own policy (`independent`, the paper's).
         iterations: rounds of rollouts and fit, ≥ 1; the first evaluates the reference policy.
         reuse: whether later iterations also learn from the rollouts of earlier ones, as if they told of the policy that
             is now evaluated. With return decomposition they do: a return is the value plus the advantages still to
             come whatever policy chose the tokens.
         rollouts: responses per iteration, ≥ 4; `independent` shares them out equally over the objectives from
             iteration 1 on, `conditioned` draws a λ for each.
-        beta: `independent`: strength of the tilt that later iterations evaluate, > 0, in 1 / reward.
+        beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward; `conditioned` draws one for each
+            rollout from a range about it.
         zeta: `independent`: ζ ≥ 0, price of a nat in reward; None is 1/β.
-        min_beta: `conditioned`: the smallest β that is drawn, > 0.
-        max_beta: `conditioned`: the largest; the logarithm of β is drawn evenly.
+        min_beta: `conditioned`: the smallest strength that is drawn, > 0; None is β/6.
+        max_beta: `conditioned`: the largest; None is 8β/3. The logarithm of the strength is drawn evenly.
         later_rate: share of the fit's learning rate that rounds after the first use, > 0. Their heads start nearly
             right and see fewer rollouts each, so that full steps would put more noise in than they take out.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
@@ -64,14 +65,14 @@ class ImprovementSettings:
         ConfigError: if a setting is out of range.
     """
 
-    composition: Composition = "independent"
-    iterations: int = 2
+    composition: Composition = "conditioned"
+    iterations: int = 3
     rollouts: int = 4096
     reuse: bool = True
-    beta: float = 4.0
+    beta: float = 3.0
     zeta: float | None = None
-    min_beta: float = 0.5
-    max_beta: float = 8.0
+    min_beta: float | None = None
+    max_beta: float | None = None
     later_rate: float = 0.1
     calibration_samples: int = 64
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
@@ -86,7 +87,7 @@ class ImprovementSettings:
             raise ConfigError(
                 f"iterations is {self.iterations}, rollouts {self.rollouts}, beta {self.beta}; expected ≥ 1, "
                 "≥ 4 and > 0.",
-                "2 iterations of 4096 rollouts at beta 4 are a good start.",
+                "3 iterations of 4096 rollouts at beta 3 are a good start.",
             )
         if not 0 < self.later_rate < math.inf:
             raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.1.")
@@ -97,15 +98,24 @@ class ImprovementSettings:
                 "reuse is True, but plain Monte Carlo returns tell only of the policy that sampled them.",
                 "set reuse to False, or the fit's target to decomposition.",
             )
-        if not 0 < self.min_beta <= self.max_beta < math.inf:
+        least, most = self.strengths
+        if not 0 < least <= most < math.inf:
             raise ConfigError(
-                f"min_beta is {self.min_beta} and max_beta {self.max_beta}; expected 0 < min_beta ≤ max_beta.",
-                "the defaults are 0.5 and 8.",
+                f"min_beta is {least} and max_beta {most}; expected 0 < min_beta ≤ max_beta.",
+                "left out, they are β/6 and 8β/3.",
             )
         if self.calibration_samples < 0:
             raise ConfigError(
                 f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
             )
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """The least and the largest β that `conditioned` draws."""
+        return (
+            self.beta / 6 if self.min_beta is None else self.min_beta,
+            8 * self.beta / 3 if self.max_beta is None else self.max_beta,
+        )
 
 
 def improve(
@@ -207,7 +217,7 @@ def improve(
         if iteration == 0:
             rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]
             critic.set_normalisation(torch.cat(rewards))
-            critic.trained_up_to.fill_(settings.max_beta if critic.conditioned else 0.0)
+            critic.trained_up_to.fill_(settings.strengths[1] if critic.conditioned else 0.0)
         rounds = [shards]
         if settings.reuse:
             rounds += [_read_again(run, iteration, j, prompts, critic, settings) for j in range(iteration)]
@@ -341,7 +351,8 @@ def _draw(rows: int, objectives: int, settings: ImprovementSettings, seed: Seque
     weights = torch.from_numpy(source.dirichlet(np.ones(objectives), rows))
     corners = torch.eye(objectives, dtype=torch.float64)[torch.from_numpy(source.integers(objectives, size=rows))]
     alone = torch.from_numpy(source.random(rows)) < _CORNERS
-    logs = source.uniform(math.log(settings.min_beta), math.log(settings.max_beta), rows).tolist()
+    least, most = settings.strengths
+    logs = source.uniform(math.log(least), math.log(most), rows).tolist()
     # Not np.exp, which rounds differently on another CPU: there the run could not go on, nor a process take part.
     betas = torch.tensor([math.exp(log) for log in logs], dtype=torch.float64)
     return torch.where(alone[:, None], corners, weights), betas

@@ -77,6 +77,7 @@ SMALL = (
     "critic.rank=4",
     "decoding.max_new_tokens=8",
     "decoding.top_k=20",
+    "improvement=independent",
     "improvement.iterations=1",
     "improvement.rollouts=32",
     "improvement.calibration_samples=2",

@@ -215,7 +215,9 @@ DISTILL = (
 def other(tiny_policy: Any, tmp_path: Path) -> Path:
     """The folder of a critic with an objective that the trained one has not."""
     folder = tmp_path / "other"
-    ValueModelCritic.for_policy(tiny_policy, ["kindness"], readout="candidates", hidden=0).save(folder)
+    ValueModelCritic.for_policy(
+        tiny_policy, ["kindness"], readout="candidates", hidden=0, composition="independent"
+    ).save(folder)
     return folder
 
 

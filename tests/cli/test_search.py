@@ -79,7 +79,7 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
     assert {name: first[name] for name in ("beta", "critic.hidden", "improvement.iterations")} == {
         "beta": "3.0",
         "critic.hidden": "128",
-        "improvement.iterations": "2",
+        "improvement.iterations": "3",
     }
     assert all(1 <= float(run["beta"]) <= 8 for run in others)
     assert {run["critic.hidden"] for run in launched.tried} <= {"64", "128", "256"}

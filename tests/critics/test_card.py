@@ -121,7 +121,9 @@ def test_a_critic_is_saved_even_if_its_card_cannot_be_written(
 
 
 def test_any_kind_of_critic_has_a_card(tiny_policy: Any, tmp_path: Path) -> None:
-    ValueModelCritic.for_policy(tiny_policy, ["good"], readout="candidates", hidden=0).save(tmp_path / "critic")
+    ValueModelCritic.for_policy(tiny_policy, ["good"], readout="candidates", hidden=0, composition="independent").save(
+        tmp_path / "critic"
+    )
     training = dict(rows(card_of(tmp_path / "critic").text, "Training"))
     assert training["kind"] == "value_model"
     assert training["readout"] == "candidates"

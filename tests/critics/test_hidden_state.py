@@ -35,7 +35,9 @@ def llama(vocabulary: int = 30, hidden: int = 16, seed: int = 0, **options: Any)
 
 
 def talkative(policy: Any, objectives: list[str] | None = None) -> HiddenStateCritic:
-    critic = HiddenStateCritic.for_policy(policy, objectives or ["positive", "dialogue"], hidden=8, rank=4)
+    critic = HiddenStateCritic.for_policy(
+        policy, objectives or ["positive", "dialogue"], hidden=8, rank=4, composition="independent"
+    )
     with torch.no_grad():
         critic.heads.outer.normal_()
         critic.heads.bias.normal_()

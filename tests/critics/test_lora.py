@@ -41,7 +41,9 @@ def policy() -> Any:
 
 def adapted(policy: Any, **options: Any) -> ValueModelCritic:
     """A critic whose heads and adapters all have something to say."""
-    critic = ValueModelCritic.for_policy(policy, ["a", "b"], **({"hidden": 8, "rank": 4, "lora_rank": 3} | options))
+    critic = ValueModelCritic.for_policy(
+        policy, ["a", "b"], **({"hidden": 8, "rank": 4, "lora_rank": 3, "composition": "independent"} | options)
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         critic.heads.outer.normal_()
@@ -172,7 +174,9 @@ def test_merged_adapters_leave_the_values_and_no_trace(
     critic = adapted(policy, backbone=backbone)
     _, values = generated(policy, critic)
     critic.merge_lora()
-    whole = ValueModelCritic.for_policy(policy, ["a", "b"], backbone=backbone, hidden=8, rank=4)
+    whole = ValueModelCritic.for_policy(
+        policy, ["a", "b"], backbone=backbone, hidden=8, rank=4, composition="independent"
+    )
     assert critic.settings() == whole.settings()
     assert list(critic.state_dict()) == list(whole.state_dict())
     assert all(parameter.requires_grad for parameter in critic.parameters())
@@ -227,7 +231,9 @@ def test_adapters_of_experts_are_folded_in_too(policy: Any) -> None:
         num_local_experts=2,
     )
     critic = adapted(policy, backbone=experts)
-    plain = ValueModelCritic.for_policy(policy, ["a", "b"], hidden=8, rank=4, backbone=experts)
+    plain = ValueModelCritic.for_policy(
+        policy, ["a", "b"], hidden=8, rank=4, backbone=experts, composition="independent"
+    )
     with torch.no_grad():
         before = critic.trunk(input_ids=PROMPTS).last_hidden_state
         critic.merge_lora()

@@ -31,7 +31,9 @@ def words(count: int, prefix: str = "t") -> PreTrainedTokenizerFast:
 
 
 def talkative(policy: Any, **options: Any) -> ValueModelCritic:
-    critic = ValueModelCritic.for_policy(policy, ["a", "b"], **({"hidden": 8, "rank": 4} | options))
+    critic = ValueModelCritic.for_policy(
+        policy, ["a", "b"], **({"hidden": 8, "rank": 4, "composition": "independent"} | options)
+    )
     with torch.no_grad():
         critic.heads.outer.normal_()
         critic.heads.bias.normal_()

@@ -69,7 +69,9 @@ def make_critic() -> Callable[..., Any]:
         kind: Any = ValueModelCritic if "readout" in options else HiddenStateCritic
         if kind is ValueModelCritic:
             options = {"backbone": TRUNK} | options
-        critic = kind.for_policy(policy, objectives, **({"hidden": 16, "rank": 8, "seed": seed} | options))
+        critic = kind.for_policy(
+            policy, objectives, **({"hidden": 16, "rank": 8, "composition": "independent", "seed": seed} | options)
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             critic.heads.outer.copy_(torch.randn(critic.heads.outer.shape, generator=generator))
@@ -113,7 +115,7 @@ def _tilted_by_hand(
         else:
             states = states[:, -1 if prompt is None else prompt - 1 :]
             inputs, rows = critic.inputs_of_responses(states)[:, -1], torch.tensor([lam])
-            values = critic.values_of_inputs(inputs, None, rows)[0].double()
+            values = critic.values_of_inputs(inputs, None, rows if critic.conditioned else None)[0].double()
             spent = torch.zeros(())
             if critic.conditioned:
                 spent = critic.kl_to_come_of_inputs(inputs, None, rows)[0].double()
@@ -132,7 +134,7 @@ def _read_by_hand(critic: ValueModelCritic, ids: torch.Tensor, lam: torch.Tensor
     whole = torch.cat([ids.expand(vocabulary, -1), every[:, None]], dim=1)
     inputs = critic.inputs_of_rollouts(whole, torch.ones_like(whole, dtype=torch.bool), torch.zeros(vocabulary, 1, 0))
     inputs, rows = inputs[:, 0], lam.expand(vocabulary, -1)
-    values = critic.values_of_inputs(inputs, every[:, None], rows)[:, 0].double()
+    values = critic.values_of_inputs(inputs, every[:, None], rows if critic.conditioned else None)[:, 0].double()
     if not critic.conditioned:
         return values, torch.zeros(())
     return values, critic.kl_to_come_of_inputs(inputs, every[:, None], rows)[:, 0].double()

@@ -17,7 +17,7 @@ def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"),
     It is a value model if a backbone is given.
     """
     kind: Any = ValueModelCritic if "backbone" in options else HiddenStateCritic
-    critic = kind.for_policy(policy, objectives, **({"hidden": 16, "rank": 8} | options))
+    critic = kind.for_policy(policy, objectives, **({"hidden": 16, "rank": 8, "composition": "independent"} | options))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         critic.heads.outer.normal_(std=0.5)

@@ -68,7 +68,7 @@ def tables() -> Tensor:
 @pytest.fixture(scope="session")
 def exact(tiny_policy: Any, tiny_tokenizer: Any, tables: Tensor) -> tuple[HiddenStateCritic, dict[str, Any]]:
     """A critic whose values are the rewards of the tokens, normalised by mean 10 and deviation 4, and the rewards."""
-    critic = HiddenStateCritic.for_policy(tiny_policy, ["first", "second"], hidden=4, rank=2)
+    critic = HiddenStateCritic.for_policy(tiny_policy, ["first", "second"], hidden=4, rank=2, composition="independent")
     critic.reward_mean.fill_(10.0)
     critic.reward_std.fill_(4.0)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_values_that_are_known_come_true(one_token: dict[str, Any]) -> None:
 
 def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, measure: Any, tiny_policy: Any) -> None:
     critic, objectives = exact
-    loud = HiddenStateCritic.for_policy(tiny_policy, critic.objectives, hidden=4, rank=2)
+    loud = HiddenStateCritic.for_policy(tiny_policy, critic.objectives, hidden=4, rank=2, composition="independent")
     loud.load_state_dict(critic.state_dict())
     with torch.no_grad():
         loud.heads.bias.mul_(2.0)

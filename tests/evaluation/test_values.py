@@ -18,7 +18,7 @@ BETA = 2.5
 @pytest.fixture
 def critic(tiny_policy: Any) -> HiddenStateCritic:
     """Two objectives whose values depend on the token alone: its number, in tenths, and the opposite."""
-    critic = HiddenStateCritic.for_policy(tiny_policy, ["up", "down"], hidden=4, rank=1)
+    critic = HiddenStateCritic.for_policy(tiny_policy, ["up", "down"], hidden=4, rank=1, composition="independent")
     with torch.no_grad():
         critic.heads.bias[:, :-1] = torch.tensor([[1.0], [-1.0]])
         critic.token_table[:, 0] = torch.arange(61) / 10

@@ -27,7 +27,9 @@ def policy(world: World) -> WorldPolicy:
 @pytest.fixture(scope="module")
 def critic(policy: WorldPolicy) -> mavis.HiddenStateCritic:
     """A critic with random heads, strong enough that what it does cannot be taken for chance."""
-    critic = mavis.HiddenStateCritic.for_policy(policy, ["first", "second"], hidden=16, rank=8)
+    critic = mavis.HiddenStateCritic.for_policy(
+        policy, ["first", "second"], hidden=16, rank=8, composition="independent"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         critic.heads.outer.copy_(torch.randn(critic.heads.outer.shape, generator=generator))
@@ -116,7 +118,9 @@ def test_a_value_model_with_a_backbone_of_its_own_steers_it(world: World, policy
         vocab_size=world.tokens + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     torch.manual_seed(0)
-    value_model = mavis.ValueModelCritic.for_policy(policy, ["first", "second"], backbone=backbone)
+    value_model = mavis.ValueModelCritic.for_policy(
+        policy, ["first", "second"], backbone=backbone, composition="independent"
+    )
     torch.nn.init.normal_(value_model.heads.outer)
     prompt = torch.zeros(1, 1, dtype=torch.long)
     with value_model.attached_to(policy):

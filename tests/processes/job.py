@@ -215,7 +215,9 @@ def work(policy_folder: Path, out: Path) -> None:
         ),
     )
     facts["measured"] = measured.get("rows")
-    student = HiddenStateCritic.for_policy(policy, list(OBJECTIVES), hidden=8, rank=4, seed=1)
+    student = HiddenStateCritic.for_policy(
+        policy, list(OBJECTIVES), hidden=8, rank=4, composition="independent", seed=1
+    )
     told_of_student = distill(
         student,
         critics["independent"],

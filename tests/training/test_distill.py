@@ -73,7 +73,9 @@ def make(tiny_policy: Any) -> Callable[..., Any]:
     def build(*objectives: str, **options: Any) -> Any:
         kind: Any = ValueModelCritic if "readout" in options else HiddenStateCritic
         names = objectives or ("good", "brevity")
-        return kind.for_policy(tiny_policy, names, **({"hidden": 16, "rank": 8} | options))
+        return kind.for_policy(
+            tiny_policy, names, **({"hidden": 16, "rank": 8, "composition": "independent"} | options)
+        )
 
     return build
 

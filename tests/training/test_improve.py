@@ -32,6 +32,7 @@ from mavis.training.iteration import MIXTURES, IterationReport
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = ImprovementSettings(
+    composition="independent",
     iterations=3,
     rollouts=24,
     beta=1.5,
@@ -49,7 +50,9 @@ class Stop(Exception):
 def new_critic(tiny_policy: Any) -> Callable[..., HiddenStateCritic]:
     def make(*objectives: str, **options: Any) -> HiddenStateCritic:
         names = objectives or ("good", "brevity")
-        return HiddenStateCritic.for_policy(tiny_policy, names, hidden=8, rank=4, **options)
+        return HiddenStateCritic.for_policy(
+            tiny_policy, names, **({"hidden": 8, "rank": 4, "composition": "independent"} | options)
+        )
 
     return make
 
@@ -72,7 +75,7 @@ def unbroken(
 ) -> tuple[HiddenStateCritic, list[IterationReport], Path]:
     """One run from beginning to end, to hold the others against."""
     folder = tmp_path_factory.mktemp("unbroken")
-    critic = HiddenStateCritic.for_policy(tiny_policy, ("good", "brevity"), hidden=8, rank=4)
+    critic = HiddenStateCritic.for_policy(tiny_policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
     reports = list(improve(tiny_policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, folder, SETTINGS))
     return critic, reports, folder
 
@@ -113,7 +116,7 @@ def test_a_quantised_policy_is_trained_on_like_any(
         policy = torch.ao.quantization.quantize_dynamic(
             copy.deepcopy(tiny_policy), {torch.nn.Linear}, dtype=torch.qint8
         )
-    critic = HiddenStateCritic.for_policy(policy, tuple(tiny_objectives), hidden=8, rank=4)
+    critic = HiddenStateCritic.for_policy(policy, tuple(tiny_objectives), hidden=8, rank=4, composition="independent")
     prompts = [*PROMPTS, *PROMPTS]
     *_, report = improve(policy, tiny_tokenizer, critic, tiny_objectives, prompts, tmp_path / "run", SETTINGS)
     assert report.iteration == SETTINGS.iterations - 1
@@ -280,6 +283,7 @@ def test_what_is_learnt_earns_more_of_each_objective_and_more_in_the_end(
     start: Any, new_critic: Any, tmp_path: Path
 ) -> None:
     settings = ImprovementSettings(
+        composition="independent",
         iterations=2,
         rollouts=400,
         beta=2.0,
@@ -326,8 +330,8 @@ def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own
             assert torch.equal(features.counts_for[again], torch.eye(2).bool().repeat(12, 1))
     if composition == "conditioned":
         strengths = torch.stack([third.lam[rows].sum(1) for rows in (own, slice(24, 48), slice(48, 72))])
-        assert (strengths >= 0.5 - 1e-6).all()
-        assert (strengths <= 8.0 + 1e-6).all()
+        assert (strengths >= 1.5 / 6 - 1e-6).all()
+        assert (strengths <= 1.5 * 8 / 3 + 1e-6).all()
         assert len(strengths.flatten().unique()) == 72
     given.clear()
     list(start(new_critic(), tmp_path / "own", replace(SETTINGS, reuse=False)))
@@ -461,7 +465,7 @@ def good(prompts, responses):
 def brevity(prompts, responses):
     return [-float(len(response.split())) for response in responses]
 
-critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4)
+critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
 objectives, settings, prompts = {"good": good, "brevity": brevity}, eval(sys.argv[3]), eval(sys.argv[4])
 for _ in improve(policy, tokenizer, critic, objectives, prompts, sys.argv[2], settings):
     pass
@@ -507,7 +511,9 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
     start: Any, tiny_policy: Any, unbroken: Any, change: dict[str, Any], named: str
 ) -> None:
     hidden = change.pop("hidden", 8)
-    critic = HiddenStateCritic.for_policy(tiny_policy, ("good", "brevity"), hidden=hidden, rank=4)
+    critic = HiddenStateCritic.for_policy(
+        tiny_policy, ("good", "brevity"), hidden=hidden, rank=4, composition="independent"
+    )
     with pytest.raises(DataError, match=rf"holds a run with other {re.escape(named)}\. Hint: name a new output folder"):
         next(start(critic, unbroken[2], **change))
 
@@ -516,7 +522,7 @@ def test_a_folder_of_another_policy_is_refused(
     tiny_tokenizer: Any, tiny_objectives: Any, make_other_policy: Any, unbroken: Any
 ) -> None:
     policy = make_other_policy()
-    critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4)
+    critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
     with pytest.raises(DataError, match="holds a run with other policy"):
         next(improve(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, unbroken[2], SETTINGS))
 
@@ -534,7 +540,9 @@ def test_a_critic_for_another_shape_of_policy_is_refused(
 def test_a_critic_of_a_fine_tune_may_be_the_start_and_becomes_this_policys(
     start: Any, tiny_policy: Any, make_other_policy: Any, tmp_path: Path
 ) -> None:
-    critic = HiddenStateCritic.for_policy(make_other_policy(), ("good", "brevity"), hidden=8, rank=4)
+    critic = HiddenStateCritic.for_policy(
+        make_other_policy(), ("good", "brevity"), hidden=8, rank=4, composition="independent"
+    )
     with pytest.warns(UserWarning, match="not the weights"):
         next(start(critic, tmp_path))
     assert critic.fingerprint == Fingerprint.of(tiny_policy)

@@ -82,7 +82,9 @@ def test_a_distillation_tells_its_errors_and_what_it_explains(
         rollouts=16, candidates=8, sampling=RolloutSettings(max_new_tokens=6, top_k=None), fit=DescentSettings(epochs=2)
     )
     for times in told:
-        student = HiddenStateCritic.for_policy(tiny_policy, ["good", "brevity"], hidden=8, rank=4)
+        student = HiddenStateCritic.for_policy(
+            tiny_policy, ["good", "brevity"], hidden=8, rank=4, composition="independent"
+        )
         report = distill(
             student,
             make_tiny_critic(),
