@@ -220,7 +220,7 @@ def _refuse_conditioned(critics: Sequence[Any]) -> None:
             raise ConfigError(
                 f"composition is 'conditioned' in the critic of {', '.join(critic.objectives)}, whose values depend on "
                 "the weights and on β.",
-                "distil critics of the independent composition into another one.",
+                "distil critics that were trained with composition='independent' (improvement=independent).",
             )
 
 

@@ -633,6 +633,13 @@ def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_ra
     assert not torch.equal(*drawn)
 
 
+def test_strengths_are_drawn_about_beta_unless_their_range_is_given() -> None:
+    assert ImprovementSettings(beta=3.0).strengths == (0.5, 8.0)
+    assert ImprovementSettings(beta=6.0, max_beta=7.0).strengths == (1.0, 7.0)
+    with pytest.raises(ConfigError, match=r"min_beta is 2.0 and max_beta 1.0.*they are β/6 and 8β/3"):
+        ImprovementSettings(beta=12.0, max_beta=1.0)
+
+
 def test_a_conditioned_run_goes_on_where_it_was_broken_off(start: Any, new_critic: Any, tmp_path: Path) -> None:
     options = {"composition": "conditioned", "memory": 4}
     unbroken = new_critic(**options)
