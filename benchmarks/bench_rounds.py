@@ -51,6 +51,9 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
 
     def sampled(done: int, critic: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw rewards (W, N, M), on a scale that all methods of a policy and seed share, and KL (W, N)."""
+        if critic is None and how["top_k"] is None:  # the reference policy itself, which has been drawn
+            rewards = ((reference - centre) / scale).flatten(0, 1).expand(len(WEIGHTS), -1, -1)
+            return rewards, rewards.new_zeros(rewards.shape[:2])
         shards = list(
             collect(
                 policy,
@@ -100,7 +103,7 @@ def main() -> None:
     parser.add_argument("--policy", nargs="+", default=["embedded"], help="embedded, folders or hub ids")
     parser.add_argument("--methods", nargs="+", default=trained, choices=trained)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=200, help="responses per prompt, weights and round")
+    parser.add_argument("--samples", type=int, default=120, help="responses per prompt, weights and round")
     parser.add_argument("--reference-samples", type=int, default=4096, help="per prompt, as in bench_frontier.py")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", default="outputs/frontier", help="that of bench_frontier.py")
