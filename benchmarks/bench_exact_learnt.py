@@ -42,7 +42,7 @@ def train(composition: Any, seed: int, arguments: argparse.Namespace) -> list[di
         iterations=arguments.iterations + 1,
         rollouts=arguments.rollouts,
         beta=arguments.beta,
-        max_beta=arguments.max_beta,
+        **({"min_beta": 0.5, "max_beta": arguments.max_beta} if composition == "conditioned" else {}),
         later_rate=arguments.later_rate,
         calibration_samples=0,
         sampling=RolloutSettings(max_new_tokens=world.steps, top_k=None, shard_size=1024, seed=seed),

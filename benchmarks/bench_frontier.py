@@ -47,8 +47,6 @@ PROMPTS = [
 OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue()}
 TARGETS = (0.5, 1.0, 2.0, 4.0)
 WEIGHTS = ([1.0, 0.0], [0.5, 0.5], [0.0, 1.0])
-NO_TILT = 1e-3
-"""A β that shows what a cut to candidates costs alone."""
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {
         "about": "separate trunk (a copy of the policy), every candidate of 40 read, plain returns, independent",
@@ -143,10 +141,9 @@ def sweep_seed(seed: int) -> int:
 
 def evaluation(seed: int, top_k: int | None, arguments: argparse.Namespace) -> EvaluationSettings:
     """What is swept."""
-    betas = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
     return EvaluationSettings(
         divisions=2,
-        betas=betas if top_k is None else (NO_TILT, *betas),
+        betas=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,

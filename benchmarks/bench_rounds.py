@@ -39,10 +39,12 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
     policy, tokenizer = bench_frontier.load(name)
     how = bench_frontier.METHODS[method]
     reference = bench_frontier.reference_rewards(name, policy, tokenizer, seed, arguments)
-    centre, scale = reference.flatten(0, 1).mean(0), reference.flatten(0, 1).std(0)
     sampling = replace(
         bench_frontier.evaluation(seed, how["top_k"], arguments).sampling, seed=bench_frontier.sweep_seed(seed) + 2
     )
+    rounds = range(how["improvement"]["iterations"])
+    critics = [load_critic(place / "train" / f"iteration-{i}" / "critic") for i in rounds]
+    normalise = critics[0].normalise
     plan = Plan(
         [prompt for prompt in bench_frontier.PROMPTS for _ in range(arguments.samples)] * len(WEIGHTS),
         WEIGHTS.repeat_interleave(len(bench_frontier.PROMPTS) * arguments.samples, 0),
@@ -50,9 +52,9 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
     )
 
     def sampled(done: int, critic: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw rewards (W, N, M), on a scale that all methods of a policy and seed share, and KL (W, N)."""
+        """Draw rewards (W, N, M), on the scale that the critics were trained on, and KL (W, N)."""
         if critic is None and how["top_k"] is None:  # the reference policy itself, which has been drawn
-            rewards = ((reference - centre) / scale).flatten(0, 1).expand(len(WEIGHTS), -1, -1)
+            rewards = normalise(reference).flatten(0, 1).expand(len(WEIGHTS), -1, -1)
             return rewards, rewards.new_zeros(rewards.shape[:2])
         shards = list(
             collect(
@@ -68,13 +70,12 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
         )
         raw = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
         kl = torch.tensor([sum(spent) for shard in shards for spent in shard["kl"][:]], dtype=torch.float64)
-        return ((raw - centre) / scale).view(len(WEIGHTS), -1, WEIGHTS.shape[1]), kl.view(len(WEIGHTS), -1)
+        return normalise(raw).view(len(WEIGHTS), -1, WEIGHTS.shape[1]), kl.view(len(WEIGHTS), -1)
 
-    trained = [place / "train" / f"iteration-{i}" / "critic" for i in range(how["improvement"]["iterations"])]
-    measured = [sampled(done, load_critic(where) if where else None) for done, where in enumerate([None, *trained])]
+    measured = [sampled(done, critic) for done, critic in enumerate([None, *critics])]
     rows = []
     for m, weights in enumerate(WEIGHTS):
-        weighted = ((reference - centre) / scale) @ weights
+        weighted = normalise(reference) @ weights
         optimum = optimal_frontier(weighted, torch.tensor([BETA], dtype=torch.float64))
         start, best = float(weighted.mean()), float(optimum.reward - optimum.kl / BETA)
         known = float(optimum.effective_sample_size) >= TRUSTED

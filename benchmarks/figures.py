@@ -159,8 +159,8 @@ def rounds() -> str:
         if before[0] - after[0] > 2 * math.hypot(before[1], after[1])
     ]
     return (
-        f"J_w = reward − KL/β at β = {content['config']['beta']:g} under the reference policy and after each round of "
-        f"training, by weights, mean of {len(content['config']['seeds'])} seeds and its sampling error, on prompts "
+        f"J_w = reward − KL/β at β = {content['config']['beta']:g} before the first round of training and after each "
+        f"of them, by weights, mean of {len(content['config']['seeds'])} seeds and its sampling error, on prompts "
         "that were not trained on (`benchmarks/bench_rounds.py`):\n\n"
         + table(["policy", "critic", *choices], told)
         + f"\nFalls of more than two standard errors: {'; '.join(falls) or 'none'}.\n"

@@ -63,7 +63,8 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
         kl = float(f"{0.99 * reached:.3g}")
         strength = {"beta": None, "target_kl": kl} if kl > 0 else {"beta": config.beta, "target_kl": None}
     shown = next(f"{name}={value:g}" for name, value in strength.items() if value is not None)
-    print(f"\n{config.story!r}, continued under {len(choices)} choices of weights, each at {shown}:")
+    many = f"{len(choices)} choices of weights, each" if len(choices) > 1 else "its only weight,"
+    print(f"\n{config.story!r}, continued under {many} at {shown}:")
     for weights in choices:
         torch.manual_seed(config.seed)
         told = continuations(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)

@@ -131,6 +131,10 @@ def _run(config: Any) -> None:
     print("in logits per standard deviation of reward; normalised, their sizes sum to one")
     if inferred.untold:
         print(f"No pair differs on {', '.join(inferred.untold)}: of that nothing is known yet.")
+    if critic.conditioned and min(normalised.values()) < 0:
+        print("This critic knows weights ≥ 0 alone: those below are left out of the command. improvement=independent")
+        print("trains one for all weights.")
+        normalised = {name: max(weight, 0.0) for name, weight in normalised.items()}
     shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in normalised.items())
     shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED)]
     command = ["mavis", "generate", f"checkpoint={config.checkpoint}", *shared, f"weights={{{shown}}}"]

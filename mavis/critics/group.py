@@ -129,7 +129,7 @@ class CriticGroup(Critic):
 
 
 def together(critics: Critic | Sequence[Critic]) -> Critic:
-    """Take several critics as one; one stays what it is.
+    """Take several critics as one; one stays what it is, in a list too.
 
     Args:
         critics: a critic, or a list or tuple of them.
@@ -138,7 +138,7 @@ def together(critics: Critic | Sequence[Critic]) -> Critic:
         CriticError: if something is no critic, or the critics do not go together.
     """
     if isinstance(critics, list | tuple):
-        return CriticGroup(critics)
+        return critics[0] if len(critics) == 1 and isinstance(critics[0], Critic) else CriticGroup(critics)
     if not isinstance(critics, Critic):
         raise CriticError(f"critic is a {type(critics).__name__}, expected a critic.", "use mavis.load_critic(folder).")
     return critics

@@ -65,7 +65,7 @@ class HeadedCritic(Critic):
         if self.conditioned and not hidden:
             raise CriticError(
                 "hidden is 0, but linear heads cannot read λ, which composition='conditioned' needs.",
-                "give hidden=128, or composition='independent'.",
+                "give hidden=128, or composition='independent' (improvement=independent).",
             )
         conditions = len(self.objectives) if self.conditioned else 0
         self.heads = ValueHeads(input_size, len(self.objectives) + self.conditioned, hidden, rank, conditions)

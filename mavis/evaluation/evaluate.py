@@ -112,8 +112,9 @@ def evaluate(
         Plain data: `rows`, one per weights and β (β = 0 first, the reference policy), with rewards on the normalised
         scale and their standard errors, KL, the frontier efficiency at the row's own KL, length in tokens,
         distinct-2, perplexity under the reference policy, held-out objectives and tokens per second; `efficiency` at
-        the target KLs by weights; `limits`, the optimal frontier and best-of-n by weights; `front`; `values`, the
-        calibration of the heads; `speed`. Nothing in processes other than the main one.
+        the target KLs by weights; `cut`, the row of the reference policy cut to the tilt's candidates, None if they are
+        all tokens; `limits`, the optimal frontier and best-of-n by weights; `front`; `values`, the calibration of the
+        heads; `speed`. Nothing in processes other than the main one.
 
     Raises:
         ConfigError: if a setting is out of range or the objectives are not the critic's.
@@ -151,6 +152,9 @@ def evaluate(
             progress=partial(say, "sweep"),
         )
     )
+    cut = _gather(
+        _untilted(policy, tokenizer, objectives, prompts, place / "cut", replace(settings, sampling=sampling))
+    )
     if not processes.main:
         return {}
     speed = _speed(policy, tokenizer, critic, prompts, settings)
@@ -168,6 +172,7 @@ def evaluate(
     points = [(weights, beta) for weights in grid for beta in settings.betas]
     say("scoring", 0, len(points))
     rows = [scored.row(plain, slice(None), None, 0.0, speed)]
+    floor = scored.row(cut, slice(None), None, 0.0, {}) if cut else None
     size = len(prompts) * settings.samples
     for index, (weights, beta) in enumerate(points):
         rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
@@ -175,7 +180,7 @@ def evaluate(
             per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
         )
         say("scoring", index + 1, len(points))
-    efficiency = _efficiencies(rows, per_prompt, grid, critic, settings)
+    efficiency = _efficiencies(rows, floor or rows[0], per_prompt, grid, critic, settings)
     critic.about["efficiency"] = [{name: one[name] for name in ("weights", "kl", "efficiency")} for one in efficiency]
     return {
         "objectives": list(critic.objectives),
@@ -186,6 +191,7 @@ def evaluate(
             for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)
         },
         "rows": rows,
+        "cut": floor,
         "efficiency": efficiency,
         "limits": _limits(per_prompt, grid, critic),
         "front": _front(rows, critic),
@@ -270,27 +276,37 @@ def efficiency_at(rewards: Tensor, ours: float | None, kl: float) -> float | Non
         return None
 
 
+def _untilted(
+    policy: Any,
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    prompts: Sequence[str],
+    folder: Path,
+    settings: EvaluationSettings,
+) -> Iterator[Any]:
+    """Sample the reference policy cut to the tilt's candidates, where every sweep begins; nothing if it is uncut."""
+    if settings.sampling.top_k is None:
+        return
+    plan = Plan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
+    yield from collect(policy, tokenizer, objectives, plan, folder, settings.sampling, truncate_reference=True)
+
+
 def _efficiencies(
     rows: list[dict[str, Any]],
+    untilted: dict[str, Any],
     per_prompt: Tensor,
     grid: Tensor,
     critic: HeadedCritic,
     settings: EvaluationSettings,
 ) -> list[dict[str, Any]]:
-    """Read each weight's sweep over β at the target KLs.
-
-    The reference policy is the sweep's point at KL 0, except where the tilt is cut to candidates: no β leads there.
-    """
+    """Read each weight's sweep over β at the target KLs; it begins with the policy that is not tilted, only cut."""
     found = []
-    whole = [0.0] if settings.sampling.top_k is None else []
     per_weight = len(settings.betas)
     for index, weights in enumerate(grid):
-        sweep = rows[1 + index * per_weight : 1 + (index + 1) * per_weight]
+        sweep = [untilted, *rows[1 + index * per_weight : 1 + (index + 1) * per_weight]]
         rewards = per_prompt @ weights
-        start = float(rewards.mean())
-        kl = torch.tensor(whole + [row["kl"] for row in sweep], dtype=torch.float64)
-        earned = [start for _ in whole] + [_weighted(row, weights, critic) for row in sweep]
-        ours = torch.tensor(earned, dtype=torch.float64)
+        kl = torch.tensor([row["kl"] for row in sweep], dtype=torch.float64)
+        ours = torch.tensor([_weighted(row, weights, critic) for row in sweep], dtype=torch.float64)
         for target in settings.target_kls:
             reached = reward_at(kl, ours, target)
             found.append(

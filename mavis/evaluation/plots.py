@@ -74,6 +74,7 @@ def plot_frontier(
     rows: Sequence[Row],
     limits: Sequence[Row],
     min_effective_sample_size: float = 50.0,
+    cut: Row | None = None,
 ) -> Figure:
     """Draw the reward w·R against the KL to the reference policy, under the optimal frontier.
 
@@ -86,6 +87,7 @@ def plot_frontier(
             what the best of n responses earns, the KL at which the frontier efficiency was read, and its value, None
             where it could not be.
         min_effective_sample_size: below it the limit is drawn dashed, for it hangs on few rollouts.
+        cut: the row of the reference policy cut to candidates, where the sweep begins; None if it is not cut.
 
     Returns:
         The figure that was written: a panel per choice of weights, whose title names the efficiency.
@@ -105,7 +107,7 @@ def plot_frontier(
     for panel, (key, sweep) in zip(panels, sweeps.items(), strict=False):
         title = ", ".join(f"{name} {weight:.3g}" for name, weight in sweep[0]["weights"].items() if weight)
         panel.set_title(textwrap.fill(title, characters), fontsize=9, color=INK, loc="left")
-        _draw_panel(panel, sweep, betas, limit_of.get(key), reference, min_effective_sample_size)
+        _draw_panel(panel, sweep, betas, limit_of.get(key), reference, cut, min_effective_sample_size)
     figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9, color=INK)
     figure.supylabel("reward w·R (normalised)", fontsize=9, color=INK)
     named: dict[str, Any] = {}
@@ -123,6 +125,7 @@ def _draw_panel(
     betas: str,
     limit: Row | None,
     reference: Row | None,
+    cut: Row | None,
     min_effective_sample_size: float,
 ) -> None:
     """Draw one sweep over β, its limit and the reference policy."""
@@ -134,7 +137,8 @@ def _draw_panel(
     shown = [reward - error, reward + error]
     if reference is not None:
         base = _weighted(reference, weights)[0]
-        line = np.vstack([[0.0, base], line])
+        start = [0.0, base] if cut is None else [_number(cut, "kl"), _weighted(cut, weights)[0]]
+        line = np.vstack([start, line])
         shown.append(np.array([base]))
         axes.axhline(base, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     axes.plot(*line.T, color=_OURS, linewidth=1.4, zorder=3)
@@ -143,7 +147,7 @@ def _draw_panel(
         label=f"tilted policy, β = {betas}",
     )  # fmt: skip
     if reference is not None:
-        axes.plot(*line[0], "D", color=INK, markersize=5, zorder=5, label="reference policy")
+        axes.plot(0.0, base, "D", color=INK, markersize=5, zorder=5, label="reference policy")
     limit = limit or {}
     target = limit.get("target_kl")
     right = 1.1 * max(*kl, 0.0 if target is None else float(target)) or 1.0

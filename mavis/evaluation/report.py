@@ -30,7 +30,7 @@ def write_report(folder: str | os.PathLike[str], report: dict[str, Any]) -> list
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    plot_frontier(paths[2], report["rows"], _limits_with_target(report))
+    plot_frontier(paths[2], report["rows"], _limits_with_target(report), cut=report.get("cut"))
     if len(report["objectives"]) > 1:
         paths.append(place / "front.png")
         plot_front(paths[3], report["rows"], report["objectives"])

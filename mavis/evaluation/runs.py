@@ -72,22 +72,25 @@ def gather_runs(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def mean_efficiency(report: Mapping[str, Any], kl: float | None = None) -> float | None:
     """Average the frontier efficiency over all weights.
 
-    A target that the critic does not reach counts 0: its strongest tilt spends less. Targets at which the optimal
-    frontier itself cannot be trusted are left out, whatever the critic does there.
+    A target that the critic does not reach counts 0: its strongest tilt spends less. Targets below what the cut to
+    candidates costs by itself are left out, for they are in no critic's reach, and those at which the optimal frontier
+    itself cannot be trusted, whatever the critic does there.
 
     Args:
         report: from `evaluate`.
         kl: the target KL, in nats per response; None takes all.
 
     Returns:
-        The mean; None where no target can be trusted.
+        The mean; None where there is no such target.
     """
+    floor = (report.get("cut") or {"kl": 0.0})["kl"]
     limits = {_key(limit["weights"]): limit for limit in report["limits"]}
     shares = []
     for entry in report["efficiency"]:
         limit = limits[_key(entry["weights"])]
         trusted = np.interp(entry["kl"], limit["kl"], limit["effective_sample_size"]) >= _TRUSTED
-        if (kl is None or entry["kl"] == kl) and (entry["efficiency"] is not None or trusted):
+        known = entry["efficiency"] is not None or (trusted and entry["kl"] >= floor)
+        if (kl is None or entry["kl"] == kl) and known:
             shares.append(entry["efficiency"] or 0.0)
     return float(np.mean(shares)) if shares else None
 

@@ -46,7 +46,8 @@ def calibrate(
         folder: where the rollouts go; resumed if there are some.
         settings: how to sample; the same as will be decoded with.
         samples: rollouts for each pair of direction and β, ≥ 1.
-        betas: ascending, > 0; for a conditioned critic they end with the strongest that it was trained on.
+        betas: ascending, > 0; for a conditioned critic they are scaled so as to end with the strongest that it was
+            trained on.
         sampler: see `collect`.
         progress: called with the rollouts that are done and all there are.
 
@@ -55,7 +56,7 @@ def calibrate(
     """
     most = float(critic.trained_up_to)
     if critic.conditioned and most:
-        betas = [*(beta for beta in betas if beta < most), most]
+        betas = [most * beta / betas[-1] for beta in betas]
     directions = calibration_directions(len(critic.objectives))
     grid = [(d, b, s) for d in range(len(directions)) for b in betas for s in range(samples)]
     plan = Plan(

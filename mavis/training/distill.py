@@ -136,7 +136,7 @@ def distill(
 
     Source: the values of all objectives in one trunk, as in MAVIS (arXiv 2508.13415).
     """
-    _refuse_conditioned([student, *(teachers if isinstance(teachers, list | tuple) else [teachers])])
+    _refuse_conditioned(student, teachers if isinstance(teachers, list | tuple) else [teachers])
     teacher = together(teachers)
     _check(student, teacher, prompts)
     settings.check(policy)
@@ -214,8 +214,13 @@ def _with_states(part: Recordings, policy: Any) -> Recordings:
     return replace(part, states=torch.cat(states))
 
 
-def _refuse_conditioned(critics: Sequence[Any]) -> None:
-    for critic in critics:
+def _refuse_conditioned(student: Any, teachers: Sequence[Any]) -> None:
+    if isinstance(student, Critic) and student.conditioned:
+        raise ConfigError(
+            "the student is conditioned, but what teachers say is the same for all weights and every β.",
+            "build it with composition='independent'.",
+        )
+    for critic in teachers:
         if isinstance(critic, Critic) and critic.conditioned:
             raise ConfigError(
                 f"composition is 'conditioned' in the critic of {', '.join(critic.objectives)}, whose values depend on "

@@ -33,6 +33,7 @@ class FitSettings(DescentSettings):
         ConfigError: if a setting is out of range.
     """
 
+    weight_decay: float = 0.1
     target: Target = "decomposition"
 
     def __post_init__(self) -> None:
@@ -101,8 +102,8 @@ def fit(
         The report.
 
     Raises:
-        ConfigError: if there are fewer than four rollouts or fewer than processes, or decomposition is asked for a
-            readout that would have to read every candidate at every step.
+        ConfigError: if there are fewer than four rollouts or fewer than processes, none is held out, or decomposition
+            is asked for a readout that would have to read every candidate at every step.
         TrainingError: if the error is not finite.
         ProcessError: if another process has stopped.
 
@@ -126,6 +127,8 @@ def fit(
     critic.refresh_token_table(embeddings)
     predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
     watched = held_out[:on_policy].nonzero()[:, 0]
+    if not len(watched):
+        raise ConfigError(f"none of the first {on_policy} rollouts is held out.", "hold out at least one.")
     error = mean_error(predictor, shared, watched, settings.batch_size, device)
     variance = _variance(predictor, shared, watched, settings.batch_size, device)
     return FitReport(explained_share(critic.objectives, error, variance), best, losses)

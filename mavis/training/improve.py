@@ -52,9 +52,9 @@ class ImprovementSettings:
             iteration 1 on, `conditioned` draws a λ for each.
         beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward; `conditioned` draws one for each
             rollout from a range about it.
-        zeta: `independent`: ζ ≥ 0, price of a nat in reward; None is 1/β.
-        min_beta: `conditioned`: the smallest strength that is drawn, > 0; None is β/6.
-        max_beta: `conditioned`: the largest; None is 8β/3. The logarithm of the strength is drawn evenly.
+        zeta: ζ ≥ 0, price of a nat in reward; None is 1/β. `conditioned` takes none: it learns the KL apart.
+        min_beta: the smallest strength that `conditioned` draws, > 0; None is β/6. `independent` takes none.
+        max_beta: the largest; None is 8β/3. The logarithm of the strength is drawn evenly.
         later_rate: share of the fit's learning rate that rounds after the first use, > 0. Their heads start nearly
             right and see fewer rollouts each, so that full steps would put more noise in than they take out.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
@@ -69,11 +69,11 @@ class ImprovementSettings:
     iterations: int = 3
     rollouts: int = 4096
     reuse: bool = True
-    beta: float = 3.0
+    beta: float = 4.0
     zeta: float | None = None
     min_beta: float | None = None
     max_beta: float | None = None
-    later_rate: float = 0.1
+    later_rate: float = 0.3
     calibration_samples: int = 64
     sampling: RolloutSettings = field(default_factory=RolloutSettings)
     fit: FitSettings = field(default_factory=FitSettings)
@@ -87,10 +87,10 @@ class ImprovementSettings:
             raise ConfigError(
                 f"iterations is {self.iterations}, rollouts {self.rollouts}, beta {self.beta}; expected ≥ 1, "
                 "≥ 4 and > 0.",
-                "3 iterations of 4096 rollouts at beta 3 are a good start.",
+                "3 iterations of 4096 rollouts at beta 4 are a good start.",
             )
         if not 0 < self.later_rate < math.inf:
-            raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.1.")
+            raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.3.")
         if self.zeta is not None and not 0 <= self.zeta < math.inf:
             raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
         if self.reuse and self.fit.target == "monte_carlo":
@@ -98,6 +98,13 @@ class ImprovementSettings:
                 "reuse is True, but plain Monte Carlo returns tell only of the policy that sampled them.",
                 "set reuse to False, or the fit's target to decomposition.",
             )
+        idle = ("zeta",) if self.composition == "conditioned" else ("min_beta", "max_beta")
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, but the {self.composition} composition has no use for it.",
+                    "leave it out, or choose the other composition.",
+                )
         least, most = self.strengths
         if not 0 < least <= most < math.inf:
             raise ConfigError(
@@ -116,6 +123,13 @@ class ImprovementSettings:
             self.beta / 6 if self.min_beta is None else self.min_beta,
             8 * self.beta / 3 if self.max_beta is None else self.max_beta,
         )
+
+    def settled(self) -> ImprovementSettings:
+        """Fill in what was left out, as a run's folder and a critic's card tell it."""
+        if self.composition == "independent":
+            return replace(self, zeta=1 / self.beta if self.zeta is None else self.zeta)
+        least, most = self.strengths
+        return replace(self, min_beta=least, max_beta=most)
 
 
 def improve(
@@ -177,6 +191,7 @@ def improve(
     Source: MAVIS, arXiv 2508.13415; its fixed point is not the optimum of a mixture, that of `conditioned` is.
     """
     _check(critic, objectives, prompts, settings.composition)
+    settings = settings.settled()
     settings.sampling.check(policy)
     critic.fingerprint.check(policy)
     sampler.check(policy, critic)
@@ -189,7 +204,6 @@ def improve(
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
     embeddings = token_embeddings(policy)
-    zeta = 1 / settings.beta if settings.zeta is None else settings.zeta
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"
         if (found := finished(place, critic, processes)) is not None:
@@ -252,7 +266,7 @@ def improve(
             critic,
             features,
             embeddings,
-            zeta,
+            settings.zeta or 0.0,
             replace(
                 settings.fit, learning_rate=settings.fit.learning_rate * (settings.later_rate if iteration else 1.0)
             ),

@@ -57,6 +57,24 @@ def test_answers_become_weights_and_a_command_that_works(mavis: Any, trained: Pa
     assert again.code == 0, again.err
 
 
+def test_a_conditioned_critic_is_not_asked_for_weights_below_zero(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    conditioned = [word.replace("=independent", "=conditioned") for word in small]
+    assert mavis("train", *conditioned, "output=run").code == 0
+    choice = {"prompt": "the dog", "chosen": " was sad.", "rejected": " was happy and loved the lovely sun so much."}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(choice) + "\n" for _ in range(6)))
+    ran = mavis("elicit", *ROOM, "checkpoint=run/critic", "pairs=pairs.jsonl", "output=out")
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "out" / "weights.json").read_text())
+    assert found["weights"]["positive"] < 0 < found["weights"]["brevity"]
+    assert "knows weights ≥ 0 alone" in ran.out
+    *_, line = ran.out.strip().splitlines()
+    assert "weights={positive: 0, brevity: " in line
+    again = mavis(*shlex.split(line)[1:])
+    assert (again.code, again.err) == (0, "")
+
+
 def test_skipped_questions_are_left_out_and_asked_no_more(mavis: Any, trained: Path, tmp_path: Path) -> None:
     ran = mavis("elicit", *ROOM, *FEW, f"checkpoint={trained}", stdin="0\nmaybe\n\n 2 \n0\n1\nQ\n")
     assert ran.code == 0, ran.err

@@ -23,6 +23,7 @@ from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError, DataError, WeightsError
 from mavis.evaluation.evaluate import EvaluationSettings, evaluate, reference_rollouts
 from mavis.evaluation.report import write_report
+from mavis.evaluation.runs import mean_efficiency
 from mavis.rollouts import RolloutSettings
 
 PROMPTS = ["once upon a time", "the dog", "she said"]
@@ -261,10 +262,16 @@ def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidat
     """No β leads from the one to the other, so a line between them would be no measurement."""
     sampling = replace(SHORT.sampling, top_k=top_k)
     report = measure(make_tiny_critic(), replace(SHORT, betas=(0.1, 3.0), target_kls=(1e-6, 1.0), sampling=sampling))
+    floor = report["cut"]["kl"] if top_k else 0.0
+    assert (report["cut"] is not None) == (top_k is not None)
+    assert (floor > 0.1) == (top_k is not None)
     for entry in report["efficiency"]:
         swept = [row["kl"] for row in report["rows"][1:] if row["weights"] == entry["weights"]]
-        assert min(swept) > (0.1 if top_k else 1e-6)
-        assert (entry["reward"] is not None) == ((min(swept) if top_k else 0.0) <= entry["kl"] <= max(swept))
+        assert (entry["reward"] is not None) == (min(floor, *swept) <= entry["kl"] <= max(swept))
+    # What no tilt can reach is no critic's fault: were it counted, the first target would halve the mean.
+    trusted = {**report, "efficiency": [entry | {"efficiency": None} for entry in report["efficiency"]]}
+    trusted["limits"] = [limit | {"effective_sample_size": [99.0] * len(limit["kl"])} for limit in report["limits"]]
+    assert mean_efficiency(trusted, kl=1e-6) == (None if top_k else 0.0)
 
 
 def test_a_limit_that_hangs_on_few_rollouts_gives_no_efficiency(measure: Any, make_tiny_critic: Any) -> None:

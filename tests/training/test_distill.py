@@ -334,7 +334,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ({"composition": "conditioned"}, {}, "composition is 'conditioned' in the critic of good, brevity, whose"),
+        ({"composition": "conditioned"}, {}, "the student is conditioned"),
         ({}, {"composition": "conditioned"}, "composition is 'conditioned' in the critic of good, brevity, whose"),
         ({"readout": "candidates"}, {}, "the student's readout is 'candidates', which would have to read every"),
     ],

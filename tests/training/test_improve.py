@@ -308,6 +308,7 @@ def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own
 
     def listening(critic: Any, features: Any, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
         given.append((features.held, held_out))
+        assert options["on_policy"] == 24  # the first; what is read again comes after them
         return fit(critic, features, *others, held_out=held_out, **options)
 
     monkeypatch.setattr(sys.modules["mavis.training.improve"], "fit", listening)
@@ -500,7 +501,7 @@ def test_a_process_killed_in_the_middle_of_rollouts_loses_nothing(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"settings": replace(SETTINGS, beta=2.0)}, "settings.beta"),
+        ({"settings": replace(SETTINGS, beta=2.0)}, "settings.beta, settings.zeta"),
         ({"settings": replace(SETTINGS, fit=replace(SETTINGS.fit, epochs=3))}, "settings.fit.epochs"),
         ({"settings": replace(SETTINGS, sampling=replace(SETTINGS.sampling, seed=5))}, "settings.sampling.seed"),
         ({"prompts": PROMPTS[:-1]}, "prompts"),
@@ -602,7 +603,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
 # Conditioned
 
 
-CONDITIONED = replace(SETTINGS, composition="conditioned", min_beta=0.5, max_beta=4.0, rollouts=48)
+CONDITIONED = replace(SETTINGS, composition="conditioned", min_beta=0.5, max_beta=3.0, rollouts=48)
 
 
 def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_range(
@@ -615,7 +616,7 @@ def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_ra
         for figures in (report.rewards, report.kl, report.goal, report.goal_error):
             assert list(figures) == list(report.goal)
         assert list(report.explained) == ["good", "brevity"]
-    assert float(critic.trained_up_to) == 4.0
+    assert float(critic.trained_up_to) == 3.0
     assert reports[0].kl[MIXTURES] > 0  # of the reference policy cut to its candidates
     drawn = []
     for iteration in (1, 2):
@@ -628,7 +629,7 @@ def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_ra
         assert (weights >= 0).all()
         alone = (weights == 1).any(1).double().mean()
         assert 0.05 < alone < 0.6  # 0.3 of 48: outside by chance once in 10,000 runs
-        assert 0.5 <= betas.min() < betas.max() <= 4.0
+        assert 0.5 <= betas.min() < betas.max() <= 3.0
         drawn.append(weights)
     assert not torch.equal(*drawn)
 
@@ -638,6 +639,22 @@ def test_strengths_are_drawn_about_beta_unless_their_range_is_given() -> None:
     assert ImprovementSettings(beta=6.0, max_beta=7.0).strengths == (1.0, 7.0)
     with pytest.raises(ConfigError, match=r"min_beta is 2.0 and max_beta 1.0.*they are β/6 and 8β/3"):
         ImprovementSettings(beta=12.0, max_beta=1.0)
+
+
+def test_what_was_left_out_is_filled_in_and_what_has_no_use_is_refused(
+    start: Any, new_critic: Any, tmp_path: Path
+) -> None:
+    next(start(new_critic(composition="conditioned"), tmp_path / "one", replace(SETTINGS, composition="conditioned")))
+    told = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
+    assert (told["min_beta"], told["max_beta"], told["zeta"]) == (0.25, 4.0, None)
+    next(start(new_critic(), tmp_path / "other"))
+    told = json.loads((tmp_path / "other" / "run.json").read_text())["settings"]
+    assert (told["min_beta"], told["max_beta"], told["zeta"]) == (None, None, 1 / 1.5)
+    with pytest.raises(ConfigError, match="zeta is 0.2, but the conditioned composition has no use for it"):
+        ImprovementSettings(zeta=0.2)
+    for name in ("min_beta", "max_beta"):
+        with pytest.raises(ConfigError, match=f"{name} is 2.0, but the independent composition has no use for it"):
+            ImprovementSettings(composition="independent", **{name: 2.0})
 
 
 def test_a_conditioned_run_goes_on_where_it_was_broken_off(start: Any, new_critic: Any, tmp_path: Path) -> None:
