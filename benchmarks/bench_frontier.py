@@ -167,10 +167,10 @@ def reference_rewards(name: str, policy: Any, tokenizer: Any, seed: int, argumen
     return rewards.view(len(PROMPTS), arguments.reference_samples, len(OBJECTIVES))
 
 
-def cut_kl(name: str, method: str, seed: int, arguments: argparse.Namespace, policy: Any, tokenizer: Any) -> float:
+def cut_kl(name: str, method: str, seed: int, arguments: argparse.Namespace) -> float:
     """Measure what a method's cut to candidates costs alone, in nats per response."""
-    if METHODS[method]["top_k"] is None:
-        return 0.0
+    torch.set_num_threads(1)
+    policy, tokenizer = load(name)
     plan = Plan.reference([prompt for prompt in PROMPTS for _ in range(arguments.samples)], len(OBJECTIVES))
     folder = place_of(name, method, seed, arguments) / "cut"
     sampling = evaluation(seed, METHODS[method]["top_k"], arguments).sampling
@@ -183,17 +183,11 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     policy, tokenizer = load(name)
-    other = METHODS[method].get("stands_in_for")
-    if other and cut_kl(name, other, seed, arguments, policy, tokenizer) <= max(TARGETS):
-        return {"cut": None, "seconds": None, "entries": None}
-    cut = cut_kl(name, method, seed, arguments, policy, tokenizer)
-    if cut > max(TARGETS):  # wherever its values led it, it would be in no cell of the table
-        return {"cut": cut, "seconds": None, "entries": None}
     seconds = None if "rounds_of" in METHODS[method] else train(name, method, seed, policy, tokenizer, arguments)
     critic = load_critic(critic_of(name, method, seed, arguments))
     entries, best = measure(name, method, seed, policy, tokenizer, critic, arguments)
     print(name, method, seed, *(f"{e['efficiency']:.3f}" if e["efficiency"] else "–" for e in entries), flush=True)
-    return {"cut": cut, "seconds": seconds, "entries": entries, "best_of_n": best}
+    return {"seconds": seconds, "entries": entries, "best_of_n": best}
 
 
 def train(name: str, method: str, seed: int, policy: Any, tokenizer: Any, arguments: argparse.Namespace) -> float:
@@ -300,10 +294,13 @@ def decode_ratios(name: str, methods: list[str], arguments: argparse.Namespace) 
     return {method: speeds[method]["ratio"] for method in critics}
 
 
-def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio: float | None) -> list[dict[str, Any]]:
-    """Gather the seeds of one policy and method, one row for each of the weights and KLs."""
+def rows_of(
+    policy: str, method: str, cells: list[dict[str, Any]], cut: float, decode_ratio: float | None
+) -> list[dict[str, Any]]:
+    """Gather the seeds of one policy and method, one row for each of the weights and KLs; without cells, empty ones."""
     nothing = [{"weights": w, "kl": kl, "efficiency": None, "as_best_of": None} for w in WEIGHTS for kl in TARGETS]
     seconds = [cell["seconds"] for cell in cells if cell["seconds"] is not None]
+    found = [cell["entries"] for cell in cells] or [nothing]
     return [
         {
             "policy": Path(policy).name,
@@ -313,12 +310,12 @@ def rows_of(policy: str, method: str, cells: list[dict[str, Any]], decode_ratio:
             "kl": entries[0]["kl"],
             **spread("efficiency", [entry["efficiency"] for entry in entries]),
             **spread("as_best_of", [entry["as_best_of"] for entry in entries]),
-            "cut_kl": round(mean(cell["cut"] for cell in cells), 4),
-            "seeds": len(entries),
+            "cut_kl": round(cut, 4),
+            "seeds": len(cells),
             "train_seconds": round(median(seconds)) if seconds else None,
             "decode_ratio": round(decode_ratio, 3) if decode_ratio else None,
         }
-        for entries in zip(*(cell["entries"] or nothing for cell in cells), strict=True)
+        for entries in zip(*found, strict=True)
     ]
 
 
@@ -366,6 +363,23 @@ def spread(name: str, found: list[float | None]) -> dict[str, float | None]:
     }
 
 
+def compared(policy: str, methods: list[str], cuts: dict[tuple[str, str], float]) -> list[str]:
+    """Say which methods are worth a training: those whose cut alone costs more than any target give way to stand-ins.
+
+    Raises:
+        SystemExit: if none is.
+    """
+    hopeless = {method for method in METHODS if cuts.get((policy, method), 0.0) > max(TARGETS)}
+    chosen = [
+        method
+        for method in methods
+        if method not in hopeless and METHODS[method].get("stands_in_for", method) in {method, *hopeless}
+    ]
+    if not chosen:
+        raise SystemExit(f"{', '.join(methods)}: nothing that could be compared with {policy}")
+    return chosen
+
+
 def main() -> None:
     """Run the benchmark and write `results/frontier.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -383,25 +397,34 @@ def main() -> None:
         limits = [pool.submit(reference, p, seed, arguments) for seed in arguments.seeds for p in arguments.policy]
         for limit in limits:
             limit.result()
+        waiting = {
+            (policy, method): [pool.submit(cut_kl, policy, method, seed, arguments) for seed in arguments.seeds]
+            for policy in arguments.policy
+            for method, how in METHODS.items()
+            if how["top_k"] is not None
+        }
+        cuts = {key: mean(cut.result() for cut in found) for key, found in waiting.items()}
+        chosen = {policy: compared(policy, arguments.methods, cuts) for policy in arguments.policy}
         done: dict[tuple[str, str, int], dict[str, Any]] = {}
         for of_others in (False, True):  # those that others train come last
-            waiting = {
+            cells = {
                 (policy, method, seed): pool.submit(cell, policy, method, seed, arguments)
                 for method in arguments.methods
                 for seed in arguments.seeds
                 for policy in arguments.policy
-                if ("rounds_of" in METHODS[method]) == of_others
+                if method in chosen[policy] and ("rounds_of" in METHODS[method]) == of_others
             }
-            done |= {key: future.result() for key, future in waiting.items()}
+            done |= {key: one.result() for key, one in cells.items()}
     for policy in arguments.policy:
-        trained = [m for m in arguments.methods if all(done[policy, m, s]["entries"] for s in arguments.seeds)]
-        rows += best_of_n_rows(policy, [done[policy, trained[-1], seed] for seed in arguments.seeds])
-        ratios = decode_ratios(policy, trained, arguments)
+        ratios = decode_ratios(policy, chosen[policy], arguments)
+        rows += best_of_n_rows(policy, [done[policy, chosen[policy][-1], seed] for seed in arguments.seeds])
         for method in arguments.methods:
-            cells = [done[policy, method, seed] for seed in arguments.seeds]
-            if any(cell["cut"] is None for cell in cells):  # the other one has its place
-                continue
-            rows += rows_of(policy, method, cells, ratios.get(method))
+            cut = cuts.get((policy, method), 0.0)
+            if method in chosen[policy]:
+                found = [done[policy, method, seed] for seed in arguments.seeds]
+                rows += rows_of(policy, method, found, cut, ratios[method])
+            elif (policy, method) in cuts:
+                rows += rows_of(policy, method, [], cut, None)
     config = {name: value for name, value in vars(arguments).items() if name != "policy"}
     results.write(arguments.name, config | {"policies": sources(arguments), "methods": METHODS}, rows)
 

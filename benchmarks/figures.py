@@ -68,7 +68,7 @@ def frontier() -> str:
             [
                 policy,
                 method,
-                f"{rounds} × {how['rollouts']:,}",
+                f"{rounds} × {how['rollouts']:,}" if one["seeds"] else "–",
                 *(_plus_minus(here[asked, choice], "efficiency") for choice in choices),
                 *(_shown(_mean_at(here, kl, choices)) for kl in whole),
                 " / ".join(_shown(here[asked, choice]["as_best_of"], 0) for choice in choices),
@@ -95,7 +95,7 @@ def frontier() -> str:
     return (
         "Frontier efficiency of several critics on prompts that were not trained on: at KL "
         f"{asked:g} by weights (`positive`, `dialogue`), with the standard deviation over {len(config['seeds'])} seeds "
-        "of training, sweep and limit; its mean over these weights at other KLs; the n whose best of n responses earns "
+        "of training, sweep and limit; its mean over these weights at each KL; the n whose best of n responses earns "
         f"as much as one at KL {asked:g}, by weights; the processor time that training took; and tokens per second "
         f"beside plain `generate` at batch 8 (`benchmarks/bench_frontier.py`):\n{about[:-1]}.\n\n"
         + table(
@@ -131,7 +131,8 @@ def _shown(figure: float | None, digits: int = 2) -> str:
 
 
 def _plus_minus(row: dict[str, Any], name: str) -> str:
-    return "–" if row[name] is None else f"{row[name]:.2f} ± {row[name + '_std'] or 0:.2f}"
+    spread = row[name + "_std"]
+    return _shown(row[name]) + ("" if spread is None else f" ± {spread:.2f}")
 
 
 def rounds() -> str:
@@ -158,10 +159,10 @@ def rounds() -> str:
         for done, (before, after) in enumerate(pairwise(course), start=1)
         if before[0] - after[0] > 2 * math.hypot(before[1], after[1])
     ]
+    beta, seeds = content["config"]["beta"], len(content["config"]["seeds"])
     return (
-        f"J_w = reward − KL/β at β = {content['config']['beta']:g} before the first round of training and after each "
-        f"of them, by weights, mean of {len(content['config']['seeds'])} seeds and its sampling error, on prompts "
-        "that were not trained on (`benchmarks/bench_rounds.py`):\n\n"
+        f"J_w = reward − KL/β at β = {beta:g} before training (of the reference policy, cut as the method is) and after "
+        f"each round, by weights, mean of {seeds} seeds and its sampling error, on prompts that were not trained on (`benchmarks/bench_rounds.py`):\n\n"
         + table(["policy", "critic", *choices], told)
         + f"\nFalls of more than two standard errors: {'; '.join(falls) or 'none'}.\n"
     )
@@ -190,8 +191,8 @@ def serving() -> str:
     ]
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
-        f"Throughput inside vLLM on {where}, as a share of plain requests in the same engine, and of an engine without "
-        f"the processor (`benchmarks/bench_vllm.py`; {content['config']['new_tokens']} tokens after "
+        f"Throughput inside vLLM on {where} with a critic of the independent composition, as a share of plain requests in the same engine, and "
+        f"of an engine without the processor (`benchmarks/bench_vllm.py`; {content['config']['new_tokens']} tokens after "
         f"{content['config']['context']}, medians over rounds by turns), by requests at once:\n\n"
         + table(["policy", "", *map(str, shown)], rows)
     )

@@ -74,18 +74,24 @@ def test_a_spread_needs_a_figure_from_every_seed(bench_frontier: Any) -> None:
 
 
 def test_a_method_whose_cut_costs_more_than_is_asked_has_rows_without_figures(bench_frontier: Any) -> None:
-    cell = {"cut": 9.3, "seconds": None, "entries": None}
-    rows = bench_frontier.rows_of("somewhere/policy", "paper", [cell] * 3, None)
+    rows = bench_frontier.rows_of("somewhere/policy", "paper", [], 9.3, None)
     assert len(rows) == len(bench_frontier.WEIGHTS) * len(bench_frontier.TARGETS)
     for row in rows:
-        assert (row["policy"], row["cut_kl"], row["seeds"]) == ("policy", 9.3, 3)
+        assert (row["policy"], row["cut_kl"], row["seeds"]) == ("policy", 9.3, 0)
         assert {row[name] for name in ("efficiency", "as_best_of", "train_seconds", "decode_ratio")} == {None}
+
+
+def test_the_uncut_trunk_takes_the_place_of_what_a_cut_makes_hopeless(bench_frontier: Any) -> None:
+    asked = ["best", "paper", "trunk"]
+    assert bench_frontier.compared("policy", asked, {("policy", "paper"): 0.3}) == ["best", "paper"]
+    assert bench_frontier.compared("policy", asked, {("policy", "paper"): 9.3}) == ["best", "trunk"]
+    with pytest.raises(SystemExit, match="nothing that could be compared"):
+        bench_frontier.compared("policy", ["paper"], {("policy", "paper"): 9.3})
 
 
 def test_seeds_are_gathered_weight_by_weight(bench_frontier: Any) -> None:
     cells = [
         {
-            "cut": 0.0,
             "seconds": seconds,
             "entries": [
                 {"weights": [1.0, 0.0], "kl": 2.0, "efficiency": efficiency, "as_best_of": 4.0},
@@ -94,7 +100,7 @@ def test_seeds_are_gathered_weight_by_weight(bench_frontier: Any) -> None:
         }
         for seconds, efficiency in ((100.0, 0.7), (300.0, 0.8), (110.0, 0.9))
     ]
-    one, other = bench_frontier.rows_of("policy", "memory", cells, 0.5)
+    one, other = bench_frontier.rows_of("policy", "memory", cells, 0.0, 0.5)
     assert (one["efficiency"], one["efficiency_std"], one["as_best_of"]) == (0.8, 0.1, 4.0)
     assert (one["train_seconds"], one["decode_ratio"], one["weights"]) == (110, 0.5, [1.0, 0.0])
     assert (other["efficiency"], other["weights"]) == (None, [0.0, 1.0])
