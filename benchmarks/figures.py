@@ -161,8 +161,9 @@ def rounds() -> str:
     ]
     beta, seeds = content["config"]["beta"], len(content["config"]["seeds"])
     return (
-        f"J_w = reward − KL/β at β = {beta:g} before training (of the reference policy, cut as the method is) and after "
-        f"each round, by weights, mean of {seeds} seeds and its sampling error, on prompts that were not trained on (`benchmarks/bench_rounds.py`):\n\n"
+        f"J_w = reward − KL/β at β = {beta:g} before training (of the reference policy, cut as the method is) and "
+        f"after each round, by weights, mean of {seeds} seeds and its sampling error, on prompts that were not trained "
+        "on (`benchmarks/bench_rounds.py`):\n\n"
         + table(["policy", "critic", *choices], told)
         + f"\nFalls of more than two standard errors: {'; '.join(falls) or 'none'}.\n"
     )
@@ -191,10 +192,10 @@ def serving() -> str:
     ]
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
-        f"Throughput inside vLLM on {where} with a critic of the independent composition, as a share of plain requests in the same engine, and "
-        f"of an engine without the processor (`benchmarks/bench_vllm.py`; {content['config']['new_tokens']} tokens after "
-        f"{content['config']['context']}, medians over rounds by turns), by requests at once:\n\n"
-        + table(["policy", "", *map(str, shown)], rows)
+        f"Throughput inside vLLM on {where} with a critic of the independent composition, as a share of plain requests "
+        "in the same engine, and of an engine without the processor (`benchmarks/bench_vllm.py`; "
+        f"{content['config']['new_tokens']} tokens after {content['config']['context']}, medians over rounds by "
+        "turns), by requests at once:\n\n" + table(["policy", "", *map(str, shown)], rows)
     )
 
 
