@@ -46,6 +46,8 @@ PROMPTS = [
 ]
 OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue()}
 TARGETS = (0.5, 1.0, 2.0, 4.0)
+NO_TILT = 1e-3
+"""A β with which a sweep begins that is cut to candidates."""
 WEIGHTS = ([1.0, 0.0], [0.5, 0.5], [0.0, 1.0])
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -143,7 +145,7 @@ def evaluation(seed: int, top_k: int | None, arguments: argparse.Namespace) -> E
     """What is swept."""
     return EvaluationSettings(
         divisions=2,
-        betas=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
+        betas=(*(() if top_k is None else (NO_TILT,)), 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
         samples=arguments.samples,
         reference_samples=arguments.reference_samples,
         target_kls=TARGETS,
