@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "reuse": False,
             "later_rate": 0.3,
         },
-        "fit": {"target": "monte_carlo", "epochs": 4},
+        "fit": {"target": "monte_carlo", "epochs": 4, "weight_decay": 0.01},
         "top_k": 40,
     },
     "trunk": {
@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "reuse": False,
             "later_rate": 0.3,
         },
-        "fit": {"target": "monte_carlo", "epochs": 4},
+        "fit": {"target": "monte_carlo", "epochs": 4, "weight_decay": 0.01},
         "top_k": None,
     },
     "hidden": {
