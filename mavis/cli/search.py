@@ -207,7 +207,7 @@ def _found(folder: Path, study: Any, states: Any, directions: dict[str, str], te
 def _why(run: Path) -> str:
     if (run / ERROR).is_file():
         return str(read_json(run / ERROR)["error"])
-    return "the optimal frontier has too few effective samples at every target KL"
+    return "at every target KL the limit has too few effective samples, or the cut to candidates costs more"
 
 
 def _refuse_hopeless(trials: Sequence[dict[str, Any]], asked: int) -> None:

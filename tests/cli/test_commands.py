@@ -65,7 +65,7 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     shutil.copytree(trained.parent, tmp_path / "run")
     ran = mavis("train", *small, "output=run", "beta=2")
-    assert_refused(ran, "holds a run with other settings.beta. Hint: name a new output folder")
+    assert_refused(ran, "holds a run with other settings.beta, settings.zeta. Hint: name a new output folder")
 
 
 def test_other_options_of_an_objective_in_the_same_folder_are_refused(

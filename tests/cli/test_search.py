@@ -77,7 +77,7 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
     found = searched(tmp_path, launched, trials=40)
     first, *others = launched.tried
     assert {name: first[name] for name in ("beta", "critic.hidden", "improvement.iterations")} == {
-        "beta": "3.0",
+        "beta": "4.0",
         "critic.hidden": "128",
         "improvement.iterations": "3",
     }
@@ -148,7 +148,10 @@ def test_a_trial_that_fails_is_one_of_the_trials_and_says_why(tmp_path: Path) ->
 
     found = searched(tmp_path, Launched(fragile, tmp_path), trials=20)
     assert len(found["trials"]) == 20
-    said = {"256": "too wide", "64": "the optimal frontier has too few effective samples at every target KL"}
+    said = {
+        "256": "too wide",
+        "64": "at every target KL the limit has too few effective samples, or the cut to candidates costs more",
+    }
     for trial in found["trials"]:
         hidden = trial["settings"]["critic.hidden"]
         assert trial["error"] == said.get(hidden)
@@ -313,6 +316,7 @@ def test_an_impossible_space_is_refused(given: list[str], defaults: dict[str, st
 
 
 FEW = (
+    "decoding.top_k=null",
     "evaluation.divisions=1",
     "evaluation.betas=[1.0]",
     "evaluation.samples=4",
@@ -326,14 +330,14 @@ FEW = (
 
 
 def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
-    given = [one for one in small if not one.startswith(("critic.hidden", "improvement.iterations"))]
+    given = [one for one in small if not one.startswith(("critic.hidden", "improvement.iterations", "decoding.top_k"))]
     ran = mavis(
         "search", *given, *FEW, "critic.hidden=4,8", "improvement.iterations=1", "search.trials=2", "output=found"
     )
     assert ran.code == 0, ran.err
     found = json.loads((tmp_path / "found" / "search.json").read_text())
     assert set(found["space"]) == {"beta", "critic.hidden"}
-    assert found["trials"][0]["settings"]["beta"] == 3.0
+    assert found["trials"][0]["settings"]["beta"] == 4.0
     for trial in found["trials"]:
         assert trial["error"] is None
         run = tmp_path / "found" / f"trial-{trial['trial']:03d}"
@@ -359,7 +363,7 @@ def test_trials_that_run_together_share_what_they_can(
     tiny_folder: Path, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    ours = ("policy", "critic.hidden", "improvement.iterations")
+    ours = ("policy", "critic.hidden", "improvement.iterations", "decoding.top_k")
     given = [*(one for one in small if not one.startswith(ours)), *FEW, "improvement.iterations=1", "output=found"]
     given += ["policy=pretrained", f"policy.path={tiny_folder}", "critic.hidden=4,8,16", "search.minimise=[seconds]"]
     given += ["launcher=joblib", "hydra.launcher.n_jobs=2", "search.together=2", "search.trials=2"]
