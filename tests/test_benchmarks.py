@@ -73,7 +73,7 @@ def test_the_frontier_is_reached_as_far_as_was_asked() -> None:
 
 
 def test_no_round_takes_away_what_those_before_it_have_won() -> None:
-    """Mean over seeds; a fall of 3 sampling errors by chance in one of 42 steps comes once in 35 runs."""
+    """Mean over seeds, but for three sampling errors."""
     courses: Any = defaultdict(lambda: defaultdict(list))
     for row in rows_of("rounds"):
         courses[row["policy"], row["method"], *row["weights"]][row["rounds"]].append((row["j"], row["error"]))
