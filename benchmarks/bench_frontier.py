@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -28,12 +29,12 @@ from mavis import HiddenStateCritic, MavisTilt, embedded
 from mavis.critics import ValueModelCritic, load_critic
 from mavis.critics.base import Critic
 from mavis.evaluation import EvaluationSettings, evaluate
-from mavis.evaluation.evaluate import efficiency_at, reference_rollouts
+from mavis.evaluation.evaluate import efficiency_at, reference_rollouts, untilted_rollouts
 from mavis.evaluation.speed import compare_speed
 from mavis.files import write_json
 from mavis.math.best_of_n import best_of_n
 from mavis.rewards import Dialogue, Positive
-from mavis.rollouts import Plan, RolloutSettings, collect, load_prompts
+from mavis.rollouts import RolloutSettings, load_prompts
 from mavis.training import ImprovementSettings, improve
 from mavis.training.fit import FitSettings
 
@@ -49,32 +50,28 @@ TARGETS = (0.5, 1.0, 2.0, 4.0)
 NO_TILT = 1e-3
 """A β with which a sweep begins that is cut to candidates."""
 WEIGHTS = ([1.0, 0.0], [0.5, 0.5], [0.0, 1.0])
+PLAIN: dict[str, Any] = {
+    "improvement": {
+        "composition": "independent",
+        "iterations": 2,
+        "rollouts": 8_192,
+        "reuse": False,
+        "later_rate": 0.3,
+    },
+    "fit": {"target": "monte_carlo", "epochs": 4, "weight_decay": 0.01},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {
         "about": "separate trunk (a copy of the policy), every candidate of 40 read, plain returns, independent",
         "critic": {"readout": "candidates", "hidden": 0, "norm": False},
-        "improvement": {
-            "composition": "independent",
-            "iterations": 2,
-            "rollouts": 8_192,
-            "reuse": False,
-            "later_rate": 0.3,
-        },
-        "fit": {"target": "monte_carlo", "epochs": 4, "weight_decay": 0.01},
+        **PLAIN,
         "top_k": 40,
     },
     "trunk": {
         "about": "the same trunk and returns with the token readout, uncut, where the cut of `paper` costs too much",
         "stands_in_for": "paper",
         "critic": {"readout": "token", "rank": 16},
-        "improvement": {
-            "composition": "independent",
-            "iterations": 2,
-            "rollouts": 8_192,
-            "reuse": False,
-            "later_rate": 0.3,
-        },
-        "fit": {"target": "monte_carlo", "epochs": 4, "weight_decay": 0.01},
+        **PLAIN,
         "top_k": None,
     },
     "hidden": {
@@ -131,9 +128,10 @@ def training_prompts() -> list[str]:
     return [text for text in openings if not any(text.startswith(p) or p.startswith(text) for p in PROMPTS)]
 
 
-def sources(arguments: argparse.Namespace) -> dict[str, str]:
-    """Say by their names where the policies come from."""
-    return {Path(policy).name: SOURCES.get(Path(policy).name, policy) for policy in arguments.policy}
+def told(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Say what a run was asked for: policies by their names, with where they come from."""
+    policies = {Path(policy).name: SOURCES.get(Path(policy).name, policy) for policy in arguments.policy}
+    return {name: value for name, value in vars(arguments).items() if name != "policy"} | {"policies": policies}
 
 
 def sweep_seed(seed: int) -> int:
@@ -164,20 +162,27 @@ def reference(name: str, seed: int, arguments: argparse.Namespace) -> None:
 def reference_rewards(name: str, policy: Any, tokenizer: Any, seed: int, arguments: argparse.Namespace) -> torch.Tensor:
     """Draw them or read them back: raw rewards (P, N, M)."""
     settings, folder = evaluation(seed, None, arguments), limit_of(name, seed, arguments)
-    shards = reference_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings)
-    rewards = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
+    rewards, _ = earned_and_spent(reference_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings))
     return rewards.view(len(PROMPTS), arguments.reference_samples, len(OBJECTIVES))
+
+
+def earned_and_spent(shards: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the raw rewards (N, M) and the KL (N,) of all responses in some shards."""
+    rewards, kl = [], []
+    for shard in shards:
+        rewards.append(torch.tensor(shard["rewards"][:], dtype=torch.float64))
+        kl.append(torch.tensor([sum(spent) for spent in shard["kl"][:]], dtype=torch.float64))
+    return torch.cat(rewards), torch.cat(kl)
 
 
 def cut_kl(name: str, method: str, seed: int, arguments: argparse.Namespace) -> float:
     """Measure what a method's cut to candidates costs alone, in nats per response."""
     torch.set_num_threads(1)
     policy, tokenizer = load(name)
-    plan = Plan.reference([prompt for prompt in PROMPTS for _ in range(arguments.samples)], len(OBJECTIVES))
-    folder = place_of(name, method, seed, arguments) / "cut"
-    sampling = evaluation(seed, METHODS[method]["top_k"], arguments).sampling
-    shards = collect(policy, tokenizer, OBJECTIVES, plan, folder, sampling, truncate_reference=True)
-    return mean(sum(kl) for shard in shards for kl in shard["kl"][:])
+    settings = evaluation(seed, METHODS[method]["top_k"], arguments)
+    folder = place_of(name, method, seed, arguments) / "evaluation"
+    _, kl = earned_and_spent(untilted_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings))
+    return float(kl.mean())
 
 
 def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -427,8 +432,7 @@ def main() -> None:
                 rows += rows_of(policy, method, found, cut, ratios[method])
             elif (policy, method) in cuts:
                 rows += rows_of(policy, method, [], cut, None)
-    config = {name: value for name, value in vars(arguments).items() if name != "policy"}
-    results.write(arguments.name, config | {"policies": sources(arguments), "methods": METHODS}, rows)
+    results.write(arguments.name, told(arguments) | {"methods": METHODS}, rows)
 
 
 if __name__ == "__main__":

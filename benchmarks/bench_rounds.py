@@ -24,7 +24,7 @@ from mavis.critics import load_critic
 from mavis.math.frontier import optimal_frontier
 from mavis.rollouts.collect import Plan, collect
 
-WEIGHTS = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
+WEIGHTS = torch.tensor(bench_frontier.WEIGHTS, dtype=torch.float64)
 BETA = 3.0  # that which the independent critics were improved at
 TRUSTED = 50.0  # effective samples below which the optimum is not known
 
@@ -45,31 +45,26 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
     rounds = range(how["improvement"]["iterations"])
     critics = [load_critic(place / "train" / f"iteration-{i}" / "critic") for i in rounds]
     normalise = critics[0].normalise
-    plan = Plan(
-        [prompt for prompt in bench_frontier.PROMPTS for _ in range(arguments.samples)] * len(WEIGHTS),
-        WEIGHTS.repeat_interleave(len(bench_frontier.PROMPTS) * arguments.samples, 0),
-        torch.full((len(WEIGHTS) * len(bench_frontier.PROMPTS) * arguments.samples,), BETA, dtype=torch.float64),
-    )
+    prompts = [prompt for prompt in bench_frontier.PROMPTS for _ in range(arguments.samples)]
+    weights_of_rows = WEIGHTS.repeat_interleave(len(prompts), 0)
+    plan = Plan(prompts * len(WEIGHTS), weights_of_rows, torch.full_like(weights_of_rows[:, 0], BETA))
 
     def sampled(done: int, critic: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw rewards (W, N, M), on the scale that the critics were trained on, and KL (W, N)."""
         if critic is None and how["top_k"] is None:  # the reference policy itself, which has been drawn
             rewards = normalise(reference).flatten(0, 1).expand(len(WEIGHTS), -1, -1)
             return rewards, rewards.new_zeros(rewards.shape[:2])
-        shards = list(
-            collect(
-                policy,
-                tokenizer,
-                bench_frontier.OBJECTIVES,
-                plan if critic else Plan.reference(plan.prompts, WEIGHTS.shape[1]),
-                place / "rounds" / f"after-{done}",
-                sampling,
-                critic=critic,
-                truncate_reference=True,  # a policy of another support is no start to compare with
-            )
+        shards = collect(
+            policy,
+            tokenizer,
+            bench_frontier.OBJECTIVES,
+            plan if critic else Plan.reference(plan.prompts, WEIGHTS.shape[1]),
+            place / "rounds" / f"after-{done}",
+            sampling,
+            critic=critic,
+            truncate_reference=True,  # a policy of another support is no start to compare with
         )
-        raw = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])
-        kl = torch.tensor([sum(spent) for shard in shards for spent in shard["kl"][:]], dtype=torch.float64)
+        raw, kl = bench_frontier.earned_and_spent(shards)
         return normalise(raw).view(len(WEIGHTS), -1, WEIGHTS.shape[1]), kl.view(len(WEIGHTS), -1)
 
     measured = [sampled(done, critic) for done, critic in enumerate([None, *critics])]
@@ -117,8 +112,7 @@ def main() -> None:
             for seed in arguments.seeds
         ]
         rows = [row for cell in cells for row in cell.result()]
-    config = {name: value for name, value in vars(arguments).items() if name != "policy"}
-    results.write("rounds", config | {"policies": bench_frontier.sources(arguments), "beta": BETA}, rows)
+    results.write("rounds", bench_frontier.told(arguments) | {"beta": BETA}, rows)
 
 
 if __name__ == "__main__":

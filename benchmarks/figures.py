@@ -79,7 +79,7 @@ def frontier() -> str:
     about = "".join(
         f"\n- `{name}`: {how['about']};" for name, how in methods.items() if any(name == t[1] for t in told)
     )
-    shown = [f"({', '.join(f'{w:g}' for w in choice)})" for choice in choices]
+    shown = [_named(choice) for choice in choices]
     cut = [
         f"{here[asked, choices[0]]['cut_kl']:.1f} nats a response for `{method}` on {policy}"
         for (policy, method), here in groups.items()
@@ -130,6 +130,10 @@ def _shown(figure: float | None, digits: int = 2) -> str:
     return "–" if figure is None else f"{figure:.{digits}f}"
 
 
+def _named(weights: Sequence[float]) -> str:
+    return f"({', '.join(f'{weight:g}' for weight in weights)})"
+
+
 def _plus_minus(row: dict[str, Any], name: str) -> str:
     spread = row[name + "_std"]
     return _shown(row[name]) + ("" if spread is None else f" ± {spread:.2f}")
@@ -140,7 +144,7 @@ def rounds() -> str:
     content = read("rounds")
     groups: dict[tuple[str, str], dict[str, dict[int, list[dict[str, Any]]]]] = {}
     for row in content["rows"]:
-        choice = "({:g}, {:g})".format(*row["weights"])
+        choice = _named(row["weights"])
         by_round = groups.setdefault((row["policy"], row["method"]), {}).setdefault(choice, {})
         by_round.setdefault(row["rounds"], []).append(row)
     choices = list(dict.fromkeys(choice for group in groups.values() for choice in group))
@@ -231,8 +235,7 @@ def optimum() -> str:
         + table(["rewards", "composition", *(f"iteration {iteration}" for iteration in shown)], rows)
         + f"\nThe same by weights with heads that were trained from {config['rollouts']:,} sampled responses per "
         f"iteration, in one {config['kind']} world after iteration {last}: mean and range of {len(config['seeds'])} "
-        "seeds (`benchmarks/bench_exact_learnt.py`):\n\n"
-        + table(["composition", "", *(f"({a:g}, {b:g})" for a, b in choices)], told)
+        "seeds (`benchmarks/bench_exact_learnt.py`):\n\n" + table(["composition", "", *map(_named, choices)], told)
     )
 
 

@@ -139,7 +139,6 @@ def evaluate(
         )
     )
     plan = _sweep_plan(prompts, grid, settings)
-    sampling = replace(settings.sampling, seed=settings.sampling.seed + 1)
     sweep = _gather(
         collect(
             policy,
@@ -147,14 +146,12 @@ def evaluate(
             objectives,
             plan,
             place / "sweep",
-            sampling,
+            _sweep_sampling(settings),
             critic=critic,
             progress=partial(say, "sweep"),
         )
     )
-    cut = _gather(
-        _untilted(policy, tokenizer, objectives, prompts, place / "cut", replace(settings, sampling=sampling))
-    )
+    cut = _gather(untilted_rollouts(policy, tokenizer, objectives, prompts, place, settings))
     if not processes.main:
         return {}
     speed = _speed(policy, tokenizer, critic, prompts, settings)
@@ -230,6 +227,38 @@ def reference_rollouts(
     yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling, progress=progress)
 
 
+def untilted_rollouts(
+    policy: Any,
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: EvaluationSettings,
+) -> Iterator[Any]:
+    """Sample the reference policy cut to the tilt's candidates, where every sweep begins; nothing if it is uncut.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        objectives: by name, in the critic's order.
+        prompts: the evaluation prompts.
+        folder: the one that `evaluate` will be given; it takes the rollouts from there.
+        settings: the same as for `evaluate`.
+
+    Yields:
+        Shards, see `collect`.
+    """
+    if settings.sampling.top_k is None:
+        return
+    plan = Plan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
+    sampling = _sweep_sampling(settings)
+    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "cut", sampling, truncate_reference=True)
+
+
+def _sweep_sampling(settings: EvaluationSettings) -> RolloutSettings:
+    return replace(settings.sampling, seed=settings.sampling.seed + 1)
+
+
 def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
     rows = [
         (prompt, weights, beta)
@@ -274,21 +303,6 @@ def efficiency_at(rewards: Tensor, ours: float | None, kl: float) -> float | Non
         return frontier_efficiency(ours, float(rewards.mean()), optimal_reward_at(rewards, kl))
     except EvaluationError:
         return None
-
-
-def _untilted(
-    policy: Any,
-    tokenizer: Any,
-    objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
-    folder: Path,
-    settings: EvaluationSettings,
-) -> Iterator[Any]:
-    """Sample the reference policy cut to the tilt's candidates, where every sweep begins; nothing if it is uncut."""
-    if settings.sampling.top_k is None:
-        return
-    plan = Plan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
-    yield from collect(policy, tokenizer, objectives, plan, folder, settings.sampling, truncate_reference=True)
 
 
 def _efficiencies(
