@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from mavis.critics.fused_trunk import FusedTrunk, is_plain, side_by_side
 from mavis.critics.prefix_cache import PADDING, KeptPrefixes, StepMask
 from mavis.errors import PAD_ON_THE_LEFT, CriticError, DecodingError
 
@@ -39,7 +41,8 @@ class PrefixReader:
 
     Args:
         trunk: a decoder without output embedding; its attention is set to `sdpa`, or to `eager` if it has no `sdpa`
-            that takes the masks of candidates. On the CPU its weights stay what they are, but are laid out anew.
+            that takes the masks of candidates. Its weights stay what they are, but are laid out anew; a trunk that
+            `FusedTrunk` understands is read by that, so hooks that are put into it later do not fire.
 
     Raises:
         CriticError: if the trunk's states cannot be computed step by step, which is tried.
@@ -50,13 +53,20 @@ class PrefixReader:
         if reason:
             raise CriticError(f"trunk is a {type(trunk).__name__}, {reason}.", _SUITABLE)
         self._trunk: Any = trunk
-        _lay_out(trunk)
         self._thread = threading.local()
         self._weights = [weight for weight in trunk.parameters() if not weight.is_inference()]
         self._embedding, self._positions = _tables(trunk)
         self._attention = ""
         self._windows: dict[str, int | None] = {}
-        self._find_masks()
+        self._fused: FusedTrunk | None = None
+        self._lay_out()
+        try:
+            self._find_masks()
+        except CriticError:
+            if self._fused is None:
+                raise
+            self._fused = None
+            self._find_masks()
 
     def read(
         self,
@@ -124,6 +134,39 @@ class PrefixReader:
         """Let go of what any thread has read."""
         self._thread = threading.local()
 
+    def forward(self, ids: Tensor, masks: dict[str, Tensor], positions: Tensor, cache: Cache, end: int) -> Tensor:
+        """Compute the trunk's last hidden states at tokens that follow those of a cache, which takes them in.
+
+        Args:
+            ids: (B, S) integer.
+            masks: by kind of layer, see `windows`: (B, 1, S, L + S), what is added to attention.
+            positions: (B, S) integer, ≥ 0.
+            cache: of as many layers as the trunk has, or none yet.
+            end: more than any position, known on the host.
+
+        Returns:
+            (B, S, H) in the trunk's dtype.
+        """
+        if self._fused is not None and not self._fused.stands():
+            self._lay_out()
+        if self._fused is not None and not torch.is_autocast_enabled(ids.device.type):
+            return self._fused(ids, masks, positions, cache, end)
+        hidden: Tensor = self._trunk(
+            input_ids=ids,
+            attention_mask=masks.get("", masks),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+        return hidden
+
+    def _lay_out(self) -> None:
+        """Lay the trunk's weights out as the steps read them fastest; they stay what they are."""
+        self._fused = FusedTrunk(self._trunk) if FusedTrunk.understands(self._trunk) else None
+        for module in self._trunk.modules() if self._fused is None else ():
+            if is_plain(module):
+                side_by_side([module.weight])
+
     def _take(self, ids: Tensor, missing: Callable[[Tensor], None] | None) -> KeptPrefixes:
         """Take what is kept out of its place and make it a beginning of the prefixes.
 
@@ -164,13 +207,7 @@ class PrefixReader:
                 positions = torch.cat([positions, tokens.expand(-1, candidates)], dim=1)
             dtype = self._embedding.weight.dtype
             masks = {kind: mask.mask(is_token, new, candidates, dtype) for kind, mask in kept.masks.items()}
-            hidden: Tensor = self._trunk(
-                input_ids=read,
-                attention_mask=masks.get("", masks),
-                position_ids=positions,
-                past_key_values=kept.cache,
-                use_cache=True,
-            )[0]
+            hidden = self.forward(read, masks, positions, kept.cache, length + 1)
             kept.cache.keep(length)
             kept.length = length
             if new:
@@ -301,16 +338,6 @@ def _unsuitable(trunk: Any) -> str:
         if kind in ("dynamic", "longrope"):
             return f"whose rotary frequencies ({kind}) change with the length, so that keys cannot be kept"
     return ""
-
-
-def _lay_out(trunk: nn.Module) -> None:
-    """Keep the weights of linear layers input by input on the CPU, where a product with one row is then a third faster.
-
-    Such a product reads every weight once, and is faster in the order in which it adds to all outputs at once.
-    """
-    for module in trunk.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and module.weight.is_contiguous():
-            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def _tables(trunk: Any) -> tuple[Any, int | None]:

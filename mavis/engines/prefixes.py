@@ -128,8 +128,7 @@ class ServedPrefixes:
     """
 
     def __init__(self, trunk: Any, rows: int, length: int) -> None:
-        reader = PrefixReader(trunk)  # which tries the trunk, and finds out which masks it takes
-        self._trunk, self._windows = trunk, reader.windows
+        self._reader = reader = PrefixReader(trunk)  # tries the trunk, and finds out which masks it takes
         if reader.positions is not None and reader.positions < length:
             raise CriticError(
                 f"the engine takes requests of up to {length} tokens, but the value model has learnt "
@@ -239,15 +238,8 @@ class ServedPrefixes:
         columns = self._columns[:end]
         masks = {
             kind: added(seen_from(positions, columns, window), self._dtype)[:, None]
-            for kind, window in self._windows.items()
+            for kind, window in self._reader.windows.items()
         }
         self._room.now = now
         with torch.inference_mode():
-            states: Tensor = self._trunk(
-                input_ids=ids.to(self._device),
-                attention_mask=masks.get("", masks),
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )[0]
-        return states
+            return self._reader.forward(ids.to(self._device), masks, positions, self._cache, end)

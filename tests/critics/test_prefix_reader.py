@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,9 +34,9 @@ def build(family: str, seed: int = 0, **settings: Any) -> Any:
         "intermediate_size": 24, "initializer_range": 0.3, "max_position_embeddings": 200,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if family in ("Llama", "Qwen2", "Mistral", "Gemma2", "Gemma3Text"):
+    if family in ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text"):
         sizes["num_key_value_heads"] = 1
-    if family in ("Gemma2", "Gemma3Text"):
+    if family in ("Qwen3", "Gemma2", "Gemma3Text"):
         sizes["head_dim"] = 8
     if family == "GPT2":
         del sizes["intermediate_size"]
@@ -56,11 +56,13 @@ def build(family: str, seed: int = 0, **settings: Any) -> Any:
 MIXED = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Llama": lambda: build("Llama"),
+    "Llama, every layer with biases": lambda: build("Llama", attention_bias=True, mlp_bias=True),
     "GPT-2": lambda: build("GPT2"),
     "Qwen2": lambda: build("Qwen2"),
     "Qwen2, one layer with a window": lambda: build(
         "Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1
     ),
+    "Qwen3": lambda: build("Qwen3"),
     "Mistral, window 4": lambda: build("Mistral", sliding_window=4),
     "Mistral, window 1": lambda: build("Mistral", sliding_window=1),
     "Gemma2, window 4": lambda: build("Gemma2", sliding_window=4),
@@ -255,14 +257,21 @@ def test_a_hundred_and_fifty_tokens_one_by_one(reader: PrefixReader) -> None:
 
 
 @pytest.fixture
-def positions_read(reader: PrefixReader) -> Iterator[list[int]]:
-    """How many positions of a row each forward pass of the trunk has read."""
-    passes: list[int] = []
-    hook = reader._trunk.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield passes
-    hook.remove()
+def passes_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[threading.Thread, int]]:
+    """Who made each forward pass of a trunk, and how many positions of a row it read."""
+    passes: list[tuple[threading.Thread, int]] = []
+    forward = PrefixReader.forward
+
+    def watched(reader: PrefixReader, ids: Tensor, *rest: Any) -> Tensor:
+        passes.append((threading.current_thread(), ids.shape[1]))
+        return forward(reader, ids, *rest)
+
+    monkeypatch.setattr(PrefixReader, "forward", watched)
+    return passes
+
+
+def positions(passes: list[tuple[threading.Thread, int]]) -> list[int]:
+    return [read for _, read in passes]
 
 
 @pytest.mark.parametrize(
@@ -285,24 +294,24 @@ def positions_read(reader: PrefixReader) -> Iterator[list[int]]:
     ],
 )
 def test_no_token_is_read_twice_that_need_not_be(
-    reader: PrefixReader, positions_read: list[int], name: str, read: list[int]
+    reader: PrefixReader, passes_made: list[tuple[threading.Thread, int]], name: str, read: list[int]
 ) -> None:
     for call in story(name):
         reader.read(*call, candidates_for(call))
-    assert positions_read == [new + 3 for new in read]
+    assert positions(passes_made) == [new + 3 for new in read]
 
 
 def test_what_is_known_takes_no_pass_and_a_state_that_was_skipped_takes_one_token(
-    reader: PrefixReader, positions_read: list[int]
+    reader: PrefixReader, passes_made: list[tuple[threading.Thread, int]]
 ) -> None:
     start = prompts(0, 3)
     reader.read(*start, candidates_for(start))
     reader.read(*start)
-    assert positions_read == [9]
+    assert positions(passes_made) == [9]
     shorter = cut(start, 5)
     reader.read(*shorter, candidates_for(start))  # the state at its last token has not been kept
     ends = reader.read(*shorter)
-    assert positions_read == [9, 3, 1]
+    assert positions(passes_made) == [9, 3, 1]
     assert_same(ends, read_anew(reader._trunk, *shorter, candidates_for(start))[0])
 
 
@@ -365,35 +374,30 @@ def test_ids_may_be_of_any_integer_dtype(reader: PrefixReader) -> None:
     assert_same(states, read_anew(reader._trunk, ids, is_token, candidates)[1])
 
 
-def test_threads_do_not_disturb_each_other() -> None:
+def test_threads_do_not_disturb_each_other(passes_made: list[tuple[threading.Thread, int]]) -> None:
     """Each generates on its own, in step with the others; its states are right, and it reads no token twice."""
     reader = PrefixReader(build("Llama"))
     calls = [list(itertools.accumulate(range(4), lambda call, _: then(call), initial=prompts(0, n))) for n in range(3)]
     anew = [[read_anew(reader._trunk, *call, candidates_for(call))[1] for call in some] for some in calls]
-    turn, errors, passes = threading.Barrier(3), [], []
+    turn, errors = threading.Barrier(3), []
 
     def generate(number: int) -> None:
         for call, states in zip(calls[number], anew[number], strict=True):
             turn.wait(30)
             errors.append(float((reader.read(*call, candidates_for(call)) - states).abs().max()))
 
-    hook = reader._trunk.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append((threading.current_thread(), kwargs["input_ids"].shape[1])),
-        with_kwargs=True,
-    )
     threads = [threading.Thread(target=generate, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    hook.remove()
     assert len(errors) == 15
     assert max(errors) < 1e-5
     for thread in threads:
-        assert [read for reading, read in passes if reading is thread] == [9, 4, 4, 4, 4]
+        assert [read for reading, read in passes_made if reading is thread] == [9, 4, 4, 4, 4]
 
 
-def test_what_is_released_is_read_again(reader: PrefixReader, positions_read: list[int]) -> None:
+def test_what_is_released_is_read_again(reader: PrefixReader, passes_made: list[tuple[threading.Thread, int]]) -> None:
     with ThreadPoolExecutor(max_workers=1) as other:
         for let_go in (lambda: None, reader.release, reader.release_all):
             reader.read(*prompts(0, 3))
@@ -401,7 +405,7 @@ def test_what_is_released_is_read_again(reader: PrefixReader, positions_read: li
             let_go()
             reader.read(*prompts(0, 3))
             other.submit(reader.read, *prompts(0, 3)).result()
-    assert positions_read == [6, 6, 6, 6, 6]  # both at first, this thread once more, and both once more
+    assert positions(passes_made) == [6, 6, 6, 6, 6]  # both at first, this thread once more, and both once more
 
 
 def test_changed_weights_read_everything_again() -> None:
@@ -420,15 +424,16 @@ def test_changed_weights_read_everything_again() -> None:
 
 
 @pytest.mark.parametrize("where", ["in the trunk", "while rows change places"])
-def test_a_call_that_breaks_off_leaves_nothing_wrong_behind(reader: PrefixReader, where: str) -> None:
+@pytest.mark.parametrize("family", ["Llama", "GPT-2"])
+def test_a_call_that_breaks_off_leaves_nothing_wrong_behind(family: str, where: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    start = prompts(0, 3)
+    reader, start = fresh(family), prompts(0, 3)
     reader.read(*start)
     with pytest.MonkeyPatch.context() as patch:
         if where == "in the trunk":
-            patch.setattr(reader._trunk.layers[1].self_attn, "forward", fail)
+            patch.setattr(reader._thread.kept.cache.layers[1], "update", fail)
         else:
             patch.setattr(reader._thread.kept.cache.layers[1], "select", fail)
         with pytest.raises(KeyboardInterrupt):
@@ -713,12 +718,65 @@ def test_a_trunk_whose_mode_or_attention_has_been_changed_is_not_read() -> None:
         reader.read(*prompts(0, 3))
 
 
-def test_weights_are_laid_out_input_by_input_and_keep_their_values_and_places() -> None:
-    trunk = build("Llama")
+@pytest.mark.parametrize("family", ["Llama", "GPT-NeoX"])
+def test_weights_are_laid_out_input_by_input_and_keep_their_values_and_places(family: str) -> None:
+    trunk = FAMILIES[family]()
     before = {name: (weight, weight.clone()) for name, weight in trunk.named_parameters()}
     PrefixReader(trunk)
     for name, weight in trunk.named_parameters():
         same, values = before[name]
         assert weight is same
         assert torch.equal(weight, values)
-        assert weight.dim() < 2 or weight.t().is_contiguous() == ("proj" in name), name
+        assert weight.dim() < 2 or (weight.stride()[0] == 1) == ("embed" not in name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_are_known_are_read_in_few_operations(family: str) -> None:
+    known = family.startswith(("Llama", "Qwen", "Mistral")) and family != "Llama, every layer with biases"
+    assert (fresh(family)._fused is not None) == known
+
+
+def test_what_a_trunk_does_otherwise_than_its_family_is_found_out_by_trial() -> None:
+    trunk = build("Llama")
+    trunk.norm = OtherNorm(trunk.norm.weight)
+    reader, call = PrefixReader(trunk), prompts(0, 3)
+    assert reader._fused is None
+    assert_same(reader.read(*call), read_anew(trunk, *call, candidates_for(call))[0])
+
+
+class OtherNorm(nn.Module):
+    """A norm that is none."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        return 2 * self.weight * states
+
+
+@pytest.mark.parametrize("change", ["one weight's data", "all of them", "precision"])
+def test_weights_that_are_replaced_are_those_that_are_read(change: str) -> None:
+    reader, call = PrefixReader(build("Llama")), prompts(0, 3)
+    trunk = reader._trunk
+    if change == "one weight's data":
+        trunk.layers[1].self_attn.k_proj.weight.data = trunk.layers[1].self_attn.k_proj.weight.data * 1.5
+    elif change == "all of them":
+        trunk.load_state_dict(build("Llama", seed=1).state_dict(), assign=True)
+    else:
+        trunk.double()
+    expected = read_anew(trunk, *call, candidates_for(call))
+    assert_same(reader.read(*call), expected[0])
+    assert_same(reader.read(*call, candidates_for(call)), expected[1])
+    assert reader._fused is not None
+
+
+def test_under_autocast_a_trunk_is_read_by_its_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, call = fresh("Llama"), prompts(0, 3)
+    monkeypatch.setattr(reader, "_fused", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = reader.read(*call)
+    monkeypatch.undo()
+    reader.release()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reader.read(*call), expected)

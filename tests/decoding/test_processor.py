@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -220,6 +221,8 @@ def test_prompts_that_are_padded_on_the_right_are_refused(
 def test_a_row_in_a_ragged_batch_of_eight_has_the_scores_it_has_alone_to_1e_5(
     llama: Any, make_critic: MakeCritic
 ) -> None:
+    # In double precision, so that what is left is the tilt's own rounding, not that of the policy's batched products.
+    llama = copy.deepcopy(llama).double()
     critic = make_critic(llama)
     generator = torch.Generator().manual_seed(3)
     lengths = [3, 9, 5, 12, 4, 7, 12, 2]
