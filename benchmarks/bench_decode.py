@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +29,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsPro
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
+from mavis.critics.base import Composition
 from mavis.evaluation.speed import compare_speed
 from mavis.files import claimed, write_json
 
@@ -43,9 +44,10 @@ class Case:
     readout: str | None = None
     objectives: int = 2
     top_k: int = 40
+    composition: Composition = "independent"
 
     def __str__(self) -> str:
-        name = f"{self.critic} {self.readout}" if self.readout else self.critic
+        name = " ".join(filter(None, (self.critic, self.readout, self.composition)))
         return f"{name} M {self.objectives} k {self.top_k}"
 
 
@@ -57,6 +59,8 @@ CANDIDATES = [Case("value_model", "candidates", m, 40) for m in (2, 1, 8)]
 # One objective is what their distilled model costs, which has a trunk for all objectives as ours.
 OFFICIALS = [Case(OFFICIAL, None, m, 40) for m in (2, 1)]
 FIRST = [HIDDEN[0], TOKEN[0], CANDIDATES[0]]
+# One head more, and all of them read λ.
+CONDITIONED = [replace(case, composition="conditioned") for case in FIRST[:2]]
 
 
 def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
@@ -91,7 +95,7 @@ class Ways:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self.critics: dict[tuple[str, str | None, int], Any] = {}
+        self.critics: dict[Case, Any] = {}
         self.vocabulary = policy.get_output_embeddings().weight.shape[0]
         # Half the layers and half the width of the policy, as the random Llama's value model of 4 layers × 256.
         size = policy.config
@@ -104,14 +108,14 @@ class Ways:
 
     def critic(self, case: Case) -> Any:
         """Build the critic of a case, or find it."""
-        key = case.critic, case.readout, case.objectives
+        key = replace(case, top_k=0)
         if key not in self.critics:
             names = [f"objective_{m}" for m in range(case.objectives)]
             if case.readout is None:
-                critic: Any = HiddenStateCritic.for_policy(self.policy, names, composition="independent")
+                critic: Any = HiddenStateCritic.for_policy(self.policy, names, composition=case.composition)
             else:
                 critic = ValueModelCritic.for_policy(
-                    self.policy, names, backbone=self.backbone, readout=case.readout, composition="independent"
+                    self.policy, names, backbone=self.backbone, readout=case.readout, composition=case.composition
                 )
             torch.nn.init.normal_(critic.heads.outer, std=0.02)
             self.critics[key] = critic
@@ -121,7 +125,7 @@ class Ways:
         """Set up a case's processor."""
         self.detach_all()
         if case.critic == OFFICIAL:
-            key = case.critic, None, case.objectives
+            key = replace(case, top_k=0)
             if key not in self.critics:
                 self.critics[key] = _Official(self.backbone, case.objectives)
             return self.critics[key].step(case.top_k)
@@ -166,6 +170,7 @@ def row(what: str, policy: str, case: Case | None, batch: int, context: int, **f
         "policy": policy,
         "critic": case.critic if case else None,
         "readout": case.readout if case else None,
+        "composition": case.composition if case and case.critic != OFFICIAL else None,
         "engine": "transformers",
         "batch": batch,
         "top_k": case.top_k if case else None,
@@ -337,10 +342,10 @@ def main() -> None:
 def sections(name: str, arguments: argparse.Namespace) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """Name what is measured of a policy, each part by itself."""
     ways = Ways(load(name))
-    everything = [*HIDDEN, *TOKEN, *CANDIDATES, *OFFICIALS]
+    everything = [*HIDDEN, *TOKEN, *CANDIDATES, *CONDITIONED, *OFFICIALS]
     made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
         (f"batch {batch}", partial(speed_rows, name, ways, cases, batch, arguments.context, arguments))
-        for batch, cases in {1: everything, 8: everything, 32: [HIDDEN[0], TOKEN[0]]}.items()
+        for batch, cases in {1: everything, 8: everything, 32: [*FIRST[:2], *CONDITIONED]}.items()
     ]
     longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
     made += [

@@ -58,8 +58,8 @@ def overhead() -> str:
         f"(`benchmarks/bench_decode.py`; {config['new_tokens']} tokens after {base}, medians of at least "
         f"{config['repeats']} rounds in which each way runs between two plain runs). A value model has half the "
         "policy's layers and width; the official step is that of the paper's scripts, one such model for each "
-        "objective, or one for all once they are distilled. Critics are of the independent composition; "
-        "conditioned ones have one head more:\n\n"
+        "objective, or one for all once they are distilled. Critics are of the independent composition where it does "
+        "not say conditioned; those have one head more:\n\n"
         + table(["policy", "critic", "objectives", "candidates", *(f"batch {batch}" for batch in batches)], told)
         + "\nThe same for one longer prompt (random Llama, 2 objectives, 40 candidates):\n\n"
         + table(["critic", *(f"{context:,} tokens" for context in contexts)], longer)
@@ -77,8 +77,10 @@ def overhead() -> str:
 
 def _kind(row: dict[str, Any]) -> tuple[str, int, int]:
     names = {"hidden_state": "hidden state", "value_model": "value model", None: ""}
-    critic = names.get(row["critic"], row["critic"])
-    return f"{critic}, {row['readout']}" if row["readout"] else critic, row["objectives"], row["top_k"]
+    parts = [names.get(row["critic"], row["critic"]), row["readout"]]
+    if row.get("composition") == "conditioned":
+        parts.append("conditioned")
+    return ", ".join(filter(None, parts)), row["objectives"], row["top_k"]
 
 
 def _share(ratio: float | None) -> str:
