@@ -1,75 +1,69 @@
-"""The forward pass of a Llama-like trunk in a third of the operations, for a decoding step's few positions."""
+"""The forward pass of a small Llama-like trunk in a third of the operations, for a decoding step's few positions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache
 
-_UNDERSTOOD = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+_FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+_TORCH_CLASSES = {nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation}
+_READERS, _FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+_MOST_COPIED = 1 << 29
+"""Bytes of weights that are copied at most; the step of a larger trunk is work, and not calls."""
+_ANGLES_AT_ONCE = 1024
 
 
 class FusedTrunk:
     """Computes the last hidden states of a Llama, Mistral, Qwen2 or Qwen3 with a cache, as its own forward pass does.
 
-        x ← x + W_o attention(rope(W_qkv n(x)))
+        x ← x + W_o attention(rope(W_qkv n(x) + b_qkv))
         x ← x + W_down (silu(g) ∘ u),  (g, u) = W_gate,up n(x)
 
-    with n an RMS norm. One position of a small model is so little work that each operation costs its call. So layers
-    that read the same are one product: their weights stay the trunk's parameters, but become parts of one matrix, which
-    is read input by input on the CPU; and angles are looked up.
+    with n an RMS norm; Qwen3 norms queries and keys before they are turned. One position of a small model is so little
+    work that each operation costs its call. So layers that read the same are one product, with a copy of their weights
+    side by side, and angles are looked up.
 
     Args:
-        trunk: for which `understands` is true.
+        trunk: for which `understands` is true. Its weights are not touched; what is made of them is good until one of
+            them changes.
     """
 
     def __init__(self, trunk: Any) -> None:
         config, first = trunk.config, trunk.layers[0].self_attn
-        self._rotary = trunk.rotary_emb
-        self._embedding, self._norm, self._eps = trunk.embed_tokens.weight, trunk.norm.weight, config.rms_norm_eps
+        self._rotary, self._embedding, self._norm = trunk.rotary_emb, trunk.embed_tokens.weight, _norm(trunk.norm)
         self._size, self._scale = first.head_dim, first.scaling
         self._queries, self._keys = config.num_attention_heads, config.num_key_value_heads
-        self._angles = self._embedding.new_empty(0)
         self._kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-        # Tensors that outlive the call must be of no mode, or training could not use them.
-        with torch.inference_mode(False), torch.no_grad():
+        self._angles = torch.empty(0)
+        with torch.no_grad():
             self._layers = [_Layer(layer) for layer in trunk.layers[: config.num_hidden_layers]]
-        self._places = [
-            (module._parameters, name, weight.data_ptr())
-            for module in trunk.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
 
     @staticmethod
     def understands(trunk: Any) -> bool:
-        """Tell whether a trunk is of a family that is known, and nothing in it has been wrapped, hooked or replaced."""
-        if type(trunk).__name__ not in _UNDERSTOOD or not type(trunk).__module__.startswith("transformers.models."):
-            return False
-        if trunk.config.hidden_act != "silu" or type(trunk.embed_tokens) is not nn.Embedding:
+        """Tell whether a trunk is small, of a family that is known, and has nothing replaced, wrapped or hooked."""
+        own = type(trunk).__module__
+        if type(trunk).__name__ not in _FAMILIES or not own.startswith("transformers.models."):
             return False
         for module in trunk.modules():
+            if type(module) not in _TORCH_CLASSES and type(module).__module__ != own:
+                return False
             if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 return False
-        return all(
-            is_plain(linear := getattr(part, name)) and (linear.bias is None or name in _BIASED)
-            for layer in trunk.layers
-            for part, names in ((layer.self_attn, _ATTENTION), (layer.mlp, _FEED_FORWARD))
-            for name in names
-        )
-
-    def stands(self) -> bool:
-        """Tell whether the trunk's parameters are still where they were, so that these are its weights."""
-        for parameters, name, place in self._places:
-            weight = parameters.get(name)
-            if weight is None or weight.data_ptr() != place:
-                return False
-        return True
+        if trunk.embed_tokens.max_norm is not None:
+            return False
+        weights = list(trunk.parameters())
+        if len({(weight.dtype, weight.device, type(weight)) for weight in weights}) > 1:
+            return False
+        if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _MOST_COPIED:
+            return False
+        return all(_is_known(layer) for layer in trunk.layers)
 
     def __call__(self, ids: Tensor, masks: Mapping[str, Tensor], positions: Tensor, cache: Cache, end: int) -> Tensor:
         """Read tokens after those that the cache keeps.
@@ -87,44 +81,47 @@ class FusedTrunk:
         rows, new = ids.shape
         every, queries, keys, size = rows * new, self._queries, self._keys, self._size
         x = F.embedding(ids.reshape(every), self._embedding)
-        width = (x.shape[1],)
         angles = F.embedding(positions.reshape(every), self._angles_until(end)).view(every, 2, 1, size)
         cos, sin = angles[:, 0], angles[:, 1]
         for index, layer in enumerate(self._layers):
-            read = _product(F.rms_norm(x, width, layer.norm, self._eps), layer.qkv, layer.qkv_bias).view(
-                every, -1, size
-            )
+            read = _product(layer.norm(x), layer.qkv, layer.qkv_bias).view(every, -1, size)
             turning, value = read[:, : queries + keys], read[:, queries + keys :]
             if layer.head_norms is not None:
-                normed = zip(turning.split([queries, keys], dim=1), layer.head_norms, strict=True)
-                turning = torch.cat([F.rms_norm(part, (size,), norm, self._eps) for part, norm in normed], dim=1)
+                parts = zip(layer.head_norms, turning.split([queries, keys], dim=1), strict=True)
+                turning = torch.cat([norm(part) for norm, part in parts], dim=1)
             # (−x₂, x₁) sin = roll(x) (−sin, sin): the sign is in the table.
             turned = torch.addcmul(turning * cos, turning.roll(size // 2, dims=-1), sin)
-            query = turned[:, :queries].view(rows, new, queries, size).transpose(1, 2)
             key, value = (heads.view(rows, new, keys, size).transpose(1, 2) for heads in (turned[:, queries:], value))
             key, value = cache.update(key, value, index)
             mask = masks[""] if "" in masks else masks[self._kinds[index]]
-            seen = F.scaled_dot_product_attention(
-                query, key, value, mask, scale=self._scale, enable_gqa=queries != keys
-            )
-            x = torch.addmm(x, seen.transpose(1, 2).reshape(every, -1), layer.out)
-            gate, up = _product(F.rms_norm(x, width, layer.second_norm, self._eps), layer.gate_up).chunk(2, dim=1)
+            seen = self._attend(turned[:, :queries].view(rows, new, queries, size), key, value, mask)
+            x = torch.addmm(x, seen.reshape(every, -1), layer.out)
+            gate, up = torch.mm(layer.second_norm(x), layer.gate_up).chunk(2, dim=1)
             x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
-        return F.rms_norm(x, width, self._norm, self._eps).view(rows, new, -1)
+        return self._norm(x).view(rows, new, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Attend with (B, S, heads, D) to keys and values (B, heads', L, D), each for as many heads: like the query."""
+        rows, new, queries, size = query.shape
+        shared = queries // self._keys
+        if new == 1:  # heads that share a key stand where positions do, so that nothing is copied
+            query = query.view(rows, self._keys, shared, size)
+            return F.scaled_dot_product_attention(query, key, value, mask, scale=self._scale)
+        if shared > 1:
+            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, mask, scale=self._scale)
+        return seen.transpose(1, 2)
 
     def _angles_until(self, end: int) -> Tensor:
         """Return cos and sin of positions up to an end, the latter with its first half negated: (≥ end, 2D)."""
         angles = self._angles
         if len(angles) < end:
-            every = torch.arange(end + end // 2 + 64, device=self._embedding.device)
+            positions = -(-end // _ANGLES_AT_ONCE) * _ANGLES_AT_ONCE
+            every = torch.arange(positions, device=self._embedding.device)
             cos, sin = (table[0] for table in self._rotary(self._embedding, every[None]))
             sin = torch.cat([-sin[:, : self._size // 2], sin[:, self._size // 2 :]], dim=1)
             self._angles = angles = torch.cat([cos, sin], dim=1)
         return angles
-
-
-_ATTENTION, _FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-_BIASED = _ATTENTION[:3]
 
 
 class _Layer:
@@ -132,49 +129,43 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, feed_forward = layer.self_attn, layer.mlp
-        readers = attention.q_proj, attention.k_proj, attention.v_proj
-        self.norm, self.second_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = side_by_side([one.weight for one in readers]).t()
-        self.qkv_bias = side_by_side([one.bias for one in readers]) if readers[0].bias is not None else None
-        self.out = side_by_side([attention.o_proj.weight]).t()
-        self.gate_up = side_by_side([feed_forward.gate_proj.weight, feed_forward.up_proj.weight]).t()
-        self.down = side_by_side([feed_forward.down_proj.weight]).t()
-        self.head_norms = [attention.q_norm.weight, attention.k_norm.weight] if hasattr(attention, "q_norm") else None
+        readers = [getattr(attention, name) for name in _READERS]
+        self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.qkv = torch.cat([one.weight.t() for one in readers], dim=1)
+        self.qkv_bias = torch.cat([one.bias for one in readers]) if readers[0].bias is not None else None
+        self.out = attention.o_proj.weight.detach().t()
+        self.gate_up = torch.cat([one.weight.t() for one in (feed_forward.gate_proj, feed_forward.up_proj)], dim=1)
+        self.down = feed_forward.down_proj.weight.detach().t()
+        heads = hasattr(attention, "q_norm")
+        self.head_norms = (_norm(attention.q_norm), _norm(attention.k_norm)) if heads else None
 
 
-def is_plain(module: nn.Module) -> bool:
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """Do what an RMS norm of transformers does, in one call."""
+    weight, eps = module.weight, module.variance_epsilon
+    return partial(F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+
+
+def _is_known(layer: Any) -> bool:
+    """Tell whether a layer's parts are linear layers, with biases where these families have some at most."""
+    attention, feed_forward = layer.self_attn, layer.mlp
+    readers: list[Any] = [getattr(attention, name, None) for name in _READERS]
+    others: list[Any] = [
+        getattr(attention, "o_proj", None),
+        *(getattr(feed_forward, name, None) for name in _FEED_FORWARD),
+    ]
+    return (
+        all(map(is_plain, [*readers, *others]))
+        and all(one.bias is None for one in others)
+        and len({one.bias is None for one in readers}) == 1
+        and type(getattr(feed_forward, "act_fn", None)) in (nn.SiLU, SiLUActivation)
+    )
+
+
+def is_plain(module: Any) -> bool:
     """Tell whether a module is a linear layer and nothing more: no adapter, no quantised weights."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
-
-
-def side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
-    """Make weights parts of one tensor, without a change of what they are.
-
-    Those of linear layers are laid out input by input on the CPU: a product with few rows reads every weight once, and
-    is faster in the order in which it adds to all outputs at once.
-
-    Args:
-        weights: (O_i, I) or (O_i,) each.
-
-    Returns:
-        (Σ O_i, I) or (Σ O_i,), of which they are now views.
-    """
-    first, sizes = weights[0], [len(weight) for weight in weights]
-    shape = (sum(sizes), *first.shape[1:])
-    strides = (1, shape[0])[: first.ndim] if first.device.type == "cpu" else (*first.shape[1:], 1)
-    starts = accumulate(sizes, initial=0)
-    if not all(
-        weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and weight.storage_offset() == first.storage_offset() + start * strides[0]
-        and weight.stride() == strides
-        for weight, start in zip(weights, starts, strict=False)
-    ):
-        whole = torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
-        for weight, part in zip(weights, whole.split(sizes), strict=True):
-            part.copy_(weight.data)
-            weight.data = part
-    return first.data.as_strided(shape, strides)
-
-
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)

@@ -94,8 +94,6 @@ def descend(
     """
     device, watched, training = _device(critic), held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
     batches = math.ceil(len(training) / settings.batch_size)
-    for weight in critic.parameters():  # optimisers and FSDP 2 ask for the usual layout; see `PrefixReader`
-        weight.data = weight.data.contiguous()
     with accelerator(device) as accelerate, rollouts.processes.talking():
         learner, network = _twin(critic, network) if leaves_marks(accelerate) else (critic, network)
         optimiser = torch.optim.AdamW(
@@ -221,6 +219,8 @@ def _device(critic: HeadedCritic) -> torch.device:
 def _twin(critic: HeadedCritic, network: nn.Module) -> tuple[HeadedCritic, nn.Module]:
     """Copy a network that is to be marked for good, with the critic that it holds."""
     twin = copy.deepcopy(network)
+    for weight in twin.parameters():  # FSDP 2 asks for the usual layout, see `PrefixReader`
+        weight.data = weight.data.contiguous()
     names = [name for name, module in network.named_modules() if module is critic]
     learner: Any = twin.get_submodule(names[0])
     # What accelerate is to keep together is asked of the network, and known by a value model's trunk.

@@ -10,6 +10,7 @@ import torch
 
 import mavis
 from mavis import MavisTilt
+from mavis.critics.prefix_reader import PrefixReader
 from mavis.errors import DecodingError
 
 MakeCritic = Callable[..., Any]
@@ -97,15 +98,15 @@ def test_a_gate_of_zero_tilts_every_step(llama: Any, make_critic: MakeCritic, pr
 
 
 def test_where_the_policy_is_always_sure_enough_a_value_model_reads_nothing(
-    llama: Any, make_critic: MakeCritic, prompts: Inputs
+    llama: Any, make_critic: MakeCritic, prompts: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     critic = make_critic(llama, readout="candidates")
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("the trunk was asked")
 
     with critic.attach(llama):
-        critic.trunk.register_forward_pre_hook(never)
+        monkeypatch.setattr(PrefixReader, "read", never)
         tilt = MavisTilt([1.0, 0.4], critic, beta=1.5, top_k=7, entropy_gate=100.0)
         out, seen = generate(llama, prompts, tilt)
     assert all(torch.equal(one, other) for one, other in zip(out.logits, seen, strict=True))
