@@ -1,4 +1,4 @@
-"""The forward pass of a small Llama-like trunk in a third of the operations, for a decoding step's few positions."""
+"""The forward pass of a small Llama-like trunk in half the operations, for a decoding step's few positions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 _FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 _TORCH_CLASSES = {nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation}
 _READERS, _FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
-_MOST_COPIED = 1 << 29
-"""Bytes of weights that are copied at most; the step of a larger trunk is work, and not calls."""
+_LARGEST = 1 << 29
+"""Bytes that a trunk may have besides its embedding; the step of a larger one is work, and not calls."""
 _ANGLES_AT_ONCE = 1024
+"""By how many positions the table of angles grows."""
 
 
 class FusedTrunk:
@@ -61,7 +62,7 @@ class FusedTrunk:
         weights = list(trunk.parameters())
         if len({(weight.dtype, weight.device, type(weight)) for weight in weights}) > 1:
             return False
-        if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _MOST_COPIED:
+        if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _LARGEST:
             return False
         return all(_is_known(layer) for layer in trunk.layers)
 

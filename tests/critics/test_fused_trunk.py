@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mavis.critics.fused_trunk import FusedTrunk
 from mavis.critics.lora import add_lora
@@ -113,6 +114,29 @@ def test_its_states_are_those_of_the_trunks_own_forward_pass(name: str) -> None:
         assert weight is same
         assert torch.equal(weight, values)
         assert weight.stride() == stride
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, views left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_step_is_less_than_half_as_many_operations(name: str) -> None:
+    trunk = TRUNKS[name]()
+    counts = []
+    for forward in (FusedTrunk(trunk), own(trunk)):
+        states(trunk, forward)  # so that angles are known
+        cache, masks = PrefixCache(), masks_of(trunk, torch.ones(2, 1, dtype=torch.bool), 1, 0, torch.float64)
+        with torch.inference_mode(), Operations() as operations:
+            forward(inputs()[0][:, :1], masks, torch.zeros(2, 1, dtype=torch.long), cache, 1)
+        counts.append(operations.count)
+    assert counts[0] < counts[1] / 2
 
 
 @pytest.mark.parametrize("name", ["Llama", "Llama, angles of Llama 3", "Llama, angles of YaRN"])
