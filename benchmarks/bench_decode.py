@@ -212,7 +212,7 @@ def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Na
         length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         return lambda: ways.policy.generate(**inputs, do_sample=False, **length, logits_processor=processor)
 
-    for _ in range(2 * arguments.repeats + 1):
+    for _ in range(arguments.repeats + 1):
         for case in cases:
             run = ready(case, 1)
             start = time.perf_counter()
@@ -343,6 +343,8 @@ def sections(name: str, arguments: argparse.Namespace) -> list[tuple[str, Callab
     """Name what is measured of a policy, each part by itself."""
     ways = Ways(load(name))
     everything = [*HIDDEN, *TOKEN, *CANDIDATES, *CONDITIONED, *OFFICIALS]
+    if name != "random":
+        everything = [*FIRST, *CONDITIONED, OFFICIALS[0]]
     made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
         (f"batch {batch}", partial(speed_rows, name, ways, cases, batch, arguments.context, arguments))
         for batch, cases in {1: everything, 8: everything, 32: [*FIRST[:2], *CONDITIONED]}.items()

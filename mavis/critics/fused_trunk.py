@@ -33,7 +33,7 @@ class FusedTrunk:
 
     Args:
         trunk: for which `understands` is true. Its weights are not touched; what is made of them is good until one of
-            them changes.
+            them changes. It is not for training: gradients would miss the copies.
     """
 
     def __init__(self, trunk: Any) -> None:
@@ -57,14 +57,15 @@ class FusedTrunk:
                 return False
             if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 return False
-        if trunk.embed_tokens.max_norm is not None:
+        if trunk.embed_tokens.max_norm is not None or not trunk.layers:
             return False
         weights = list(trunk.parameters())
         if len({(weight.dtype, weight.device, type(weight)) for weight in weights}) > 1:
             return False
         if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _LARGEST:
             return False
-        return all(_is_known(layer) for layer in trunk.layers)
+        heads = trunk.config.num_attention_heads, *[trunk.config.num_key_value_heads] * 2
+        return all(_is_known(layer, heads) for layer in trunk.layers)
 
     def __call__(self, ids: Tensor, masks: Mapping[str, Tensor], positions: Tensor, cache: Cache, end: int) -> Tensor:
         """Read tokens after those that the cache keeps.
@@ -151,8 +152,13 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
 
 
-def _is_known(layer: Any) -> bool:
-    """Tell whether a layer's parts are linear layers, with biases where these families have some at most."""
+def _is_known(layer: Any, heads: tuple[int, ...]) -> bool:
+    """Tell whether a layer's parts are linear layers of the usual sizes, with biases where these families have some.
+
+    Args:
+        layer: of a trunk.
+        heads: how many there are of queries, keys and values.
+    """
     attention, feed_forward = layer.self_attn, layer.mlp
     readers: list[Any] = [getattr(attention, name, None) for name in _READERS]
     others: list[Any] = [
@@ -163,6 +169,7 @@ def _is_known(layer: Any) -> bool:
         all(map(is_plain, [*readers, *others]))
         and all(one.bias is None for one in others)
         and len({one.bias is None for one in readers}) == 1
+        and [one.out_features for one in readers] == [count * attention.head_dim for count in heads]
         and type(getattr(feed_forward, "act_fn", None)) in (nn.SiLU, SiLUActivation)
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ class PrefixReader:
 
     What has been read is kept per thread, and the next call goes on from it: longer prefixes are read on, rows that
     have changed places, doubled or dropped out are found again, prefixes that are shorter or end otherwise are cut to
-    what they share with known ones, and anything else is read anew. So is everything after a change of the trunk's
-    weights in place.
+    what they share with known ones, and anything else is read anew. So is everything after the trunk's weights have
+    been replaced, or changed in a way that torch counts, which excludes what is written through `.data`.
 
     Args:
         trunk: a decoder without output embedding; its attention is set to `sdpa`, or to `eager` if it has no `sdpa`
@@ -60,7 +60,6 @@ class PrefixReader:
         self._windows: dict[str, int | None] = {}
         self._looking = threading.Lock()
         self._fused: FusedTrunk | None = None
-        self._fused_at: tuple[Any, ...] = ()
         self._may_fuse = True
         self._look()
         try:
@@ -167,20 +166,22 @@ class PrefixReader:
         # What is made here outlives a caller's inference mode.
         with self._looking, torch.inference_mode(False), torch.no_grad():
             _lay_out(self._trunk)
-            self._weights = [weight for weight in self._trunk.parameters() if not weight.is_inference()]
-            now = self._versions()
-            known = self._may_fuse and FusedTrunk.understands(self._trunk)
-            if not known or self._fused_at != now:
-                self._fused = None  # what there was is let go of before another is made
-            if known and self._fused is None:
-                self._fused, self._fused_at = FusedTrunk(self._trunk), now
-            return now
+            modules = list(self._trunk.modules())
+            self._slots = [(module._parameters, name) for module in modules for name in module._parameters]
+            self._counted = not any(weight.is_inference() for weight in self._trunk.parameters())
+            self._fused = None  # what there was is let go of before another is made
+            if self._may_fuse and self._counted and FusedTrunk.understands(self._trunk):
+                # Made anew even where no weight seems to be another: what is written through `.data` is not counted.
+                with suppress(RuntimeError, MemoryError):  # where there is no room, the trunk itself has some
+                    self._fused = FusedTrunk(self._trunk)
+            self._seen = self._versions()
+            return self._seen
 
     def _versions(self) -> tuple[Any, ...]:
-        """Return what is another when weights have been changed in place or moved."""
-        embedding = self._embedding.weight
-        versions = [weight._version for weight in self._weights]
-        return id(embedding), embedding.dtype, versions, [weight.data_ptr() for weight in self._weights]
+        """Return what is another when weights have been moved or replaced, or changed in a way that torch counts."""
+        weights = [weight for slots, name in self._slots if (weight := slots.get(name)) is not None]
+        places = [weight.data_ptr() for weight in weights]
+        return places, [weight._version for weight in weights] if self._counted else ()
 
     def _take(self, ids: Tensor, missing: Callable[[Tensor], None] | None) -> KeptPrefixes:
         """Take what is kept out of its place and make it a beginning of the prefixes.
@@ -189,7 +190,10 @@ class PrefixReader:
         """
         kept: KeptPrefixes | None = getattr(self._thread, "kept", None)
         self._thread.kept = None
-        if kept is not None and kept.weights != self._versions():
+        weights = self._versions()
+        if weights != self._seen:
+            weights = self._look()
+        if kept is not None and kept.weights != weights:
             kept = None
         if kept is not None and missing is not None and ids.shape[1] - kept.length in (0, 1):
             kept.go_on_unseen(ids, missing)
@@ -303,17 +307,19 @@ class PrefixReader:
         with _short_window(self._trunk.config):
             self._windows = {kind: _SHORT_WINDOW if window else None for kind, window in windows.items()}
             weight, generator = self._embedding.weight, torch.Generator().manual_seed(0)
-            ids = torch.randint(len(weight), (2, 8), generator=generator).to(weight.device)
+            ids = torch.randint(len(weight), (2, 9), generator=generator).to(weight.device)
             candidates = torch.randint(len(weight), (2, 4), generator=generator).to(weight.device)
             padding = (0, 3)
-            is_token = torch.arange(8, device=weight.device) >= torch.tensor(padding, device=weight.device)[:, None]
+            is_token = torch.arange(9, device=weight.device) >= torch.tensor(padding, device=weight.device)[:, None]
             read, whole = [], []
-            for length, some in ((4, 2), (5, 2), (6, 2), (6, 4), (8, 4)):
+            for length, some in ((4, 2), (5, 2), (6, 2), (6, 4), (8, 4), (9, 1)):
                 prefixes, offered = ids[:, :length], candidates[:, :some]
-                read.append(self.read(prefixes, is_token[:, :length], offered))
+                if length < 9:  # the last token is read alone
+                    read.append(self.read(prefixes, is_token[:, :length], offered))
                 read.append(self.read(prefixes, is_token[:, :length])[:, None])
                 states = [self._whole(prefixes[row, padding[row] :], offered[row]) for row in range(2)]
-                whole += [torch.stack([one[:, -1] for one in states]), torch.stack([one[:1, -2] for one in states])]
+                whole += [torch.stack([one[:, -1] for one in states])] if length < 9 else []
+                whole.append(torch.stack([one[:1, -2] for one in states]))
             expected = torch.cat(whole, dim=1)
             return float((torch.cat(read, dim=1) - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 

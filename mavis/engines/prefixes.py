@@ -118,7 +118,7 @@ class ServedPrefixes:
     read by the policy, costs nothing but that.
 
     Args:
-        trunk: of a value model, on its device; see `PrefixReader` for what it has to be.
+        trunk: of a value model, on its device; see `PrefixReader` for what it has to be. Its weights stay as they are.
         rows: the most requests in a batch.
         length: the most tokens of a request.
 

@@ -77,7 +77,7 @@ def inputs(at: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return ids, is_token, torch.cat([places, ends], dim=1) + at
 
 
-CLOSE = {"rtol": 0, "atol": 2e-5}  # norms and angles are single precision in both
+CLOSE = {"rtol": 0, "atol": 2e-5}  # norms and angles are in single precision in the trunk's own
 Forward = Callable[[Tensor, dict[str, Tensor], Tensor, Any, int], Tensor]
 
 

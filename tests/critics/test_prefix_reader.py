@@ -752,6 +752,11 @@ def one_weights_data(trunk: Any) -> None:
     weight.data = weight.data * 1.5
 
 
+def one_parameter(trunk: Any) -> None:
+    attention = trunk.layers[1].self_attn
+    attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.detach() * 1.5)
+
+
 def every_parameter(trunk: Any) -> None:
     trunk.load_state_dict(build("Llama", seed=1).state_dict(), assign=True)
 
@@ -760,7 +765,7 @@ def precision(trunk: Any) -> None:
     trunk.double()
 
 
-@pytest.mark.parametrize("change", [one_weights_data, every_parameter, precision])
+@pytest.mark.parametrize("change", [one_weights_data, one_parameter, every_parameter, precision])
 def test_weights_that_are_replaced_are_those_that_are_read(change: Callable[[Any], None]) -> None:
     reader, call = PrefixReader(build("Llama")), prompts(0, 3)
     trunk = reader._trunk
@@ -780,10 +785,11 @@ def test_what_is_put_into_a_trunk_is_read_with_the_next_prefixes() -> None:
     reader, fired = PrefixReader(build("Llama")), []
     reader.read(*prompts(0, 3))
     hook = reader._trunk.layers[0].register_forward_hook(lambda *_: fired.append(True))
-    for times in (1, 1):
+    for fused in (False, True):
         reader.release()
         reader.read(*prompts(0, 3))
-        assert len(fired) == times
+        assert (reader._fused is not None) == fused
+        assert len(fired) == 1
         hook.remove()
 
 
@@ -814,12 +820,41 @@ def test_a_trunk_that_has_been_read_is_saved_and_trained_like_any_other(tmp_path
         torch.testing.assert_close(one, other)
 
 
-def test_under_autocast_a_trunk_is_read_by_its_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, call = fresh("Llama"), prompts(0, 3)
-    monkeypatch.setattr(reader, "_fused", None)
+def test_under_autocast_a_trunk_is_read_by_its_own_forward_pass() -> None:
+    reader, call = PrefixReader(build("Llama")), prompts(0, 3)
+    own = PrefixReader(build("Llama"))
+    own._may_fuse = False
     with torch.autocast("cpu", torch.bfloat16):
-        expected = reader.read(*call)
-    monkeypatch.undo()
+        assert torch.equal(reader.read(*call), own.read(*call))
+    assert (reader._fused is None, own._fused is None) == (False, True)
+
+
+def test_where_there_is_no_room_for_a_copy_a_trunk_is_read_by_its_own_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(prefix_reader.FusedTrunk, "__init__", full)
+    reader, call = PrefixReader(build("Llama")), prompts(0, 3)
+    assert_same(reader.read(*call), read_anew(reader._trunk, *call, candidates_for(call))[0])
+    assert reader._fused is None
+
+
+def test_weights_that_are_written_through_data_are_read_once_nothing_is_kept() -> None:
+    reader, call = PrefixReader(build("Llama")), prompts(0, 3)
+    reader.read(*call)
+    for weight in reader._trunk.parameters():
+        weight.data.mul_(1.1)
     reader.release()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(reader.read(*call), expected)
+    assert_same(reader.read(*call), read_anew(reader._trunk, *call, candidates_for(call))[0])
+
+
+def test_a_trunk_of_inference_mode_is_read_as_its_weights_are() -> None:
+    with torch.inference_mode():
+        reader, call = PrefixReader(build("Llama")), prompts(0, 3)
+        for seed in (0, 1):
+            reader._trunk.load_state_dict(build("Llama", seed=seed).state_dict())
+            reader.release()
+            assert_same(reader.read(*call), read_anew(reader._trunk, *call, candidates_for(call))[0])
+    assert reader._fused is None
