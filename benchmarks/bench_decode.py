@@ -201,7 +201,10 @@ def speed_rows(
 
 
 def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time until the first token, which reads the prompt, and the memory that a whole generation takes at its peak."""
+    """Time until the first token, which reads the prompt, and the memory that a whole generation takes at its peak.
+
+    The official step, which reads a long prompt once for each candidate, runs once only.
+    """
     inputs, rows = prompts(ways, 1, context), []
     cases: list[Case | None] = [None, *FIRST, Case(OFFICIAL)]
     seconds: dict[Case | None, list[float]] = {case: [] for case in cases}
@@ -212,14 +215,14 @@ def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Na
         length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         return lambda: ways.policy.generate(**inputs, do_sample=False, **length, logits_processor=processor)
 
-    for _ in range(arguments.repeats + 1):
-        for case in cases:
+    for turn in range(arguments.repeats + 1):
+        for case in cases if turn == 1 else cases[:-1]:
             run = ready(case, 1)
             start = time.perf_counter()
             run()
             seconds[case].append(time.perf_counter() - start)
     for case in cases:
-        peak = median(peak_mib(ready(case, arguments.new_tokens)) for _ in range(3))
+        peak = median(peak_mib(ready(case, arguments.new_tokens)) for _ in range(3 if case in cases[:-1] else 1))
         rows.append(
             row(
                 "first token",
@@ -227,7 +230,7 @@ def first_token_rows(name: str, ways: Ways, context: int, arguments: argparse.Na
                 case,
                 1,
                 context,
-                milliseconds=1e3 * median(seconds[case][1:]),
+                milliseconds=1e3 * median(seconds[case][-arguments.repeats :]),
                 peak_mib=peak,
             )
         )
