@@ -185,7 +185,7 @@ def speed_rows(
 ) -> list[dict[str, Any]]:
     """Time cases at one batch size and context."""
     # Runs of small batches are short, so single ratios scatter more and cost less.
-    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (2 if context > 256 else 1)))
+    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (2 if context > arguments.context else 1)))
     found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
     rows = []
     for case in cases:
@@ -346,11 +346,11 @@ def sections(name: str, arguments: argparse.Namespace) -> list[tuple[str, Callab
     """Name what is measured of a policy, each part by itself."""
     ways = Ways(load(name))
     everything = [*HIDDEN, *TOKEN, *CANDIDATES, *CONDITIONED, *OFFICIALS]
-    if name != "random":
-        everything = [*FIRST, *CONDITIONED, OFFICIALS[0]]
+    main = [*FIRST, *CONDITIONED, OFFICIALS[0]]
+    several = {1: everything, 8: [*main, *TOKEN[1:]]} if name == "random" else {1: main, 8: main}
     made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
         (f"batch {batch}", partial(speed_rows, name, ways, cases, batch, arguments.context, arguments))
-        for batch, cases in {1: everything, 8: everything, 32: [*FIRST[:2], *CONDITIONED]}.items()
+        for batch, cases in (several | {32: [*FIRST[:2], *CONDITIONED]}).items()
     ]
     longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
     made += [
