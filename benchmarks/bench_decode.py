@@ -185,7 +185,7 @@ def speed_rows(
 ) -> list[dict[str, Any]]:
     """Time cases at one batch size and context."""
     # Runs of small batches are short, so single ratios scatter more and cost less.
-    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (2 if context > arguments.context else 1)))
+    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (3 if context > arguments.context else 1)))
     found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
     rows = []
     for case in cases:
