@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,6 @@ def _is_known(layer: Any, heads: tuple[int, ...]) -> bool:
     )
 
 
-def is_plain(module: Any) -> bool:
+def is_plain(module: Any) -> TypeGuard[nn.Linear]:
     """Tell whether a module is a linear layer and nothing more: no adapter, no quantised weights."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter

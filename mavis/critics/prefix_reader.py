@@ -191,7 +191,8 @@ class PrefixReader:
         kept: KeptPrefixes | None = getattr(self._thread, "kept", None)
         self._thread.kept = None
         weights = self._versions()
-        if weights != self._seen:
+        looked = kept is None or weights != self._seen
+        if looked:
             weights = self._look()
         if kept is not None and kept.weights != weights:
             kept = None
@@ -205,7 +206,8 @@ class PrefixReader:
             )
         if kept is not None and kept.go_on(ids):
             return kept
-        return KeptPrefixes(ids, {kind: StepMask(window) for kind, window in self._windows.items()}, self._look())
+        weights = weights if looked else self._look()
+        return KeptPrefixes(ids, {kind: StepMask(window) for kind, window in self._windows.items()}, weights)
 
     def _forward(self, kept: KeptPrefixes, is_token: Tensor, ids: Tensor, candidate_ids: Tensor) -> Tensor:
         """Read what is new of the prefixes, and candidates: (B, K, H) float32."""
@@ -365,7 +367,7 @@ def _lay_out(trunk: nn.Module) -> None:
 
     Such a product reads every weight once, and is faster in the order in which it adds to all outputs at once.
     """
-    for weight in [module.weight for module in trunk.modules() if isinstance(module, nn.Linear) and is_plain(module)]:
+    for weight in [module.weight for module in trunk.modules() if is_plain(module)]:
         if weight.device.type == "cpu" and weight.is_contiguous() and not weight.is_inference():
             weight.data = weight.data.t().contiguous().t()
 
