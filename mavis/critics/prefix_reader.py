@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from mavis.critics.fused_trunk import FusedTrunk, is_plain
 from mavis.critics.prefix_cache import PADDING, KeptPrefixes, StepMask
+from mavis.critics.trunk_trial import Windows, check_suitable, find_windows
 from mavis.errors import PAD_ON_THE_LEFT, CriticError, DecodingError
 
 _AT_ONCE = 512
 """How many candidates one forward pass reads at most: the part of the mask that is theirs grows with their square."""
-_SUITABLE = "take a decoder of plain attention that reads position_ids, such as a Llama, Qwen2, Gemma or GPT-2."
-_SLIDING = "sliding_attention"
-_SHORT_WINDOW = 3
-"""The window with which a trunk is tried, so that a few tokens show which of its layers have one."""
-_UNDERSTOOD_WINDOWS = {
-    *("sliding_window", "use_sliding_window", "max_window_layers"),
-    *("sliding_window_pattern", "_sliding_window_pattern"),
-}
-_MOST_WRONG, _MOST_WRONG_ON_ACCELERATORS, _MOST_WRONG_IN_HALF_PRECISION = 1e-4, 5e-3, 0.05
-"""How much of their size a trunk's states may be off when it is tried; accelerators may round products to ten bits."""
 
 
 class PrefixReader:
@@ -50,25 +39,23 @@ class PrefixReader:
     """
 
     def __init__(self, trunk: nn.Module) -> None:
-        reason = _unsuitable(trunk)
-        if reason:
-            raise CriticError(f"trunk is a {type(trunk).__name__}, {reason}.", _SUITABLE)
+        check_suitable(trunk)
         self._trunk: Any = trunk
         self._thread = threading.local()
         self._embedding, self._positions = _tables(trunk)
         self._attention = ""
-        self._windows: dict[str, int | None] = {}
+        self._windows: Windows = {}
         self._looking = threading.Lock()
         self._fused: FusedTrunk | None = None
         self._may_fuse = True
         self._look()
         try:
-            self._find_masks()
+            find_windows(trunk, self.read, self._use)
         except CriticError:
             if self._fused is None:
                 raise
             self._may_fuse, self._fused = False, None
-            self._find_masks()
+            find_windows(trunk, self.read, self._use)
 
     def read(
         self,
@@ -119,7 +106,7 @@ class PrefixReader:
             return result.clone()  # a tensor of no mode, and not what is kept
 
     @property
-    def windows(self) -> dict[str, int | None]:
+    def windows(self) -> Windows:
         """The window W of each kind of layer, or None where there is none; of the kind "" if they are all alike."""
         return self._windows
 
@@ -160,6 +147,11 @@ class PrefixReader:
             use_cache=True,
         )[0]
         return hidden
+
+    def _use(self, windows: Windows) -> None:
+        """Read with these windows, and with the attention that the trunk has now, from the beginning."""
+        self._windows, self._attention = windows, self._trunk.config._attn_implementation
+        self.release()
 
     def _look(self) -> tuple[Any, ...]:
         """Look at the trunk's modules and weights, which may have been replaced, and give what tells their versions."""
@@ -263,104 +255,6 @@ class PrefixReader:
                 "leave a trunk's attention as it is, or make a new reader.",
             )
 
-    def _find_masks(self) -> None:
-        """Set the trunk's attention to one that takes the masks of candidates, and find out by trial which masks.
-
-        Raises:
-            CriticError: if none makes states equal to those of whole prefixes.
-        """
-        config: Any = self._trunk.config
-        before, window = config._attn_implementation, getattr(config, "sliding_window", None)
-        options: list[dict[str, int | None]] = [{"": None}] + ([{"": window}] if window else [])
-        if kinds := getattr(config, "layer_types", None):
-            options.append({kind: window if kind == _SLIDING else None for kind in kinds})
-        weight = self._embedding.weight
-        most = _MOST_WRONG if weight.device.type == "cpu" else _MOST_WRONG_ON_ACCELERATORS
-        most = most if weight.dtype.itemsize >= 4 else _MOST_WRONG_IN_HALF_PRECISION
-        reason = ""
-        # Under autocast a trunk is read by its own forward pass, which would be compared with itself.
-        with _in_evaluation_mode(self._trunk), torch.autocast(weight.device.type, enabled=False):
-            for attention in ("sdpa", "eager"):
-                tried = []
-                for windows in options:
-                    try:
-                        self._trunk.set_attn_implementation(attention)
-                        self._attention = config._attn_implementation
-                        tried.append((self._error(windows), windows))
-                    except Exception as failure:  # what a trunk of another kind raises, nobody knows
-                        reason = reason or f"which raises {type(failure).__name__}: {failure}"
-                    self.release()
-                error, self._windows = min(tried, key=lambda one: one[0], default=(float("inf"), {}))
-                if error <= most:
-                    return
-                if tried:
-                    reason = (
-                        f"whose states step by step differ from those of whole prefixes by {error:.1g} of their size"
-                    )
-        self._trunk.set_attn_implementation(before)
-        raise CriticError(f"trunk is a {type(self._trunk).__name__}, {reason}.", _SUITABLE)
-
-    def _error(self, windows: dict[str, int | None]) -> float:
-        """Read random prefixes step by step, with windows that are short, and say how wrong the states are.
-
-        Returns:
-            The root mean square of the difference from whole prefixes without cache and padding, as a share of theirs.
-        """
-        with _short_window(self._trunk.config):
-            self._windows = {kind: _SHORT_WINDOW if window else None for kind, window in windows.items()}
-            weight, generator = self._embedding.weight, torch.Generator().manual_seed(0)
-            ids = torch.randint(len(weight), (2, 9), generator=generator).to(weight.device)
-            candidates = torch.randint(len(weight), (2, 4), generator=generator).to(weight.device)
-            padding = (0, 3)
-            is_token = torch.arange(9, device=weight.device) >= torch.tensor(padding, device=weight.device)[:, None]
-            read, whole = [], []
-            for length, some in ((4, 2), (5, 2), (6, 2), (6, 4), (8, 4), (9, 1)):
-                prefixes, offered = ids[:, :length], candidates[:, :some]
-                if length < 9:  # the last token is read alone
-                    read.append(self.read(prefixes, is_token[:, :length], offered))
-                read.append(self.read(prefixes, is_token[:, :length])[:, None])
-                states = [self._whole(prefixes[row, padding[row] :], offered[row]) for row in range(2)]
-                whole += [torch.stack([one[:, -1] for one in states])] if length < 9 else []
-                whole.append(torch.stack([one[:1, -2] for one in states]))
-            expected = torch.cat(whole, dim=1)
-            return float((torch.cat(read, dim=1) - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-    @torch.no_grad()
-    def _whole(self, prefix: Tensor, candidates: Tensor) -> Tensor:
-        """Read a prefix (L,) and each of its candidates (K,) anew and without cache: (K, L + 1, H) float32."""
-        ids = torch.cat([prefix.expand(len(candidates), -1), candidates[:, None]], dim=1)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        states: Tensor = self._trunk(
-            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
-        )[0]
-        return states.float()
-
-
-def _unsuitable(trunk: Any) -> str:
-    """Say why a trunk need not even be tried, or nothing: what a few tokens would not show is refused here."""
-    if not isinstance(trunk, PreTrainedModel):
-        return "which is no model of transformers"
-    if any(weight.is_meta for weight in trunk.parameters()):
-        return "whose weights are on the meta device"
-    if trunk.get_output_embeddings() is not None:
-        return "which has an output embedding, unlike its base model"
-    if any(getattr(module, "is_causal", True) is False for module in trunk.modules()):
-        return "whose attention is not causal"
-    takes = inspect.signature(trunk.forward).parameters
-    if missing := {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"} - set(takes):
-        return f"whose forward does not take {', '.join(sorted(missing))}"
-    config = trunk.config.to_dict()
-    if unknown := set(config.get("layer_types") or ()) - {"full_attention", _SLIDING}:
-        return f"which has layers of {', '.join(sorted(unknown))}"
-    for name, value in config.items():
-        if value and ("window" in name or "attention_chunk" in name) and name not in _UNDERSTOOD_WINDOWS:
-            return f"whose {name} of {value} is not known to be a matter of its masks"
-    rope = config.get("rope_parameters") or {}
-    for kind in [rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))]:
-        if kind in ("dynamic", "longrope"):
-            return f"whose rotary frequencies ({kind}) change with the length, so that keys cannot be kept"
-    return ""
-
 
 def _lay_out(trunk: nn.Module) -> None:
     """Keep the weights of linear layers input by input on the CPU, where a product with one row is then a third faster.
@@ -377,27 +271,3 @@ def _tables(trunk: Any) -> tuple[Any, int | None]:
     embedding, most = trunk.get_input_embeddings(), getattr(trunk.config, "max_position_embeddings", None)
     tables = [module for module in trunk.modules() if isinstance(module, nn.Embedding) and module is not embedding]
     return embedding, most if most and any(most <= table.num_embeddings <= most + 2 for table in tables) else None
-
-
-@contextmanager
-def _in_evaluation_mode(trunk: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in trunk.modules()]
-    trunk.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _short_window(config: Any) -> Iterator[None]:
-    """Shorten the window of a trunk, if it has one."""
-    window = getattr(config, "sliding_window", None)
-    if window:
-        config.sliding_window = _SHORT_WINDOW
-    try:
-        yield
-    finally:
-        if window:
-            config.sliding_window = window
