@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,6 +16,9 @@ from mavis.critics import HiddenStateCritic
 
 # So small a policy is slower with two threads, and one thread always adds in the same order.
 torch.set_num_threads(1)
+# A property is true or not on a busy machine too: no example has to be drawn or checked within some time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [

@@ -65,7 +65,7 @@ def parsed(override: str) -> Any:
     return config[element.key_or_group]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),

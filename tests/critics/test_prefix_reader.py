@@ -215,7 +215,7 @@ def test_whatever_is_asked_for_the_states_are_those_of_prefixes_read_anew(family
             assert_same(shared.read(*call), ends)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize("family", ["Llama", "Gemma3, window 4"])
 def test_a_random_walk_of_calls_is_right_at_every_step(family: str, data: st.DataObject) -> None:

@@ -58,7 +58,7 @@ def test_every_row_has_its_own_weights_candidates_and_temperature(
     monkeypatch.setattr("mavis.engines.batch._NARROW", 20)  # so that few, many and all tokens meet in one batch
     critic = make_critic(tiny_policy, composition=composition, memory=memory)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(rows=st.lists(tilts, min_size=1, max_size=9), seed=st.integers(0, 99))
     def check(rows: list[Tilt | None], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ coarse_points = st.integers(2, 4).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(coarse_points)
 def test_non_dominated_agrees_with_the_definition(rows: list[list[float]]) -> None:
     points = np.array(rows)
@@ -69,7 +69,7 @@ def test_dominated_and_equal_points_and_points_below_the_corner_add_nothing() ->
     assert hypervolume(np.empty((0, 2)), [0.0, 0.0]) == 0.0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(coarse_points)
 def test_only_the_front_counts_for_the_hypervolume(rows: list[list[float]]) -> None:
     points = np.array(rows)

@@ -50,7 +50,7 @@ def test_one_choice_by_one_objective() -> None:
     assert covariance.item() == pytest.approx(1 / (chance * (1 - chance) + 1 / (1 + math.e)), rel=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.floats(-100, 100), min_size=3, max_size=3), min_size=1, max_size=12),
     st.sampled_from([0.1, 1.0, 4.0, 50.0]),

@@ -87,7 +87,7 @@ reward_tables = st.integers(1, 4).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(reward_tables)
 def test_reward_and_kl_grow_with_beta_and_the_effective_sample_shrinks(rewards: torch.Tensor) -> None:
     frontier = optimal_frontier(rewards, torch.linspace(0, 20, 30))
@@ -99,7 +99,7 @@ def test_reward_and_kl_grow_with_beta_and_the_effective_sample_shrinks(rewards: 
     assert float(frontier.reward[0]) == pytest.approx(float(rewards.mean()), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(reward_tables, st.floats(0.01, 3.0), st.floats(-100, 100))
 def test_optimal_reward_at_agrees_with_the_frontier_and_moves_with_the_rewards(
     rewards: torch.Tensor, beta: float, shift: float
@@ -113,7 +113,7 @@ def test_optimal_reward_at_agrees_with_the_frontier_and_moves_with_the_rewards(
     assert optimal_reward_at(rewards + shift, kl, 1.0) == pytest.approx(reward + shift, abs=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(reward_tables, st.data())
 def test_no_other_policy_beats_the_frontier(rewards: torch.Tensor, data: st.DataObject) -> None:
     size = rewards.numel()

@@ -64,7 +64,7 @@ def test_what_cannot_be_scored_is_refused(critic: Any, tiny_objectives: dict[str
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 @given(st.lists(st.tuples(st.builds(Pair, TEXT, TEXT, TEXT), st.booleans())))
 def test_what_is_written_is_read_back(tmp_path: Path, answers: list[tuple[Pair, bool]]) -> None:
     write_answers(tmp_path / "answers.jsonl", answers)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis.errors import ObjectiveError
@@ -111,7 +111,6 @@ def test_exclamations_by_hand() -> None:
     assert exclamations(["p"] * 3, ["", "Oh!", "!a!!"]) == [0, 1, 3]
 
 
-@settings(deadline=None)  # the first example imports the scorers
 @given(ODD_TEXTS)
 def test_every_text_gets_finite_rewards_in_range(response: str) -> None:
     positive, dialogue, brevity, readability, shouts = score(ALL, [""], [response])[0]
@@ -122,7 +121,6 @@ def test_every_text_gets_finite_rewards_in_range(response: str) -> None:
     assert shouts == response.count("!")
 
 
-@settings(deadline=None)
 @given(st.lists(ODD_TEXTS, min_size=1, max_size=4), st.lists(ODD_TEXTS, min_size=1, max_size=4))
 def test_a_reward_depends_on_its_own_response_only(texts: list[str], others: list[str]) -> None:
     together = score(ALL, ["p"] * len(texts + others), texts + others)
