@@ -184,8 +184,8 @@ def speed_rows(
     name: str, ways: Ways, cases: list[Case], batch: int, context: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Time cases at one batch size and context."""
-    # Runs of small batches are short, so single ratios scatter more and cost less.
-    repeats = arguments.repeats * max(1, round(math.sqrt(32 / batch) / (3 if context > arguments.context else 1)))
+    # Runs of small batches are short, so single ratios scatter more and cost less: 3, 2 and 1 times at 1, 8 and 32.
+    repeats = arguments.repeats * max(1, round(math.cbrt(32 / batch) / (3 if context > arguments.context else 1)))
     found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
     rows = []
     for case in cases:
