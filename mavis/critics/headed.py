@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,9 @@ from torch.nn import functional as F
 
 from mavis.critics.base import Composition, Critic
 from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device, weights_at_hand
-from mavis.critics.heads import Film, ValueHeads
+from mavis.critics.heads import ValueHeads
 from mavis.errors import CriticError, check_whole
 from mavis.math.mixture import kl_unit, tilt_coefficients
-
-
-class _OfLambda(NamedTuple):
-    """What a critic's heads make of λ, while neither has changed."""
-
-    lam: Tensor
-    condition: Tensor
-    versions: tuple[int, int, int]
-    coefficients: Tensor
-    film: Film | None
 
 
 class HeadedCritic(Critic):
@@ -80,7 +70,6 @@ class HeadedCritic(Critic):
         conditions = len(self.objectives) if self.conditioned else 0
         self.heads = ValueHeads(input_size, len(self.objectives) + self.conditioned, hidden, rank, conditions)
         self.projection = nn.Linear(embedding_size, rank, bias=False) if rank else None
-        self._kept: _OfLambda | None = None
         if rank:  # a trailing 1 in every row lets one product add V to ⟨A, u⟩
             self.register_buffer("token_table", torch.zeros(fingerprint.vocab_size, rank + 1))
 
@@ -105,12 +94,7 @@ class HeadedCritic(Critic):
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """See `Critic.tilt`."""
         with torch.no_grad():
-            return self._tilt(self._inputs(prefix_ids), candidate_ids, *self._of_generations_lambda(lam))
-
-    def detach(self) -> None:
-        """See `Critic.detach`."""
-        super().detach()
-        self._kept = None
+            return self.tilt_of_inputs(self._inputs(prefix_ids), candidate_ids, lam)
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
@@ -128,7 +112,13 @@ class HeadedCritic(Critic):
         Returns:
             (B, K) float32, nats.
         """
-        return self._tilt(inputs, candidate_ids, *self._of_lambda(lam))
+        coefficients = tilt_coefficients(lam) if self.conditioned else lam
+        mixed = self.heads.mixed(inputs, coefficients, lam)
+        if self.projection is None:
+            return mixed
+        if candidate_ids is None:
+            return mixed @ self.token_table.T
+        return torch.bmm(F.embedding(candidate_ids, self.token_table), mixed[:, :, None]).squeeze(2)
 
     def values_of_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """Compute the values for what the heads read.
@@ -194,30 +184,6 @@ class HeadedCritic(Critic):
     def _normed(self, states: Tensor) -> Tensor:
         # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
         return F.layer_norm(states.float(), states.shape[-1:])
-
-    def _tilt(self, inputs: Tensor, candidate_ids: Tensor | None, coefficients: Tensor, film: Film | None) -> Tensor:
-        mixed = self.heads.mixed(inputs, coefficients, film)
-        if self.projection is None:
-            return mixed
-        if candidate_ids is None:
-            return mixed @ self.token_table.T
-        return torch.bmm(F.embedding(candidate_ids, self.token_table), mixed[:, :, None]).squeeze(2)
-
-    def _of_lambda(self, lam: Tensor) -> tuple[Tensor, Film | None]:
-        """Compute what depends on λ alone: what the heads are multiplied with, and what λ does inside them."""
-        return (tilt_coefficients(lam), self.heads.film(lam)) if self.conditioned else (lam, None)
-
-    def _of_generations_lambda(self, lam: Tensor) -> tuple[Tensor, Film | None]:
-        """Do what `_of_lambda` does, but once in a generation, at whose steps λ is one and the same tensor."""
-        condition = self.heads.condition
-        if condition is None or lam.is_inference() or condition.is_inference():  # such tensors count no versions
-            return self._of_lambda(lam)
-        versions = lam._version, condition._version, condition.data_ptr()
-        kept = self._kept
-        if kept is None or kept.lam is not lam or kept.condition is not condition or kept.versions != versions:
-            kept = _OfLambda(lam, condition, versions, *self._of_lambda(lam))
-            self._kept = kept  # whole, because other threads look at it
-        return kept.coefficients, kept.film
 
     def _outputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None) -> Tensor:
         """Compute what every head says: (B, K, O)."""

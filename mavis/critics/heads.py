@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Film: TypeAlias = tuple[Tensor, Tensor]
-"""The scale γ and the shift δ that a λ makes of what goes into the heads' silu."""
 
 
 class ValueHeads(nn.Module):
@@ -55,43 +50,29 @@ class ValueHeads(nn.Module):
         Returns:
             (..., O, r + 1) float32: A_o in the first r places, V_o in the last.
         """
-        return torch.einsum("...od,odr->...or", self._inner(inputs, self.film(lam)), self.outer) + self.bias
+        return torch.einsum("...od,odr->...or", self._inner(inputs, lam), self.outer) + self.bias
 
-    def mixed(self, inputs: Tensor, coefficients: Tensor, film: Film | None = None) -> Tensor:
+    def mixed(self, inputs: Tensor, coefficients: Tensor, lam: Tensor | None = None) -> Tensor:
         """Compute Σ_o c_o (A_o, V_o) without forming the single heads' outputs.
 
         Args:
             inputs: (B, I) float32.
             coefficients: (B, O) float32, the c_o.
-            film: what the λ of these rows does; None where heads read none.
+            lam: (B, M) float32, what the heads read; None where they read none.
 
         Returns:
             (B, r + 1) float32.
         """
-        weighted = self._inner(inputs, film) * coefficients[:, :, None]
+        weighted = self._inner(inputs, lam) * coefficients[:, :, None]
         return torch.addmm(coefficients @ self.bias, weighted.flatten(1), self.outer.flatten(0, 1))
 
-    def film(self, lam: Tensor | None) -> Film | None:
-        """Compute by how much λ scales and shifts what goes into the silu.
-
-        Args:
-            lam: (..., M) float32, or None where heads read none.
-
-        Returns:
-            γ and δ of all heads side by side, (..., O·D) float32 each, or None.
-        """
-        if self.condition is None:
-            return None
-        assert lam is not None
-        size = lam.abs().sum(-1, keepdim=True)
-        scale, shift = (torch.cat([lam / (1 + size), size.log1p()], dim=-1) @ self.condition).chunk(2, dim=-1)
-        return scale, shift
-
-    def _inner(self, inputs: Tensor, film: Film | None) -> Tensor:
+    def _inner(self, inputs: Tensor, lam: Tensor | None) -> Tensor:
         if not self.hidden:
             return inputs.unsqueeze(-2).expand(*inputs.shape[:-1], self.outputs, -1)
         inner = torch.addmm(self.inner_bias, inputs.flatten(0, -2), self.inner).view(*inputs.shape[:-1], -1)
-        if film is not None:
-            scale, shift = film
+        if self.condition is not None:
+            assert lam is not None
+            size = lam.abs().sum(-1, keepdim=True)
+            scale, shift = (torch.cat([lam / (1 + size), size.log1p()], dim=-1) @ self.condition).chunk(2, dim=-1)
             inner = torch.addcmul(inner + shift, inner, scale)
         return F.silu(inner).unflatten(-1, (self.outputs, self.hidden))

@@ -139,11 +139,8 @@ class MavisTilt(LogitsProcessor):
                 f"critic knows {critic.fingerprint.vocab_size} tokens, but scores has {scores.shape[1]}.",
                 "use the critic that was trained for this policy.",
             )
-        known: _Generation | None = getattr(self._thread, "generation", None)
-        goes_on = known is not None and not critic.restarted and _continues(known, input_ids)
-        spread = self._spread(critic, scores, goes_on)
-        generation = known if known is not None and goes_on else self._begin(critic, input_ids)
-        generation.length = input_ids.shape[1]
+        spread = self._spread(critic, scores)
+        generation = self._follow(critic, input_ids)
         recorded = self.record_kl or self.entropy_gate is not None
         ended = generation.ended(input_ids, _end_ids(critic)) if recorded else None
         if spread.lam is None:
@@ -229,9 +226,8 @@ class MavisTilt(LogitsProcessor):
             critic.check_range(kept[1])
         return kept[1]
 
-    def _spread(self, critic: Critic, scores: Tensor, goes_on: bool) -> _Lambda:
-        # A tensor of its own for every generation: a critic keeps what it has made of it.
-        kept = self._lambda if goes_on else None
+    def _spread(self, critic: Critic, scores: Tensor) -> _Lambda:
+        kept = self._lambda
         if kept is not None and kept.critic is critic and kept.rows == len(scores) and kept.device == scores.device:
             return kept
         lam = self._rows_for(critic)
@@ -252,13 +248,16 @@ class MavisTilt(LogitsProcessor):
         self._lambda = kept
         return kept
 
-    def _begin(self, critic: Critic, input_ids: Tensor) -> _Generation:
-        """Begin to follow a generation; check its grouping."""
-        rows = len(self._rows_for(critic))
-        if 1 < rows < len(input_ids):
-            _check_groups(input_ids, rows)
-        generation = _Generation(prompt_ids=input_ids, length=input_ids.shape[1])
-        self._thread.generation = self._generation = generation
+    def _follow(self, critic: Critic, input_ids: Tensor) -> _Generation:
+        """Tell a new generation from the next step of the one under way; check a new one's grouping."""
+        generation: _Generation | None = getattr(self._thread, "generation", None)
+        if generation is None or critic.restarted or not _continues(generation, input_ids):
+            rows = len(self._rows_for(critic))
+            if 1 < rows < len(input_ids):
+                _check_groups(input_ids, rows)
+            generation = _Generation(prompt_ids=input_ids, length=input_ids.shape[1])
+            self._thread.generation = self._generation = generation
+        generation.length = input_ids.shape[1]
         return generation
 
 

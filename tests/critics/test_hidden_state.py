@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mavis
-from mavis import HiddenStateCritic, MavisTilt
+from mavis import HiddenStateCritic
 from mavis.critics import Calibration
 from mavis.critics.headed import token_embeddings
 from mavis.errors import CriticError, PolicyError
@@ -132,105 +131,6 @@ def test_rewards_are_normalised_by_the_reference_rollouts_and_never_by_nothing(p
     )
     with pytest.raises(CriticError, match="objective 'dialogue' gives every one of the 3 reference responses the same"):
         critic.set_normalisation(torch.tensor([[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]))
-
-
-# What λ makes of its heads, which is kept during a generation
-
-
-@pytest.fixture
-def conditioned(policy: Any) -> HiddenStateCritic:
-    critic = HiddenStateCritic.for_policy(policy, ["a", "b"], hidden=8, rank=4)
-    with torch.no_grad():
-        for weights in critic.heads.parameters():
-            weights.normal_()
-    return critic
-
-
-def test_it_is_made_once_in_a_generation(
-    policy: Any, conditioned: HiddenStateCritic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    film = conditioned.heads.film
-    monkeypatch.setattr(conditioned.heads, "film", lambda lam: made.append(len(lam)) or film(lam))
-    with conditioned.attach(policy):
-        tilt = MavisTilt([1.0, -1.0], conditioned, beta=2.0, top_k=None)
-        for _ in range(2):
-            policy.generate(
-                torch.ones(3, 2, dtype=torch.long), max_new_tokens=5, min_new_tokens=5, logits_processor=tilt
-            )
-    assert made == [3, 3]
-
-
-def replaced(critic: HiddenStateCritic) -> None:
-    critic.heads.condition = nn.Parameter(critic.heads.condition.detach().clone().mul_(-1.0))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda critic, lam: critic.heads.condition.mul_(-1.0),
-        lambda critic, lam: critic.heads.load_state_dict({k: -v for k, v in critic.heads.state_dict().items()}),
-        lambda critic, lam: replaced(critic),
-        lambda critic, lam: lam.mul_(2.0),
-        lambda critic, lam: lam.copy_(lam.flip(1)),
-    ],
-    ids=["written to", "loaded", "replaced", "another strength", "other weights"],
-)
-@torch.no_grad()
-def test_it_is_made_anew_where_the_heads_or_lambda_have_changed(
-    policy: Any, conditioned: HiddenStateCritic, change: Any
-) -> None:
-    ids, lam = torch.randint(0, 30, (2, 5)), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
-    with conditioned.attach(policy):
-        states = policy(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1]
-        before = conditioned.tilt(ids, None, lam)
-        change(conditioned, lam)
-        after = conditioned.tilt(ids, None, lam)
-        expected = conditioned.tilt_of_inputs(first_step(conditioned, states), None, lam)
-    assert not torch.allclose(after, before, atol=1e-2)
-    torch.testing.assert_close(after, expected)
-
-
-def test_what_is_written_past_torchs_count_is_seen_by_the_next_generation(
-    policy: Any, conditioned: HiddenStateCritic
-) -> None:
-    prompt = torch.ones(2, 3, dtype=torch.long)
-    how = {"max_new_tokens": 4, "min_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
-
-    def scores(tilt: MavisTilt) -> torch.Tensor:
-        return torch.stack(policy.generate(prompt, do_sample=False, logits_processor=tilt, **how).scores)
-
-    with conditioned.attach(policy):
-        used = MavisTilt([1.0, -1.0], conditioned, beta=2.0, top_k=None)
-        before = scores(used)
-        conditioned.heads.condition.data.mul_(-1.0)
-        after = scores(used)
-        fresh = scores(MavisTilt([1.0, -1.0], conditioned, beta=2.0, top_k=None))
-    assert not torch.allclose(after, before, atol=1e-2)
-    assert torch.equal(after, fresh)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_is_the_same_in_any_mode(policy: Any, conditioned: HiddenStateCritic, mode: Any) -> None:
-    ids = torch.randint(0, 30, (2, 5))
-    with conditioned.attach(policy):
-        with mode():
-            lam = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
-            states = policy(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1]
-            found = [conditioned.tilt(ids, None, lam) for _ in range(2)]
-        expected = conditioned.tilt_of_inputs(first_step(conditioned, states.clone()), None, lam.clone())
-        for one in [*found, conditioned.tilt(ids, None, lam)]:
-            torch.testing.assert_close(one, expected.detach())
-
-
-def test_it_is_let_go_of_with_the_policy(policy: Any, conditioned: HiddenStateCritic) -> None:
-    ids, lam = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
-    alive = weakref.ref(lam)
-    with conditioned.attach(policy):
-        policy(ids)
-        conditioned.tilt(ids, None, lam)
-    del lam
-    assert alive() is None
 
 
 # What it attaches to
