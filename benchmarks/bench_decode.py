@@ -184,7 +184,8 @@ def speed_rows(
     name: str, ways: Ways, cases: list[Case], batch: int, context: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Time cases at one batch size and context."""
-    # Runs of small batches are short, so single ratios scatter more and cost less: 3, 2 and 1 times at 1, 8 and 32.
+    # Runs of small batches are short, so single ratios scatter more and cost less: batch 1, 8 and 32 get 3, 2 and 1
+    # times as many rounds at the first context. Longer prompts scatter less.
     repeats = arguments.repeats * max(1, round(math.cbrt(32 / batch) / (3 if context > arguments.context else 1)))
     found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
     rows = []
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32, help="tokens in every prompt")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 512, 2_048], help="more of them, at batch 1")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds at batch 32; small batches get more")
+    parser.add_argument("--repeats", type=int, default=6, help="rounds at batch 32; small batches get more")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--folder", default="outputs/decode", help="of what has been measured")
     parser.add_argument("--name", default="decode", help="of the result file")
