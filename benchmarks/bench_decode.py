@@ -1,36 +1,35 @@
-"""What does the tilt cost? Tilted against plain `generate`, measured by turns.
+"""What does the tilt cost? Tilted against plain `generate`, step by step in turn.
 
     python benchmarks/bench_decode.py                         the random Llama of 8 layers × 512 and the embedded policy
     python benchmarks/bench_decode.py --policy path/or/hub-id one policy
 
-Every speed is a median over rounds. In each round every way decodes once between two plain runs, and is compared with
-their mean, so that drifts of the machine cancel. Beside the critics stands the step of the official scripts. A repeated
-call goes on where it stopped.
+Every speed is a median over rounds. In each round every way runs at once with plain decoding, a step each in turn, so
+that drifts of the machine cancel. Beside the critics stands the step of the official scripts. A repeated call goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import results
 import torch
+from in_turn import seconds_in_turn, twin
 from memory import peak_mib
 from official_step import OfficialStep
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
 from mavis.critics.base import Composition
-from mavis.evaluation.speed import compare_speed
 from mavis.files import claimed, write_json
 
 OFFICIAL = "official step"
@@ -106,19 +105,23 @@ class Ways:
         for critic in self.critics.values():
             critic.detach()
 
+    def build(self, case: Case) -> Any:
+        """Build the critic of a case."""
+        names = [f"objective_{m}" for m in range(case.objectives)]
+        if case.readout is None:
+            critic: Any = HiddenStateCritic.for_policy(self.policy, names, composition=case.composition)
+        else:
+            critic = ValueModelCritic.for_policy(
+                self.policy, names, backbone=self.backbone, readout=case.readout, composition=case.composition
+            )
+        torch.nn.init.normal_(critic.heads.outer, std=0.02)
+        return critic
+
     def critic(self, case: Case) -> Any:
         """Build the critic of a case, or find it."""
         key = replace(case, top_k=0)
         if key not in self.critics:
-            names = [f"objective_{m}" for m in range(case.objectives)]
-            if case.readout is None:
-                critic: Any = HiddenStateCritic.for_policy(self.policy, names, composition=case.composition)
-            else:
-                critic = ValueModelCritic.for_policy(
-                    self.policy, names, backbone=self.backbone, readout=case.readout, composition=case.composition
-                )
-            torch.nn.init.normal_(critic.heads.outer, std=0.02)
-            self.critics[key] = critic
+            self.critics[key] = self.build(case)
         return self.critics[key]
 
     def processor(self, case: Case) -> Any:
@@ -131,15 +134,46 @@ class Ways:
             return self.critics[key].step(case.top_k)
         critic = self.critic(case)
         critic.attach(self.policy)
-        return MavisTilt([1.0] * case.objectives, critic, beta=1.0, top_k=case.top_k)
+        return tilt(case, critic)
 
-    def speeds(self, cases: list[Case], inputs: Any, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-        """Time cases by turns with plain decoding."""
-        ways: dict[str, Callable[[], Any]] = {"plain": self.detach_all}
-        ways |= {str(case): lambda case=case: self.processor(case) for case in cases}
-        found = compare_speed(self.policy, inputs, ways, new_tokens=new_tokens, repeats=repeats)
+    def seconds(
+        self, cases: list[Case], inputs: Any, new_tokens: int, repeats: int
+    ) -> dict[Case, list[tuple[float, float]]]:
+        """Time each case in turn with plain decoding: (plain, its own) of every round but one to warm up."""
         self.detach_all()
-        return found
+
+        def run(policy: Any, processor: Any, end_of_step: StoppingCriteria) -> None:
+            policy.generate(
+                **inputs,
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                logits_processor=processor,
+                stopping_criteria=[end_of_step],
+            )
+
+        ways: dict[Case, tuple[Any, Callable[[], Any]]] = {}
+        for case in cases:
+            policy = twin(self.policy)
+            if case.critic == OFFICIAL:
+                ways[case] = policy, partial(self.processor, case)
+            else:
+                critic = self.build(case)
+                critic.attach(policy)
+                ways[case] = policy, partial(tilt, case, critic)
+        found: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+        for turn in range(repeats + 1):
+            for case, (policy, processor) in ways.items():
+                runs = {"plain": partial(run, self.policy, []), "own": partial(run, policy, processor())}
+                seconds = seconds_in_turn(runs, seed=turn)
+                found[case].append((seconds["plain"], seconds["own"]))
+        return {case: rounds[1:] for case, rounds in found.items()}
+
+
+def tilt(case: Case, critic: Any) -> MavisTilt:
+    """Make a case's processor for a generation."""
+    return MavisTilt([1.0] * case.objectives, critic, beta=1.0, top_k=case.top_k)
 
 
 class _Official:
@@ -184,18 +218,19 @@ def speed_rows(
     name: str, ways: Ways, cases: list[Case], batch: int, context: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Time cases at one batch size and context."""
-    # Runs of small batches are short, so single ratios scatter more and cost less: batch 1, 8 and 32 get 3, 2 and 1
-    # times as many rounds at the first context. Longer prompts scatter less.
-    repeats = arguments.repeats * max(1, round(math.cbrt(32 / batch) / (3 if context > arguments.context else 1)))
-    found = ways.speeds(cases, prompts(ways, batch, context), arguments.new_tokens, repeats)
-    rows = []
-    for case in cases:
-        speed = found[str(case)]
-        print(f"{name} batch {batch} context {context} {case}: {speed['ratio']:.3f}", flush=True)
+    seconds = ways.seconds(cases, prompts(ways, batch, context), arguments.new_tokens, arguments.repeats)
+    tokens, rows = batch * arguments.new_tokens, []
+    for case, rounds in seconds.items():
+        ratios = [plain / own for plain, own in rounds]
+        low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        print(
+            f"{name} batch {batch} context {context} {case}: {median(ratios):.3f} ({low:.3f} to {high:.3f})", flush=True
+        )
         figures = {
-            "ratio": speed["ratio"],
-            "tokens_per_second": speed["tokens_per_second"],
-            "plain_tokens_per_second": found["plain"]["tokens_per_second"],
+            "ratio": median(ratios),
+            "ratio_quartiles": [low, high],
+            "tokens_per_second": tokens / median(own for _, own in rounds),
+            "plain_tokens_per_second": tokens / median(plain for plain, _ in rounds),
         }
         rows.append(row("speed", name, case, batch, context, **figures))
     return rows
@@ -321,7 +356,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32, help="tokens in every prompt")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 512, 2_048], help="more of them, at batch 1")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=6, help="rounds at batch 32; small batches get more")
+    parser.add_argument("--repeats", type=int, default=6, help="rounds")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--folder", default="outputs/decode", help="of what has been measured")
     parser.add_argument("--name", default="decode", help="of the result file")

@@ -55,8 +55,8 @@ def overhead() -> str:
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
         f"Tokens per second of tilted decoding as a share of plain `generate` on {where} "
-        f"(`benchmarks/bench_decode.py`; {config['new_tokens']} tokens after {base}, medians of at least "
-        f"{config['repeats']} rounds in which each way runs between two plain runs). A value model has half the "
+        f"(`benchmarks/bench_decode.py`; {config['new_tokens']} tokens after {base}, medians of {config['repeats']} "
+        "rounds in which a way and plain decoding take a step each in turn). A value model has half the "
         "policy's layers and width; the official step is that of the paper's scripts, one such model for each "
         "objective, or one for all once they are distilled. Critics are of the independent composition where it does "
         "not say conditioned; those have one head more:\n\n"

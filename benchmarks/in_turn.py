@@ -1,0 +1,58 @@
+"""Runs of `generate` that take a step each in turn, so that a machine's drifts are the same for all of them."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from transformers import StoppingCriteria
+
+
+class _EndOfStep(StoppingCriteria):
+    """Lets the others have their turn when a step is done; stops nothing."""
+
+    def __init__(self) -> None:
+        self._others = getcurrent()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._others.switch()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def twin(policy: Any) -> Any:
+    """Copy a policy's modules but none of its weights, so that what is hooked into one is not in the other."""
+    return copy.deepcopy(policy, {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())})
+
+
+def seconds_in_turn(runs: Mapping[str, Callable[[StoppingCriteria], Any]], seed: int) -> dict[str, float]:
+    """Run all at once, a step of each in turn, and measure how long each has been at it.
+
+    They share one thread, and with it the threads that torch computes with. Every turn has an order of its own, for a
+    step takes a little longer after one that has left much in the processor's caches.
+
+    Args:
+        runs: each calls `generate` with the stopping criterion that it is given. No two may share a critic, or a policy
+            that a critic is attached to.
+        seed: of the orders.
+
+    Returns:
+        Seconds by name, from the call to its return.
+    """
+    draw = random.Random(seed)
+    with torch.no_grad():  # which `generate` leaves as it was, and the others are still in theirs
+        end = _EndOfStep()
+        waiting = {name: greenlet(run) for name, run in runs.items()}
+        seconds = dict.fromkeys(runs, 0.0)
+        while waiting:
+            for name in draw.sample(sorted(waiting), len(waiting)):
+                start = time.perf_counter()
+                waiting[name].switch(end)  # the argument of the run, and later what nobody reads
+                seconds[name] += time.perf_counter() - start
+                if waiting[name].dead:
+                    del waiting[name]
+    return seconds
