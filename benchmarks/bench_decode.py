@@ -3,17 +3,19 @@
     python benchmarks/bench_decode.py                         the random Llama of 8 layers × 512 and the embedded policy
     python benchmarks/bench_decode.py --policy path/or/hub-id one policy
 
-Every speed is a median over rounds. In each round every way runs at once with plain decoding, a step each in turn, so
-that drifts of the machine cancel. Beside the critics stands the step of the official scripts. A repeated call goes on
-where it stopped.
+Every way is paired with a plain run of its own; both take a step each in turn, so that drifts of the machine cancel,
+and the ratio of their times is a median over rounds. A control pairs plain decoding with itself. First tokens and
+assisted decoding are timed as whole runs. Beside the critics stands the step of the official scripts. A repeated call
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +27,11 @@ import torch
 from in_turn import seconds_in_turn, twin
 from memory import peak_mib
 from official_step import OfficialStep
+from policies import llama, load
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import logging
 
-from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
+from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic
 from mavis.critics.base import Composition
 from mavis.files import claimed, write_json
 
@@ -60,33 +63,6 @@ OFFICIALS = [Case(OFFICIAL, None, m, 40) for m in (2, 1)]
 FIRST = [HIDDEN[0], TOKEN[0], CANDIDATES[0]]
 # One head more, and all of them read λ.
 CONDITIONED = [replace(case, composition="conditioned") for case in FIRST[:2]]
-
-
-def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
-    """Describe a Llama with heads of 64."""
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=4_096,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
-def load(name: str) -> Any:
-    """Load a policy by the name that the command line takes."""
-    if name == "random":
-        torch.manual_seed(0)
-        config = llama(32_000, layers=8, width=512)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    if name == "embedded":
-        return embedded.load()[0]
-    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
 
 
 class Ways:
@@ -137,9 +113,9 @@ class Ways:
         return tilt(case, critic)
 
     def seconds(
-        self, cases: list[Case], inputs: Any, new_tokens: int, repeats: int
-    ) -> dict[Case, list[tuple[float, float]]]:
-        """Time each case in turn with plain decoding: (plain, its own) of every round but one to warm up."""
+        self, cases: Sequence[Case | None], inputs: Any, new_tokens: int, repeats: int
+    ) -> dict[Case | None, list[tuple[float, float]]]:
+        """Time each case, None for plain, in turn with plain decoding: (plain, its own) of all rounds but a first."""
         self.detach_all()
 
         def run(policy: Any, processor: Any, end_of_step: StoppingCriteria) -> None:
@@ -153,21 +129,26 @@ class Ways:
                 stopping_criteria=[end_of_step],
             )
 
-        ways: dict[Case, tuple[Any, Callable[[], Any]]] = {}
+        ways: dict[Case | None, tuple[Any, Callable[[], Any]]] = {}
+        critics = []
         for case in cases:
             policy = twin(self.policy)
-            if case.critic == OFFICIAL:
+            if case is None:
+                ways[case] = policy, list
+            elif case.critic == OFFICIAL:
                 ways[case] = policy, partial(self.processor, case)
             else:
-                critic = self.build(case)
-                critic.attach(policy)
-                ways[case] = policy, partial(tilt, case, critic)
-        found: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+                critics.append(self.build(case))
+                critics[-1].attach(policy)
+                ways[case] = policy, partial(tilt, case, critics[-1])
+        found: dict[Case | None, list[tuple[float, float]]] = {case: [] for case in cases}
         for turn in range(repeats + 1):
             for case, (policy, processor) in ways.items():
                 runs = {"plain": partial(run, self.policy, []), "own": partial(run, policy, processor())}
                 seconds = seconds_in_turn(runs, seed=turn)
                 found[case].append((seconds["plain"], seconds["own"]))
+        for critic in critics:
+            critic.detach()
         return {case: rounds[1:] for case, rounds in found.items()}
 
 
@@ -215,24 +196,23 @@ def row(what: str, policy: str, case: Case | None, batch: int, context: int, **f
 
 
 def speed_rows(
-    name: str, ways: Ways, cases: list[Case], batch: int, context: int, arguments: argparse.Namespace
+    name: str, ways: Ways, cases: Sequence[Case | None], batch: int, context: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Time cases at one batch size and context."""
+    """Time cases at one batch size and context; None is the control."""
     seconds = ways.seconds(cases, prompts(ways, batch, context), arguments.new_tokens, arguments.repeats)
     tokens, rows = batch * arguments.new_tokens, []
     for case, rounds in seconds.items():
         ratios = [plain / own for plain, own in rounds]
         low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        print(
-            f"{name} batch {batch} context {context} {case}: {median(ratios):.3f} ({low:.3f} to {high:.3f})", flush=True
-        )
+        told = f"{median(ratios):.3f} ({low:.3f} to {high:.3f})"
+        print(f"{name} batch {batch} context {context} {case or 'plain'}: {told}", flush=True)
         figures = {
             "ratio": median(ratios),
             "ratio_quartiles": [low, high],
             "tokens_per_second": tokens / median(own for _, own in rounds),
             "plain_tokens_per_second": tokens / median(plain for plain, _ in rounds),
         }
-        rows.append(row("speed", name, case, batch, context, **figures))
+        rows.append(row("speed" if case else "control", name, case, batch, context, **figures))
     return rows
 
 
@@ -366,6 +346,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = Path(arguments.folder)
     claim = {name: value for name, value in vars(arguments).items() if name not in ("policy", "folder", "name")}
+    claim["speeds"] = "steps in turn"
     if not claimed(folder / "bench.json", claim, "a benchmark with other"):
         write_json(folder / "bench.json", claim)
     rows = []
@@ -373,6 +354,7 @@ def main() -> None:
         for section, measure in sections(name, arguments):
             place = folder / f"{Path(name).name} {section}.json"
             if not place.is_file():
+                gc.collect()  # nobody's time, and memory that is free before its peak is measured
                 write_json(place, measure())
             rows += json.loads(place.read_text(encoding="utf-8"))
     results.write(arguments.name, vars(arguments), rows)
@@ -384,15 +366,16 @@ def sections(name: str, arguments: argparse.Namespace) -> list[tuple[str, Callab
     everything = [*HIDDEN, *TOKEN, *CANDIDATES, *CONDITIONED, *OFFICIALS]
     main = [*FIRST, *CONDITIONED, OFFICIALS[0]]
     several = {1: everything, 8: [*main, *TOKEN[1:]]} if name == "random" else {1: main, 8: main}
-    made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
-        (f"batch {batch}", partial(speed_rows, name, ways, cases, batch, arguments.context, arguments))
+    longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
+    timed = [
+        (f"batch {batch}", batch, arguments.context, cases)
         for batch, cases in (several | {32: [*FIRST[:2], *CONDITIONED]}).items()
     ]
-    longest = getattr(ways.policy.config, "max_position_embeddings", 0) - arguments.new_tokens
-    made += [
-        (f"context {context}", partial(speed_rows, name, ways, FIRST, 1, context, arguments))
-        for context in arguments.contexts
-        if context <= longest
+    timed += [(f"context {context}", 1, context, FIRST) for context in arguments.contexts if context <= longest]
+    made: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
+        (f"{control}{what}", partial(speed_rows, name, ways, compared, batch, context, arguments))
+        for what, batch, context, cases in timed
+        for control, compared in (("", cases), ("control of ", [None]))
     ]
     made.append(("ragged", partial(ragged_rows, name, ways)))
     made += [

@@ -31,7 +31,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import results
 import torch
-from bench_decode import load
+from policies import load
 
 from mavis import HiddenStateCritic, embedded
 

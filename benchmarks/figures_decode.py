@@ -52,6 +52,7 @@ def overhead() -> str:
         for row in rows
         if row["what"] in ("draft model", "prompt lookup")
     ]
+    controls = [row["ratio"] for row in rows if row["what"] == "control"]
     where = f"{content['hardware']['cores']} cores of an {content['hardware']['cpu']}"
     return (
         f"Tokens per second of tilted decoding as a share of plain `generate` on {where} "
@@ -59,7 +60,8 @@ def overhead() -> str:
         "rounds in which a way and plain decoding take a step each in turn). A value model has half the "
         "policy's layers and width; the official step is that of the paper's scripts, one such model for each "
         "objective, or one for all once they are distilled. Critics are of the independent composition where it does "
-        "not say conditioned; those have one head more:\n\n"
+        "not say conditioned; those have one head more. Plain decoding beside itself comes to "
+        f"{min(controls):.3f} to {max(controls):.3f}:\n\n"
         + table(["policy", "critic", "objectives", "candidates", *(f"batch {batch}" for batch in batches)], told)
         + "\nThe same for one longer prompt (random Llama, 2 objectives, 40 candidates):\n\n"
         + table(["critic", *(f"{context:,} tokens" for context in contexts)], longer)

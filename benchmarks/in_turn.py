@@ -33,11 +33,12 @@ def seconds_in_turn(runs: Mapping[str, Callable[[StoppingCriteria], Any]], seed:
     """Run all at once, a step of each in turn, and measure how long each has been at it.
 
     They share one thread, and with it the threads that torch computes with. Every turn has an order of its own, for a
-    step takes a little longer after one that has left much in the processor's caches.
+    step takes a little longer after another's, which has left its own in the processor's caches. What drifts while the
+    longest step takes its time, which is that of the prompt, does not cancel.
 
     Args:
-        runs: each calls `generate` with the stopping criterion that it is given. No two may share a critic, or a policy
-            that a critic is attached to.
+        runs: each calls `generate`, on the CPU, with the stopping criterion that it is given. No two may share a
+            critic, or a policy that a critic is attached to, and every tilt names its critic.
         seed: of the orders.
 
     Returns:
@@ -48,11 +49,15 @@ def seconds_in_turn(runs: Mapping[str, Callable[[StoppingCriteria], Any]], seed:
         end = _EndOfStep()
         waiting = {name: greenlet(run) for name, run in runs.items()}
         seconds = dict.fromkeys(runs, 0.0)
-        while waiting:
-            for name in draw.sample(sorted(waiting), len(waiting)):
-                start = time.perf_counter()
-                waiting[name].switch(end)  # the argument of the run, and later what nobody reads
-                seconds[name] += time.perf_counter() - start
-                if waiting[name].dead:
-                    del waiting[name]
+        try:
+            while waiting:
+                for name in draw.sample(sorted(waiting), len(waiting)):
+                    start = time.perf_counter()
+                    waiting[name].switch(end)  # the argument of the run, and later what nobody reads
+                    seconds[name] += time.perf_counter() - start
+                    if waiting[name].dead:
+                        del waiting[name]
+        finally:
+            for unfinished in waiting.values():  # where one has failed, the others leave their contexts here
+                unfinished.throw()
     return seconds

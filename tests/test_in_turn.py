@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 
 from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic, embedded
 
-greenlet = pytest.importorskip("greenlet")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -127,18 +127,56 @@ def test_a_twin_shares_weights_and_nothing_else(in_turn: Any) -> None:
 
 
 def test_a_run_that_fails_ends_the_others_and_says_so(in_turn: Any) -> None:
-    done: list[str] = []
+    ended: list[str] = []
 
     def fails(end_of_step: Any) -> None:
         end_of_step(torch.zeros(1, 1), torch.zeros(1, 1))
         raise ValueError("no room")
 
     def goes_on(end_of_step: Any) -> None:
-        for _ in range(3):
-            end_of_step(torch.zeros(1, 1), torch.zeros(1, 1))
-        done.append("whole")
+        with torch.no_grad():  # as `generate` does, and has to leave it
+            try:
+                for _ in range(3):
+                    end_of_step(torch.zeros(1, 1), torch.zeros(1, 1))
+                ended.append("whole")
+            finally:
+                ended.append("left")
 
     with pytest.raises(ValueError, match="no room"):
         in_turn.seconds_in_turn({"a": fails, "b": goes_on}, seed=0)
-    assert done == []
+    assert ended == ["left"]
     assert torch.is_grad_enabled()
+
+
+def test_a_case_is_told_as_a_share_of_the_plain_run_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_decode
+
+    seconds = iter([(9.0, 1.0), (9.0, 1.0), (2.0, 2.5), (2.0, 2.0), (3.0, 4.0), (4.0, 4.0), (6.0, 12.0), (4.0, 8.0)])
+    made: list[dict[str, int]] = []
+
+    def in_turn(runs: dict[str, Any], seed: int) -> dict[str, float]:
+        tokens = {
+            name: run(end_of_step=lambda ids, scores, **_: torch.zeros(len(ids)) > 0) for name, run in runs.items()
+        }
+        assert tokens == {"plain": None, "own": None}
+        hooks = {name: len(run.args[0].get_output_embeddings()._forward_pre_hooks) for name, run in runs.items()}
+        made.append(hooks)
+        return dict(zip(("plain", "own"), next(seconds), strict=True))
+
+    monkeypatch.setattr(bench_decode, "seconds_in_turn", in_turn)
+    arguments = argparse.Namespace(new_tokens=5, repeats=3)
+    ways = bench_decode.Ways(bench_decode.load("embedded"))
+    rows = bench_decode.speed_rows("embedded", ways, [bench_decode.HIDDEN[0], None], 4, 6, arguments)
+    # The first round is not counted; of the others the median of 0.8, 0.75 and 0.5, and of 1, 1 and 0.5.
+    assert [(row["what"], row["critic"], row["ratio"]) for row in rows] == [
+        ("speed", "hidden_state", 0.75),
+        ("control", None, 1.0),
+    ]
+    assert rows[0]["ratio_quartiles"] == [0.625, 0.775]
+    assert (rows[0]["tokens_per_second"], rows[0]["plain_tokens_per_second"]) == (20 / 4.0, 20 / 3.0)
+    assert [hooks["plain"] for hooks in made] == [0] * 8  # what is hooked into the case's twin costs plain nothing
+    assert [hooks["own"] > 0 for hooks in made] == [True, False] * 4
+    assert "embedded batch 4 context 6 plain: 1.000" in capsys.readouterr().out
