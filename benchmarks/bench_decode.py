@@ -145,7 +145,7 @@ class Ways:
         for turn in range(repeats + 1):
             for case, (policy, processor) in ways.items():
                 runs = {"plain": partial(run, self.policy, []), "own": partial(run, policy, processor())}
-                seconds = seconds_in_turn(runs, seed=turn)
+                seconds = seconds_in_turn(runs, turn)
                 found[case].append((seconds["plain"], seconds["own"]))
         for critic in critics:
             critic.detach()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,34 +28,35 @@ def twin(policy: Any) -> Any:
     return copy.deepcopy(policy, {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())})
 
 
-def seconds_in_turn(runs: Mapping[str, Callable[[StoppingCriteria], Any]], seed: int) -> dict[str, float]:
+def seconds_in_turn(runs: Mapping[str, Callable[[StoppingCriteria], Any]], turn: int) -> dict[str, float]:
     """Run all at once, a step of each in turn, and measure how long each has been at it.
 
-    They share one thread, and with it the threads that torch computes with. Every turn has an order of its own, for a
-    step takes a little longer after another's, which has left its own in the processor's caches. What drifts while the
-    longest step takes its time, which is that of the prompt, does not cancel.
+    They share one thread, and with it the threads that torch computes with. The order is turned round after every turn,
+    for a step takes longer or shorter after another's, which has left its own in the processor's caches and room in
+    memory. The longest step, which is that of the prompt, is taken once: so that nobody has it first in every round,
+    rounds are numbered.
 
     Args:
         runs: each calls `generate`, on the CPU, with the stopping criterion that it is given. No two may share a
             critic, or a policy that a critic is attached to, and every tilt names its critic.
-        seed: of the orders.
+        turn: the number of the first turn, ≥ 0; where it is odd, the last of the runs begins.
 
     Returns:
         Seconds by name, from the call to its return.
     """
-    draw = random.Random(seed)
     with torch.no_grad():  # which `generate` leaves as it was, and the others are still in theirs
         end = _EndOfStep()
         waiting = {name: greenlet(run) for name, run in runs.items()}
         seconds = dict.fromkeys(runs, 0.0)
         try:
             while waiting:
-                for name in draw.sample(sorted(waiting), len(waiting)):
+                for name in list(reversed(waiting) if turn % 2 else waiting):
                     start = time.perf_counter()
                     waiting[name].switch(end)  # the argument of the run, and later what nobody reads
                     seconds[name] += time.perf_counter() - start
                     if waiting[name].dead:
                         del waiting[name]
+                turn += 1
         finally:
             for unfinished in waiting.values():  # where one has failed, the others leave their contexts here
                 unfinished.throw()
