@@ -46,7 +46,7 @@ serve: export VLLM_NO_USAGE_STATS = 1
 serve: export DO_NOT_TRACK = 1
 serve: export HF_HUB_OFFLINE = 1
 serve: $(VLLM_VENV)/.ready $(CRITIC)/config.json
-	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model mavis/embedded --served-model-name embedded --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --logits-processors mavis.engines.vllm:MavisLogitsProcessor $(SERVE_ARGUMENTS)
+	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model mavis/policies/embedded --served-model-name embedded --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --logits-processors mavis.vllm.logits_processor:MavisLogitsProcessor $(SERVE_ARGUMENTS)
 
 outputs/demo/critic/config.json:
 	$(MAKE) demo

@@ -22,18 +22,18 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import results
 import torch
-from in_turn import seconds_in_turn, twin
-from memory import peak_mib
-from official_step import OfficialStep
-from policies import llama, load
+from lib import results
+from lib.in_turn import seconds_in_turn, twin
+from lib.official_step import OfficialStep
+from lib.peak_memory import peak_mib
+from lib.policies import llama, load
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, StoppingCriteria
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, MavisTilt, ValueModelCritic
 from mavis.critics.base import Composition
-from mavis.files import claimed, write_json
+from mavis.utils.files import matches_manifest, write_json
 
 OFFICIAL = "official step"
 
@@ -347,7 +347,7 @@ def main() -> None:
     folder = Path(arguments.folder)
     claim = {name: value for name, value in vars(arguments).items() if name not in ("policy", "folder", "name")}
     claim["speeds"] = "steps in turn"
-    if not claimed(folder / "bench.json", claim, "a benchmark with other"):
+    if not matches_manifest(folder / "bench.json", claim, "a benchmark with other"):
         write_json(folder / "bench.json", claim)
     rows = []
     for name in arguments.policy:

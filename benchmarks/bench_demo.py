@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import results
+from lib import results
 
 
 def main() -> None:

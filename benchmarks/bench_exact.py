@@ -12,11 +12,11 @@ from itertools import islice
 from statistics import mean
 from typing import Literal
 
-import results
 import torch
+from lib import results
 
 from mavis.exact import KINDS, World, iterate, share
-from mavis.math.preference import simplex_grid
+from mavis.math.simplex import simplex_grid
 
 COMPOSITIONS: tuple[Literal["independent", "conditioned"], ...] = ("independent", "conditioned")
 

@@ -15,14 +15,14 @@ from itertools import islice
 from statistics import mean
 from typing import Any
 
-import results
 import torch
+from lib import results
 
 from mavis import HiddenStateCritic
 from mavis.exact import World, WorldObjective, WorldPolicy, iterate, share, world_tokenizer
 from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
-from mavis.training.fit import FitSettings
+from mavis.training.improvement.fit import FitSettings
 
 WEIGHTS = [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0)]
 COMPOSITIONS = ("independent", "conditioned")

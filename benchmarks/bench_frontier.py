@@ -20,23 +20,22 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-import results
 import torch
+from lib import results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, MavisTilt, embedded
-from mavis.critics import ValueModelCritic, load_critic
-from mavis.critics.base import Critic
+from mavis.critics import Critic, ValueModelCritic
 from mavis.evaluation import EvaluationSettings, evaluate
-from mavis.evaluation.evaluate import efficiency_at, reference_rollouts, untilted_rollouts
 from mavis.evaluation.speed import compare_speed
-from mavis.files import write_json
+from mavis.evaluation.sweep import efficiency_at, reference_rollouts, untilted_rollouts
 from mavis.math.best_of_n import best_of_n
 from mavis.rewards import Dialogue, Positive
 from mavis.rollouts import RolloutSettings, load_prompts
 from mavis.training import ImprovementSettings, improve
-from mavis.training.fit import FitSettings
+from mavis.training.improvement.fit import FitSettings
+from mavis.utils.files import write_json
 
 PROMPTS = [
     "Once upon a time",
@@ -191,7 +190,7 @@ def cell(name: str, method: str, seed: int, arguments: argparse.Namespace) -> di
     logging.disable_progress_bar()
     policy, tokenizer = load(name)
     seconds = None if "rounds_of" in METHODS[method] else train(name, method, seed, policy, tokenizer, arguments)
-    critic = load_critic(critic_of(name, method, seed, arguments))
+    critic = Critic.from_pretrained(critic_of(name, method, seed, arguments))
     entries, best = measure(name, method, seed, policy, tokenizer, critic, arguments)
     print(name, method, seed, *(f"{e['efficiency']:.3f}" if e["efficiency"] else "–" for e in entries), flush=True)
     return {"seconds": seconds, "entries": entries, "best_of_n": best}
@@ -281,7 +280,9 @@ def decode_ratios(name: str, methods: list[str], arguments: argparse.Namespace) 
     """Time tilted decoding with every method's first critic against plain decoding."""
     policy, tokenizer = load(name)
     inputs = tokenizer([PROMPTS[0]] * 8, return_tensors="pt")
-    critics = {method: load_critic(critic_of(name, method, arguments.seeds[0], arguments)) for method in methods}
+    critics = {
+        method: Critic.from_pretrained(critic_of(name, method, arguments.seeds[0], arguments)) for method in methods
+    }
 
     def detach_all() -> None:
         for critic in critics.values():

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.results import hardware, write
 from omegaconf import OmegaConf
-from results import hardware, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mavis import embedded
-from mavis.cli.conf_path import conf_dir
-from mavis.evaluation.bits import bits_per_byte
-from mavis.files import atomic_file
-from mavis.training.corpus import read_stories, split_tail
+from mavis.policies import embedded
+from mavis.utils.files import atomic_file
+from recipes.embedded_policy.bits_per_byte import bits_per_byte
+from recipes.embedded_policy.corpus import read_stories, split_tail
 
 CARD = """\
 # The embedded policy
@@ -28,7 +27,7 @@ CARD = """\
 A story LM of {parameters:,} parameters that ships with `mavis`, so that examples, tests and the demo need no
 download. It is a Hugging Face Llama (vocabulary {vocabulary:,}, hidden size {hidden}, {layers} layers, {heads}
 heads on {key_value_heads} key-value heads, tied embeddings, context {context} tokens), {megabytes:.1f} MB, and
-loads by `mavis.embedded.load()`.
+loads by `mavis.policies.embedded.load()`.
 
 ## How well it predicts
 
@@ -55,7 +54,7 @@ stories260K, trained on all of TinyStories, may have seen the held-out stories t
 
 ## Recipe
 
-`python -m mavis.cli.pretrain corpus=cased.txt teacher=stories260K`, settings in `conf/pretrain.yaml`:
+`python -m recipes.embedded_policy.main corpus=cased.txt teacher=stories260K`, settings in `pretrain.yaml` beside it:
 byte-level BPE trained on the real stories; {real_tokens:,} real and {sampled_tokens:,} sampled tokens, packed into
 rows of {length} tokens; {steps:,} steps of {step_tokens:,} tokens, {real_rows_share:.0%} of them real, which makes
 {real_epochs:.1f} epochs of the real stories and {sampled_epochs:.1f} of the sampled ones; Muon on the matrices and
@@ -139,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", required=True, help="the text file of the recipe")
     parser.add_argument("--teacher", required=True, help="the folder of stories260K")
-    parser.add_argument("--run", required=True, help="the run.json that `mavis pretrain` wrote")
+    parser.add_argument("--run", required=True, help="the run.json that the recipe wrote")
     parser.add_argument("--sample-minutes", type=float, required=True, help="core-minutes of sampling")
     parser.add_argument("--heldout", type=float, default=0.05)
     parser.add_argument("--samples", type=int, default=5)
@@ -153,7 +152,7 @@ def main() -> None:
     texts, ended = sample(policy, tokenizer, arguments.samples, arguments.new_tokens, arguments.seed, 1.0)
     cooler, _ = sample(policy, tokenizer, arguments.samples, arguments.new_tokens, arguments.seed, 0.8)
     rows[0]["samples_ended"] = ended
-    recipe = OmegaConf.load(Path(conf_dir()) / "pretrain.yaml")
+    recipe = OmegaConf.load(Path(__file__).parents[1] / "recipes" / "embedded_policy" / "pretrain.yaml")
     run = json.loads(Path(arguments.run).read_text(encoding="utf-8"))
     tokens = run["steps"] * run["step_tokens"]
     config = policy.config

@@ -16,13 +16,13 @@ import math
 import tempfile
 from itertools import combinations
 
-import results
 import torch
+from lib import results
 from torch import Tensor
 
-from mavis import embedded
 from mavis.evaluation.statistics import mean_and_stderr
 from mavis.math.bradley_terry import information_gain, posterior_draws
+from mavis.policies import embedded
 from mavis.rewards import Brevity, Dialogue, Positive, Readability
 from mavis.rollouts import Plan, RolloutSettings, collect
 

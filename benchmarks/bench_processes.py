@@ -20,21 +20,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import results
+from lib import results
 
 
 def collect_once(arguments: argparse.Namespace) -> None:
     """Collect the plan in this process and those that were started with it; the main one prints rows and seconds."""
     import torch
 
-    from mavis import embedded
-    from mavis.processes import here
+    from mavis.distributed import join_processes
+    from mavis.policies import embedded
     from mavis.rewards import Dialogue, Positive
     from mavis.rollouts import Plan, RolloutSettings, collect
 
     torch.set_num_threads(1)
     policy, tokenizer = embedded.load()
-    processes = here("cpu")
+    processes = join_processes("cpu")
     objectives = {"positive": Positive(), "dialogue": Dialogue()}
     settings = RolloutSettings(max_new_tokens=arguments.new_tokens, shard_size=arguments.shard_size)
     openings = (embedded.path() / "openings.txt").read_text(encoding="utf-8").splitlines()
@@ -44,12 +44,12 @@ def collect_once(arguments: argparse.Namespace) -> None:
         plan = Plan.reference(prompts, len(objectives))
         return list(collect(policy, tokenizer, objectives, plan, Path(arguments.folder) / name, settings))
 
-    collected("warm", prompts[: arguments.shard_size * processes.count])
-    processes.wait()
+    collected("warm", prompts[: arguments.shard_size * processes.world_size])
+    processes.barrier()
     start = time.perf_counter()
     shards = collected("timed", prompts)
     seconds = time.perf_counter() - start
-    if processes.main:
+    if processes.is_main:
         tokens = sum(len(ids) for shard in shards for ids in shard["response_ids"])
         print(json.dumps({"rollouts": sum(map(len, shards)), "tokens": tokens, "seconds": seconds}), flush=True)
 

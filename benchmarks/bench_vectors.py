@@ -21,25 +21,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import results
 import torch
 from bench_frontier import OBJECTIVES, PROMPTS, training_prompts
-from memory import peak_mib
+from lib import results
+from lib.peak_memory import peak_mib
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, embedded
-from mavis.evaluation.evaluate import efficiency_at
-from mavis.files import claimed, write_json
-from mavis.math.divergence import step_kl
+from mavis.evaluation.sweep import efficiency_at
 from mavis.math.frontier import reward_at
+from mavis.math.kl import step_kl
 from mavis.rewards import Readability
 from mavis.rollouts import Plan, RolloutSettings, collect
-from mavis.rollouts.divergence import response_kl
-from mavis.rollouts.replay import Sequences, read_again
+from mavis.rollouts.policy_kl import response_kl
+from mavis.rollouts.replay import Sequences, forward_sequences
 from mavis.training import AlignSettings, ImprovementSettings, align, improve
-from mavis.training.fit import FitSettings
+from mavis.training.improvement.fit import FitSettings
+from mavis.utils.files import matches_manifest, write_json
 from mavis.vectors import AlignmentVector, Vectors
 
 LEVELS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -91,7 +91,7 @@ class Lab:
     def _kl(self, policy: Any, sequences: Sequences, critic: Any, beta: float) -> Tensor:
         if critic is None:
             return response_kl(policy, self.untouched, sequences)
-        (states, logits), (_, plain) = (read_again(model, sequences) for model in (policy, self.untouched))
+        (states, logits), (_, plain) = (forward_sequences(model, sequences) for model in (policy, self.untouched))
         spent = []
         for row in range(len(states)):  # a response at once: all distributions of a shard would fill the memory
             inputs = critic.inputs_of_responses(states[row : row + 1])[0]
@@ -145,7 +145,7 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         Path(arguments.folder) / f"seed-{seed}.json",
         Path(arguments.folder) / f"seed-{seed}" / "bench.json",
     )
-    if not claimed(claimer, claim, "a benchmark with other"):
+    if not matches_manifest(claimer, claim, "a benchmark with other"):
         write_json(claimer, claim)
     elif place.is_file():
         found: list[dict[str, Any]] = json.loads(place.read_text())

@@ -29,9 +29,9 @@ os.environ |= {
 }
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-import results
 import torch
-from policies import load
+from lib import results
+from lib.policies import load
 
 from mavis import HiddenStateCritic, embedded
 
@@ -50,13 +50,13 @@ class Engines:
         names = [f"objective_{m}" for m in range(OBJECTIVES)]
         critic = HiddenStateCritic.for_policy(policy, names, memory=memory, composition="independent")
         torch.nn.init.normal_(critic.heads.outer, std=0.02)  # what a tilt costs does not depend on what was learnt
-        critic.save(folder / "critic")
+        critic.save_pretrained(folder / "critic")
         del policy, critic
         # The plain one comes first: once the processor's module is imported, every logits layer built is its own.
         self.plain = self._start(str(model))
         self.steered = self._start(
             str(model),
-            logits_processors=["mavis.engines.vllm:MavisLogitsProcessor"],
+            logits_processors=["mavis.vllm.logits_processor:MavisLogitsProcessor"],
             additional_config={"mavis_critic": str(folder / "critic")},
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from figures_decode import overhead
-from tables import RESULTS, ranged, read, table
+from lib.tables import RESULTS, ranged, read, table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- figures: made by benchmarks/figures.py -->\n", "<!-- end of figures -->"
@@ -167,7 +167,7 @@ def rounds() -> str:
     return (
         f"J_w = reward − KL/β at β = {beta:g} before training (of the reference policy, cut as the method is) and "
         f"after each round, by weights, mean of {seeds} seeds and its sampling error, on prompts that were not trained "
-        "on (`benchmarks/bench_rounds.py`):\n\n"
+        "on (`benchmarks/bench_iterations.py`):\n\n"
         + table(["policy", "critic", *choices], told)
         + f"\nFalls of more than two standard errors: {'; '.join(falls) or 'none'}.\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import read, table
+from lib.tables import read, table
 
 
 def overhead() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mavis.files import atomic_file
+from mavis.utils.files import atomic_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = {

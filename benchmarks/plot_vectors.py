@@ -8,10 +8,10 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from lib.tables import RESULTS, read
 from matplotlib.figure import Figure
-from tables import RESULTS, read
 
-from mavis.files import atomic_file
+from mavis.utils.files import atomic_file
 
 COLOURS = ("#08306b", "#d95f0e")
 SHADES = ("#d95f0e", "#9ecae1", "#4292c6", "#08306b")

@@ -5,10 +5,11 @@ top-k candidates at every step; `generate` sets the tilt and the policy's `gener
 critic, `distill` makes one of several and `evaluate` measures it.
 """
 
-from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, import_official, load_critic
+from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, import_official
 from mavis.decoding import MavisTilt, generate
 from mavis.errors import MavisError
 from mavis.evaluation import evaluate
+from mavis.policies import embedded
 from mavis.training import distill, improve
 from mavis.version import __version__
 
@@ -21,9 +22,9 @@ __all__ = [
     "ValueModelCritic",
     "__version__",
     "distill",
+    "embedded",
     "evaluate",
     "generate",
     "import_official",
     "improve",
-    "load_critic",
 ]

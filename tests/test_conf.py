@@ -14,16 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from mavis.cli import COMMANDS
 from mavis.cli.align import align_settings
 from mavis.cli.app import sampling_settings
-from mavis.cli.conf_path import conf_dir
+from mavis.cli.conf_dir import conf_dir
 from mavis.cli.distill import distillation_settings
 from mavis.cli.evaluate import evaluation_settings
-from mavis.evaluation.evaluate import EvaluationSettings
+from mavis.evaluation.sweep import EvaluationSettings
 from mavis.rollouts import RolloutSettings
-from mavis.training.align_settings import AlignSettings
-from mavis.training.descent import DescentSettings
-from mavis.training.distill import DistillSettings
-from mavis.training.fit import FitSettings
-from mavis.training.improve import ImprovementSettings
+from mavis.training.alignment.settings import AlignSettings
+from mavis.training.distillation.loop import DistillSettings
+from mavis.training.improvement.fit import FitSettings
+from mavis.training.improvement.loop import ImprovementSettings
+from mavis.training.regression import RegressionSettings
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
@@ -174,7 +174,7 @@ def test_the_settings_of_training_are_those_that_the_code_has(command: str, impr
 
 def test_the_settings_of_distillation_are_those_that_the_code_has() -> None:
     config = compose("distill").distillation
-    assert set(config.fit) == {field.name for field in fields(DescentSettings)}
+    assert set(config.fit) == {field.name for field in fields(RegressionSettings)}
     assert set(config) - {"shard_size"} == {field.name for field in fields(DistillSettings)} - {"sampling"}
     assert distillation_settings(compose("distill")) == DistillSettings(sampling=RolloutSettings(top_k=None))
 

@@ -63,8 +63,8 @@ def test_a_wheel_carries_the_configuration_the_policy_and_its_types(unpacked_whe
     assert (unpacked_wheel / "mavis" / "py.typed").is_file()
     code = """
 from hydra import compose, initialize_config_dir
-from mavis import embedded
-from mavis.cli.conf_path import conf_dir
+from mavis.policies import embedded
+from mavis.cli.conf_dir import conf_dir
 with initialize_config_dir(conf_dir(), version_base="1.3"):
     config = compose("demo")
 policy, tokenizer = embedded.load()

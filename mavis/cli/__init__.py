@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from mavis.cli.overrides import MULTIRUN, check_overrides
+from mavis.distributed import launcher_rank
 from mavis.errors import ConfigError, closest
-from mavis.processes import started_as
 
 COMMANDS = {
     "demo": "train, measure and use a critic on the embedded policy; takes minutes and needs nothing",
@@ -21,7 +21,6 @@ COMMANDS = {
     "elicit": "infer a user's preference weights from choices between two responses",
     "align": "fine-tune a copy of a policy for an objective, at a price for its distance",
     "report": "gather the runs of a sweep into one table and one plot",
-    "pretrain": "train a small story LM, the recipe of the embedded policy",
 }
 
 _SILENT = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -69,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_overrides(command, overrides)
     except ConfigError as error:
-        if started_as() == 0:  # the others have been given the same
+        if launcher_rank() == 0:  # the others have been given the same
             print(f"mavis: {error}", file=sys.stderr)
         return 2
     # Hydra reads the process's arguments and names the app after the script.
-    sys.argv = [f"mavis-{command}", *_named_by_what_differs(overrides), *(_SILENT if started_as() else [])]
+    sys.argv = [f"mavis-{command}", *_named_by_what_differs(overrides), *(_SILENT if launcher_rank() else [])]
     importlib.import_module(f"mavis.cli.{command}").main()
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
-    claim_objectives,
+    check_objectives_manifest,
     hydra_app,
     load_policy,
     make_objectives,
@@ -18,7 +18,7 @@ from mavis.cli.app import (
 
 def align_settings(config: Any) -> Any:
     """Build the settings of the alignment from the `alignment` node, β and the seed."""
-    from mavis.training.align_settings import AlignSettings
+    from mavis.training.alignment.settings import AlignSettings
 
     return AlignSettings(**config.alignment, beta=config.beta, seed=config.seed)
 
@@ -27,7 +27,7 @@ def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from mavis.training.align import align
+    from mavis.training.alignment.loop import align
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     settings = align_settings(config)
@@ -37,7 +37,7 @@ def _run(config: Any) -> None:
         weights = OmegaConf.to_container(config, resolve=True)["weights"]  # type: ignore[index, call-overload]
     prompts, evaluation_prompts = read_prompts(config.data.prompts), read_prompts(config.data.evaluation_prompts)
     policy, tokenizer = load_policy(config.policy)
-    claim_objectives(config, list(objectives), folder)
+    check_objectives_manifest(config, list(objectives), folder)
     with progress_bars() as progress:
         report = align(
             policy,

@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mavis.cli.conf_path import conf_dir
+from mavis.cli.conf_dir import conf_dir
+from mavis.distributed import join_processes, launcher_rank, launcher_world_size, leave_process_group
 from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
-from mavis.processes import here, leave, started_as, started_together
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """What `policy.device` may say instead of one device; transformers spreads the policy in this way."""
@@ -34,21 +34,21 @@ def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[A
     def wrap(run: Callable[[Any], Any]) -> Callable[[], None]:
         import hydra
 
-        from mavis.cli.sweeps import begin_run, fail_run, in_sweep
+        from mavis.cli.run_status import begin_run, fail_run, in_sweep
 
         def guarded(config: Any) -> Any:
-            count = started_together()
+            count = launcher_world_size()
             try:
                 if count > 1:
                     _join(config_name, config, together, in_sweep())
-                if started_as() == 0:
+                if launcher_rank() == 0:
                     begin_run()
                 prepare(config)
                 return run(config)
             except Exception as error:
                 said = _explained(error)
                 if said is not None and (count > 1 or not in_sweep()):
-                    name = "mavis" if count == 1 else f"mavis (process {started_as()} of {count})"
+                    name = "mavis" if count == 1 else f"mavis (process {launcher_rank()} of {count})"
                     print(f"{name}: {said}", file=sys.stderr)
                     sys.exit(2)
                 if not in_sweep():
@@ -63,13 +63,13 @@ def hydra_app(config_name: str, together: bool = False) -> Callable[[Callable[[A
             try:
                 app()
             except KeyboardInterrupt:
-                if started_as() == 0:
+                if launcher_rank() == 0:
                     print(
                         "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.",
                         file=sys.stderr,
                     )
                 sys.exit(130)
-            leave()
+            leave_process_group()
 
         return start
 
@@ -82,9 +82,9 @@ def check_alone(command: str) -> None:
     Raises:
         ConfigError: if a launcher started this process with others.
     """
-    if started_together() > 1:
+    if launcher_world_size() > 1:
         raise ConfigError(
-            f"{started_together()} processes were started, but mavis {command} runs in one.",
+            f"{launcher_world_size()} processes were started, but {command} runs in one.",
             "leave the launcher out; train, distill and evaluate share their work out over processes.",
         )
 
@@ -92,10 +92,10 @@ def check_alone(command: str) -> None:
 def _join(command: str, config: Any, together: bool, sweep: bool) -> None:
     """Join the processes that were started with this one, before anything is put on a device."""
     if not together:
-        check_alone(command)
+        check_alone(f"mavis {command}")
     if sweep:
         raise ConfigError(
-            f"{started_together()} processes were started for a sweep, whose runs are processes of their own.",
+            f"{launcher_world_size()} processes were started for a sweep, whose runs are processes of their own.",
             "leave the launcher out, or start every run by itself.",
         )
     import torch
@@ -105,11 +105,11 @@ def _join(command: str, config: Any, together: bool, sweep: bool) -> None:
         if torch.cuda.is_available():
             raise ConfigError(
                 f"policy.device is {device!r}, which spreads the policy over all accelerators, but "
-                f"{started_together()} processes were started.",
+                f"{launcher_world_size()} processes were started.",
                 "start one process for a policy that fits on no single accelerator; else let policy.device be cuda.",
             )
         device = "cpu"
-    here(device)
+    join_processes(device)
 
 
 def _explained(error: Exception) -> str | None:
@@ -146,7 +146,7 @@ def prepare(config: Any) -> None:
     logging.disable_progress_bar()
     # Accelerate passes on an option under its old name, and torch would tell every user of it.
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-    if started_as() != 0:  # what there is to say of all processes one says
+    if launcher_rank() != 0:  # what there is to say of all processes one says
         logging.set_verbosity_error()
     # The embedded policy is so small that a second thread costs more than it brings.
     threads = config.get("threads") or (1 if "policy" in config and config.policy.path is None else None)
@@ -169,7 +169,7 @@ def load_policy(config: Any) -> tuple[Any, Any]:
         PolicyError: if there is no such model, or its weights are no safetensors.
     """
     if config.path is None:
-        from mavis import embedded
+        from mavis.policies import embedded
 
         return embedded.load()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -241,7 +241,7 @@ def make_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str
     return built
 
 
-def claim_objectives(config: Any, names: Sequence[str], folder: Path) -> None:
+def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -> None:
     """Mark a run's folder with how its objectives are configured: stored rewards hold for no other options.
 
     Raises:
@@ -249,10 +249,10 @@ def claim_objectives(config: Any, names: Sequence[str], folder: Path) -> None:
     """
     from omegaconf import OmegaConf
 
-    from mavis.files import claimed, write_json
+    from mavis.utils.files import matches_manifest, write_json
 
     claim = {name: OmegaConf.to_container(config.objectives[name], resolve=True) for name in names}
-    if here().main and not claimed(
+    if join_processes().is_main and not matches_manifest(
         folder / "objectives.json", claim, "a run whose objectives are configured otherwise:"
     ):
         write_json(folder / "objectives.json", claim)
@@ -262,7 +262,7 @@ def read_prompts(config: Any) -> list[str]:
     """Read the prompts that one entry of a `data` group describes."""
     from omegaconf import OmegaConf
 
-    from mavis import embedded
+    from mavis.policies import embedded
     from mavis.rollouts import load_prompts
 
     options: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -321,13 +321,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     Of several processes only the main one shows anything.
     """
-    if not here().main:
+    if not join_processes().is_main:
         yield lambda stage, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from mavis.cli.sweeps import side_by_side
+    from mavis.cli.run_status import side_by_side
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
@@ -345,13 +345,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def say(text: str) -> None:
     """Print a line, of several processes only in the main one."""
-    if here().main:
+    if join_processes().is_main:
         print(text)
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as a table, as `say` does; numbers get three digits and a missing one a dash."""
-    if not here().main:
+    if not join_processes().is_main:
         return
     from rich.console import Console
     from rich.table import Table

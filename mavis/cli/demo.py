@@ -12,7 +12,7 @@ from mavis.cli.app import hydra_app, load_policy, make_objectives, prepare, read
 from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
 from mavis.cli.generate import continuations
 from mavis.cli.train import train
-from mavis.files import write_json
+from mavis.utils.files import write_json
 
 _STARTED = time.perf_counter()
 
@@ -39,7 +39,7 @@ def _run(config: Any) -> None:
     helper.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
 
-    critic.save(folder / "critic")  # its card now tells the efficiency
+    critic.save_pretrained(folder / "critic")  # its card now tells the efficiency
     paths = write_report(folder, {"seconds": time.perf_counter() - _STARTED} | report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
     _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])
@@ -79,7 +79,7 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
 def _draw_reference(plain_config: dict[str, Any], folder: str) -> None:
     from omegaconf import OmegaConf
 
-    from mavis.evaluation.evaluate import reference_rollouts
+    from mavis.evaluation.sweep import reference_rollouts
 
     config = OmegaConf.create(plain_config)
     prepare(config)

@@ -22,15 +22,15 @@ from mavis.errors import ConfigError
 
 def distillation_settings(config: Any) -> Any:
     """Build the settings of a distillation from the `distillation` and `decoding` groups and the seed."""
-    from mavis.training.descent import DescentSettings
-    from mavis.training.distill import DistillSettings
+    from mavis.training.distillation.loop import DistillSettings
+    from mavis.training.regression import RegressionSettings
 
     options = config.distillation
     return DistillSettings(
         rollouts=options.rollouts,
         candidates=options.candidates,
         sampling=sampling_settings(config, options.shard_size),
-        fit=DescentSettings(**options.fit),
+        fit=RegressionSettings(**options.fit),
     )
 
 
@@ -38,15 +38,15 @@ def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from mavis.cli.tracking import trackers
-    from mavis.critics import load_critic
-    from mavis.critics.fingerprint import states_device
-    from mavis.training.distill import distill
+    from mavis.critics import Critic
+    from mavis.policies.devices import states_device
+    from mavis.training.distillation.loop import distill
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     folders = [config.critics] if isinstance(config.critics, str) else config.critics
     if not folders:
         raise ConfigError("critics is empty.", "name at least one critic's folder.")
-    teachers = [load_critic(place) for place in folders]
+    teachers = [Critic.from_pretrained(place) for place in folders]
     policy, tokenizer = load_policy(config.policy)
     prompts = read_prompts(config.data.prompts)
     settings = distillation_settings(config)

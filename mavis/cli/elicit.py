@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
-    claim_objectives,
+    check_objectives_manifest,
     hydra_app,
     load_policy,
     make_objectives,
@@ -16,7 +16,7 @@ from mavis.cli.app import (
     show_table,
 )
 from mavis.errors import ConfigError, DataError
-from mavis.files import write_json
+from mavis.utils.files import write_json
 
 _CHOICES = "1 or 2 for the one you prefer, 0 to skip, q to stop"
 # Overrides of this command that `mavis generate` needs too, to decode as here.
@@ -38,7 +38,7 @@ def _ask(config: Any, critic: Any, objectives: dict[str, Any], folder: Path) -> 
     if len(answered) >= config.questions:
         return kept
     prompts = read_prompts(config.data.prompts)[: config.prompts]
-    claim_objectives(config, critic.objectives, folder)
+    check_objectives_manifest(config, critic.objectives, folder)
     policy, tokenizer = load_policy(config.policy)
     print(f"getting responses to {len(prompts)} prompts ...", flush=True)
     pool = candidate_pairs(
@@ -94,14 +94,14 @@ def _choice(pair: Any) -> int | None:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.critics import load_critic
+    from mavis.critics import Critic
     from mavis.preference import infer_weights, read_pairs, reward_differences
 
     for name in ("questions", "prompts"):
         if config[name] < 1:
             raise ConfigError(f"{name} is {config[name]}, expected ≥ 1.", f"{name}=10 is a good number.")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    critic = load_critic(config.checkpoint)
+    critic = Critic.from_pretrained(config.checkpoint)
     objectives = make_objectives(config, critic.objectives)
     if config.pairs is None:
         pairs = _ask(config, critic, objectives, folder)

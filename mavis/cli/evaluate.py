@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
-    claim_objectives,
+    check_objectives_manifest,
     hydra_app,
     load_policy,
     make_objectives,
@@ -21,7 +21,7 @@ from mavis.errors import ConfigError
 
 def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
     """Build the settings of a sweep from the `evaluation` and `decoding` groups and the seed."""
-    from mavis.evaluation.evaluate import EvaluationSettings
+    from mavis.evaluation.sweep import EvaluationSettings
 
     options = config.evaluation
     return EvaluationSettings(
@@ -49,11 +49,11 @@ def evaluate(
         folder: where the rollouts go.
         reference: where reference rollouts lie that several evaluations share.
     """
-    from mavis.evaluation.evaluate import evaluate as run_evaluation
+    from mavis.evaluation.sweep import evaluate as run_evaluation
 
     held_out = config.evaluation.held_out
     objectives = make_objectives(config, critic.objectives)
-    claim_objectives(config, critic.objectives, folder)
+    check_objectives_manifest(config, critic.objectives, folder)
     with progress_bars() as progress:
         report = run_evaluation(
             policy,
@@ -125,11 +125,11 @@ def _show(report: dict[str, Any]) -> None:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.critics import load_critic
+    from mavis.critics import Critic
     from mavis.evaluation.report import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    critic = load_critic(config.checkpoint)
+    critic = Critic.from_pretrained(config.checkpoint)
     policy, tokenizer = load_policy(config.policy)
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
     if report:  # of several processes only the main one has it
@@ -140,14 +140,14 @@ def _run(config: Any) -> None:
 
 def _note_efficiency(critic: Any, folder: Path) -> None:
     """Let the card in a critic's folder tell what was measured, unless another critic was saved there meanwhile."""
-    from mavis.critics import load_critic
-    from mavis.critics.checkpoint import save_about
+    from mavis.critics import Critic
+    from mavis.critics.io.save import save_description
     from mavis.rollouts.collect import critic_digest
 
-    if not folder.is_dir() or critic_digest(load_critic(folder)) != critic_digest(critic):
+    if not folder.is_dir() or critic_digest(Critic.from_pretrained(folder)) != critic_digest(critic):
         return
     try:
-        save_about(critic, folder)
+        save_description(critic, folder)
     except OSError as error:  # it may be somebody else's
         print(f"the card in {folder} stays as it is: {error.strerror}")
 

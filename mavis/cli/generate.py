@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import as_trained, hydra_app, load_policy
-from mavis.critics.fingerprint import states_device
 from mavis.errors import ConfigError
+from mavis.policies.devices import states_device
 
 
 def continuations(
@@ -69,7 +69,7 @@ def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]
 def _run(config: Any) -> None:
     from omegaconf import OmegaConf
 
-    from mavis.critics import load_critic
+    from mavis.critics import Critic
     from mavis.rollouts import load_prompts
 
     if (config.prompt is None) == (config.prompt_file is None):
@@ -91,7 +91,7 @@ def _run(config: Any) -> None:
             f"samples is {config.samples} and greedy is {config.greedy}, but greedy has one answer only.",
             "the likeliest tokens are the same every time; leave one of them out.",
         )
-    critic = load_critic(config.checkpoint)
+    critic = Critic.from_pretrained(config.checkpoint)
     given: Any = OmegaConf.to_container(config, resolve=True)
     weights = given["weights"]
     if weights is None:

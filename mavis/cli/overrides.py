@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mavis.cli.conf_path import conf_dir
+from mavis.cli.conf_dir import conf_dir
 from mavis.errors import ConfigError, closest
 
 MULTIRUN = {"-m", "--multirun"}

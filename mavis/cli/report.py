@@ -9,8 +9,8 @@ from mavis.cli.app import hydra_app, show_table
 
 
 def _run(config: Any) -> None:
-    from mavis.evaluation.runs import gather_runs
-    from mavis.evaluation.runs_report import table_of_runs, write_runs
+    from mavis.evaluation.sweeps.report import table_of_runs, write_runs
+    from mavis.evaluation.sweeps.runs import gather_runs
 
     runs = gather_runs(config.folder)
     paths = write_runs(config.output or config.folder, runs, config.format)

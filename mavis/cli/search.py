@@ -14,12 +14,12 @@ from typing import Any
 
 from mavis.cli.app import hydra_app, load_policy, make_objectives, show_table
 from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
+from mavis.cli.run_status import ERROR
 from mavis.cli.search_space import as_it_is, search_space
-from mavis.cli.sweeps import ERROR
 from mavis.cli.train import train
 from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence, optional
-from mavis.files import read_json, write_json
-from mavis.studies import open_study, quietly, sampler_of_trial
+from mavis.utils.files import read_json, write_json
+from mavis.utils.optuna_study import open_study, quietly, sampler_of_trial
 
 FIGURES = ("efficiency", "seconds")
 """What a trial is measured by: mean frontier efficiency, and the seconds that its training took."""
@@ -223,7 +223,7 @@ def _run(config: Any) -> dict[str, float | None]:
     from hydra.core.hydra_config import HydraConfig
 
     from mavis.evaluation.report import write_report
-    from mavis.evaluation.runs import mean_efficiency
+    from mavis.evaluation.sweeps.runs import mean_efficiency
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "figures.json").is_file():  # of a batch that was broken off while others were at work
@@ -256,7 +256,7 @@ def _reference(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Path:
     from filelock import FileLock
     from omegaconf import OmegaConf
 
-    from mavis.evaluation.evaluate import reference_rollouts
+    from mavis.evaluation.sweep import reference_rollouts
 
     made_of = [
         OmegaConf.to_container(config[group], resolve=True) for group in ("policy", "objectives", "data", "decoding")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mavis.errors import ConfigError, closest
-from mavis.training.accelerating import accelerator
-from mavis.training.track import Log
+from mavis.training.accelerate_session import accelerator
+from mavis.training.metrics import Log
 
 
 @contextmanager

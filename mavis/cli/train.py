@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.cli.app import (
-    claim_objectives,
+    check_objectives_manifest,
     data_name,
     hydra_app,
     load_policy,
@@ -31,9 +31,9 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
         folder: of this run; the critic ends in `folder/critic`.
     """
     from mavis.cli.tracking import trackers
-    from mavis.critics.fingerprint import states_device
-    from mavis.training.fit import FitSettings
-    from mavis.training.improve import ImprovementSettings, improve
+    from mavis.policies.devices import states_device
+    from mavis.training.improvement.fit import FitSettings
+    from mavis.training.improvement.loop import ImprovementSettings, improve
 
     objectives = make_objectives(config)
     prompts = read_prompts(config.data.prompts)
@@ -54,7 +54,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     )
     critic = make_critic(config, policy, tokenizer, list(objectives), options.composition)
     critic.about["data"] = data_name(config.data.prompts)
-    claim_objectives(config, list(objectives), folder)
+    check_objectives_manifest(config, list(objectives), folder)
     with (
         make_sampler(config) as sampler,
         trackers(config, folder, states_device(policy)) as log,
@@ -130,17 +130,17 @@ def make_sampler(config: Any) -> AbstractContextManager[Any]:
     """
     from omegaconf import OmegaConf
 
-    from mavis.engines.rollouts import VllmSampler
     from mavis.errors import ConfigError, closest
-    from mavis.rollouts.sampler import GENERATE
+    from mavis.rollouts.sampler import GENERATE_SAMPLER
+    from mavis.vllm.sampler import VllmSampler
 
     kind = str(config.sampler.kind)
     options: Any = OmegaConf.to_container(config.sampler.options)
-    if kind == GENERATE.name:
-        return nullcontext(GENERATE)
+    if kind == GENERATE_SAMPLER.name:
+        return nullcontext(GENERATE_SAMPLER)
     if kind == VllmSampler.name:
         return VllmSampler(**options)
-    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GENERATE.name, VllmSampler.name]))
+    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GENERATE_SAMPLER.name, VllmSampler.name]))
 
 
 def _run(config: Any) -> None:

@@ -1,8 +1,8 @@
 """Critics: the heads of all objectives, what they read, and their normalisation."""
 
-from mavis.critics.base import Attachment, Critic
+from mavis.critics.attachment import Attachment
+from mavis.critics.base import Critic
 from mavis.critics.calibration import Calibration
-from mavis.critics.checkpoint import describe_critic, load_critic
 from mavis.critics.group import CriticGroup
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.official import import_official
@@ -15,7 +15,5 @@ __all__ = [
     "CriticGroup",
     "HiddenStateCritic",
     "ValueModelCritic",
-    "describe_critic",
     "import_official",
-    "load_critic",
 ]

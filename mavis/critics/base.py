@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from types import TracebackType
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mavis.critics.attachment import Attachable
 from mavis.critics.calibration import Calibration
-from mavis.critics.capture import Capture
-from mavis.critics.fingerprint import Fingerprint, states_device
+from mavis.critics.io.hub import push_critic
+from mavis.critics.io.load import describe_critic, load_critic
+from mavis.critics.io.save import save_critic
 from mavis.errors import CriticError, closest
+from mavis.policies.fingerprint import Fingerprint
 
 Composition = Literal["independent", "conditioned"]
 """How objectives' values become a tilt: each of its own policy, or all of the policy that λ makes."""
 
-_borrowing = threading.Lock()
 
-
-class Critic(nn.Module, ABC):
+class Critic(Attachable, nn.Module, ABC):
     """Predicts, for each objective, the normalised reward still to come.
 
     Args:
@@ -39,13 +36,15 @@ class Critic(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
-    catches_up: bool = True
+    """What a critic folder calls this class of critics."""
+    _kinds: ClassVar[dict[str, type[Critic]]] = {}
+    can_skip_steps: bool = True
     """Whether steps may be left out: what it needs of them it finds when it is next asked."""
     reward_mean: Tensor
     reward_std: Tensor
     about: dict[str, Any]
     """What its model card tells besides, plain data: `policy`, `data`, `training`, `efficiency`, as far as known."""
-    trained_up_to: Tensor
+    max_trained_lambda: Tensor
     """The largest |λ| = Σ_m λ_m of the rollouts that a conditioned critic was trained on; 0 if not known."""
 
     def __init__(
@@ -67,9 +66,12 @@ class Critic(nn.Module, ABC):
         self.about: dict[str, Any] = {}
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
-        self.register_buffer("trained_up_to", torch.zeros((), dtype=torch.float64))
-        self._capture: Capture | None = None
-        self._borrowers = 0
+        self.register_buffer("max_trained_lambda", torch.zeros((), dtype=torch.float64))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            cls._kinds[cls.kind] = cls
 
     @abstractmethod
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Critic(nn.Module, ABC):
         """Whether the heads read λ."""
         return self.composition == "conditioned"
 
-    def check_asks(self, lam: Tensor | None) -> None:
+    def check_lambda_supported(self, lam: Tensor | None) -> None:
         """Refuse to tell the values of a policy that the critic does not know.
 
         Args:
@@ -128,13 +130,13 @@ class Critic(nn.Module, ABC):
                 "leave lam out, or train a critic with composition='conditioned'.",
             )
 
-    def check_range(self, lam: Tensor) -> None:
+    def warn_outside_trained_range(self, lam: Tensor) -> None:
         """Warn where a conditioned critic is asked for a λ that it was not trained on.
 
         Args:
             lam: (R, M), λ = β·w.
         """
-        most = float(self.trained_up_to)
+        most = float(self.max_trained_lambda)
         if not self.conditioned or not most:
             return
         outside = (lam < 0).any(dim=1) | (lam.abs().sum(dim=1) > most * (1 + 1e-6))
@@ -184,97 +186,60 @@ class Critic(nn.Module, ABC):
         self.reward_mean.copy_(mean)
         self.reward_std.copy_(std)
 
-    def attach(self, policy: Any) -> Attachment:
-        """Make the critic read what `policy` computes from now on.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the critic as `config.json` and `model.safetensors` with a model card, whole or not at all.
 
         Args:
-            policy: the causal LM whose generation is to be steered; its weights are not touched.
+            folder: where; an older critic there is replaced.
+
+        Raises:
+            CriticError: if `folder` holds something that is not a critic, or this kind of critic has no folder.
+        """
+        save_critic(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """Read a critic folder; its `config.json` says which kind of critic it is.
+
+        Args:
+            folder: what `save_pretrained` wrote; or, as a string, the `owner/name` on the hub of what `push_to_hub`
+                uploaded, if there is no such folder here.
+            revision: branch, tag or commit on the hub; None is the default branch.
 
         Returns:
-            An attachment whose `detach()` removes every hook; as a context manager it detaches on leaving.
+            The critic on the CPU, in evaluation mode, attached to nothing.
 
         Raises:
-            CriticError: if the policy has another hidden size or vocabulary, or the critic is attached elsewhere.
-            PolicyError: if the policy has no output embedding.
+            CriticError: if the folder is missing here and on the hub, is no critic folder, holds a pickle where
+                safetensors belong, is corrupt or truncated, or holds another kind of critic than this class;
+                MissingPackageError if its trunk has adapters and peft is not installed.
         """
-        if self._capture is not None:
-            if self._capture.policy() is not None:
-                raise CriticError(
-                    "critic is attached to a policy already.",
-                    "call critic.detach() first; a critic serves one policy at a time.",
-                )
-            self.detach()
-        self.fingerprint.check(policy)
-        self._on_attach(policy)
-        self._capture = Capture(policy, self)
-        return Attachment(partial(self._let_go, self._capture), partial(self._capture.settle, wait=True))
+        return cls._checked(load_critic(folder, cls._kinds, revision), folder)
 
-    def detach(self) -> None:
-        """Stop reading; leaves no hook behind and is harmless when nothing is attached."""
-        if self._capture is not None:
-            self._capture.close()
-            self._capture = None
+    @classmethod
+    def describe(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read what a critic folder says of its critic, and none of its weights.
 
-    def _let_go(self, captured: Capture) -> None:
-        """Detach, unless the critic has been attached anew since."""
-        if self._capture is captured:
-            self.detach()
+        Args:
+            folder: what `save_pretrained` wrote.
 
-    @contextmanager
-    def attached_to(self, policy: Any) -> Iterator[None]:
-        """Be attached to a policy for the time of a block, whoever else in another thread is.
-
-        An attachment that is there already stays; one that is made here ends with the last block that needs it.
+        Returns:
+            The critic on the meta device: objectives, fingerprint, calibration, normalisation and range are there, and
+            it can neither tilt nor be attached.
 
         Raises:
-            CriticError: if the critic is attached to another policy, or does not fit this one.
+            CriticError: as `from_pretrained`.
         """
-        with _borrowing:
-            if self.attached_policy is None:
-                self.attach(policy)
-                self._borrowers, borrowed = 1, True
-            elif self.attached_policy is policy:
-                borrowed = self._borrowers > 0
-                self._borrowers += borrowed
-            else:
-                raise CriticError(
-                    "critic is attached to another policy than the one that is to generate.",
-                    "call critic.detach() first.",
-                )
-        try:
-            yield
-            self.settle()
-        finally:
-            if borrowed:
-                with _borrowing:
-                    self._borrowers -= 1
-                    if self._borrowers == 0:
-                        self.detach()
+        return cls._checked(describe_critic(folder, cls._kinds), folder)
 
-    def settle(self) -> None:
-        """Raise if something that was wrong in this thread's generation has been found out since.
-
-        Raises:
-            DecodingError: if rows could not be matched to the policy's forward passes.
-        """
-        if self._capture is not None:
-            self._capture.settle(wait=True)
-
-    @property
-    def restarted(self) -> bool:
-        """Whether the latest forward pass in this thread began a new sequence after one that went on from a cache."""
-        return self._capture is not None and self._capture.restarted
-
-    @property
-    def attached_policy(self) -> Any | None:
-        """The policy this critic reads, or None."""
-        return self._capture.policy() if self._capture is not None else None
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the critic as `config.json` and `model.safetensors` with a model card, whole or not at all."""
-        from mavis.critics.checkpoint import save_critic
-
-        save_critic(self, folder)
+    @classmethod
+    def _checked(cls, critic: Critic, folder: str | os.PathLike[str]) -> Self:
+        if not isinstance(critic, cls):
+            raise CriticError(
+                f"folder {str(folder)!r} holds a {type(critic).__name__}, expected a {cls.__name__}.",
+                f"use {type(critic).__name__}.from_pretrained, or Critic.from_pretrained for any kind.",
+            )
+        return critic
 
     def push_to_hub(
         self,
@@ -282,16 +247,16 @@ class Critic(nn.Module, ABC):
         *,
         private: bool | None = None,
         revision: str | None = None,
-        message: str = "Upload a critic",
+        commit_message: str = "Upload a critic",
         token: str | None = None,
     ) -> str:
-        """Upload the critic with its model card in one commit; `mavis.load_critic(repo_id)` reads it.
+        """Upload the critic with its model card in one commit; `Critic.from_pretrained(repo_id)` reads it.
 
         Args:
             repo_id: `owner/name` on the hub; made if it does not exist.
             private: whether a repository that is made is private; None is the owner's default.
             revision: branch to commit to, made if it does not exist; None is the default branch.
-            message: of the commit.
+            commit_message: of the commit.
             token: of a user who may write there; None is the one that is logged in.
 
         Returns:
@@ -300,41 +265,4 @@ class Critic(nn.Module, ABC):
         Raises:
             CriticError: if the hub cannot be reached or refuses.
         """
-        from mavis.critics.hub import push_critic
-
-        return push_critic(self, repo_id, private=private, revision=revision, message=message, token=token)
-
-    def _on_attach(self, policy: Any) -> None:
-        """Move to where the policy's hidden states are."""
-        self.to(states_device(policy))
-
-    def _states(self, prefix_ids: Tensor) -> Tensor:
-        if self._capture is None:
-            raise CriticError(
-                "critic is attached to no policy, so there are no hidden states to read.",
-                "call critic.attach(policy), or use mavis.generate, which attaches it for the call.",
-            )
-        return self._capture.states(prefix_ids)
-
-
-class Attachment:
-    """The tie between a critic and a policy; ends with `detach()` or the `with` block."""
-
-    def __init__(self, detach: Callable[[], None], settle: Callable[[], None]) -> None:
-        self._detach, self._settle = detach, settle
-
-    def detach(self) -> None:
-        """Remove the hooks, unless the critic has been attached anew since."""
-        self._detach()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._settle()
-        finally:
-            self.detach()
+        return push_critic(self, repo_id, private=private, revision=revision, message=commit_message, token=token)

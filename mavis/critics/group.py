@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mavis.critics.base import Attachment, Critic
+from mavis.critics.attachment import Attachment
+from mavis.critics.base import Critic
 from mavis.errors import CriticError
 
 
@@ -26,8 +27,6 @@ class CriticGroup(Critic):
         CriticError: if there is none, two share an objective, one is conditioned (it knows nothing of the others'
             objectives), or they are for different policies.
     """
-
-    kind = "group"
 
     def __init__(self, critics: Sequence[Critic]) -> None:
         members = list(critics)
@@ -56,7 +55,7 @@ class CriticGroup(Critic):
                 )
         super().__init__(names, members[0].fingerprint)
         self.critics = nn.ModuleList(members)
-        self.catches_up = all(critic.catches_up for critic in members)
+        self.can_skip_steps = all(critic.can_skip_steps for critic in members)
         self._slices: list[slice] = []
         for critic in members:
             start = self._slices[-1].stop if self._slices else 0
@@ -74,7 +73,7 @@ class CriticGroup(Critic):
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
-        self.check_asks(lam)
+        self.check_lambda_supported(lam)
         return torch.cat([critic.values(prefix_ids, candidate_ids) for critic in self._members], dim=-1)
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class CriticGroup(Critic):
                 critic.attach(policy)
                 undo.callback(critic.detach)
             undo.pop_all()
-        return Attachment(self.detach, self.settle)
+        return Attachment(self.detach, self.raise_pending)
 
     @contextmanager
     def attached_to(self, policy: Any) -> Iterator[None]:
@@ -107,10 +106,10 @@ class CriticGroup(Critic):
         for critic in self._members:
             critic.detach()
 
-    def settle(self) -> None:
+    def raise_pending(self) -> None:
         """See `Critic.settle`."""
         for critic in self._members:
-            critic.settle()
+            critic.raise_pending()
 
     @property
     def restarted(self) -> bool:
@@ -128,7 +127,7 @@ class CriticGroup(Critic):
         return list(self.critics)
 
 
-def together(critics: Critic | Sequence[Critic]) -> Critic:
+def as_critic(critics: Critic | Sequence[Critic]) -> Critic:
     """Take several critics as one; one stays what it is, in a list too.
 
     Args:
@@ -140,5 +139,7 @@ def together(critics: Critic | Sequence[Critic]) -> Critic:
     if isinstance(critics, list | tuple):
         return critics[0] if len(critics) == 1 and isinstance(critics[0], Critic) else CriticGroup(critics)
     if not isinstance(critics, Critic):
-        raise CriticError(f"critic is a {type(critics).__name__}, expected a critic.", "use mavis.load_critic(folder).")
+        raise CriticError(
+            f"critic is a {type(critics).__name__}, expected a critic.", "use mavis.Critic.from_pretrained(folder)."
+        )
     return critics

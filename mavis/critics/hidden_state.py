@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from mavis.critics.base import Composition
-from mavis.critics.fingerprint import Fingerprint
-from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
-from mavis.critics.memory import Memory, MemoryRows
+from mavis.critics.head_critic import HeadCritic, check_sizes
+from mavis.critics.recurrent import RecurrentMemory, RecurrentRows
+from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.token_embeddings import token_embeddings
 
 
-class HiddenStateCritic(HeadedCritic):
+class HiddenStateCritic(HeadCritic):
     """Values from the state that the policy's output embedding reads, and from a memory of the response's states.
 
         Q_m(s, a) = V_m(z) + ⟨A_m(z), u_a⟩,     z = (layer_norm(h_s), m_s)
 
     where h_s is the policy's last hidden state at s and m_s the memory of a small recurrent network that has read the
-    response's states so far; see `HeadedCritic` for the rest.
+    response's states so far; see `HeadCritic` for the rest.
 
     Args:
         objectives: M distinct names.
@@ -62,9 +63,9 @@ class HiddenStateCritic(HeadedCritic):
             hidden=hidden,
             rank=rank,
         )
-        self.memory = Memory(fingerprint.hidden_size, memory) if memory else None
-        self.catches_up = self.memory is None
-        self._memory_rows: MemoryRows | None = None
+        self.memory = RecurrentMemory(fingerprint.hidden_size, memory) if memory else None
+        self.can_skip_steps = self.memory is None
+        self._memory_rows: RecurrentRows | None = None
 
     @classmethod
     def for_policy(
@@ -103,7 +104,7 @@ class HiddenStateCritic(HeadedCritic):
         return critic
 
     def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
-        """See `HeadedCritic.inputs_of_rollouts`."""
+        """See `HeadCritic.inputs_of_rollouts`."""
         return self.inputs_of_responses(states)
 
     def inputs_of_responses(self, states: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class HiddenStateCritic(HeadedCritic):
 
     def _on_attach(self, policy: Any) -> None:
         super()._on_attach(policy)
-        self._memory_rows = MemoryRows() if self.memory is not None else None
+        self._memory_rows = RecurrentRows() if self.memory is not None else None
 
     def detach(self) -> None:
         """See `Critic.detach`."""
@@ -157,5 +158,5 @@ class HiddenStateCritic(HeadedCritic):
         assert self._capture is not None
         assert self._memory_rows is not None
         ids, place = prefix_ids.to(normed.device), self._capture.place(prefix_ids)
-        remembered = self._memory_rows.advance(self.memory, ids, normed, place, self._capture.lost)
+        remembered = self._memory_rows.advance(self.memory, ids, normed, place, self._capture.raise_if_missing)
         return torch.cat([normed, remembered], dim=-1)

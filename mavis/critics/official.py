@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mavis.critics.fingerprint import Fingerprint
 from mavis.critics.group import CriticGroup
 from mavis.critics.value_model import ValueModelCritic, load_trunk
 from mavis.errors import CriticError, closest, first_sentence
-from mavis.files import read_json
+from mavis.policies.fingerprint import Fingerprint
+from mavis.utils.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from mavis.critics.base import Composition
-from mavis.critics.fingerprint import Fingerprint
-from mavis.critics.headed import HeadedCritic, check_sizes, token_embeddings
-from mavis.critics.lora import add_lora, merge_lora
-from mavis.critics.prefix_reader import PrefixReader
+from mavis.critics.head_critic import HeadCritic, check_sizes
+from mavis.critics.trunk.lora import add_lora, merge_lora
+from mavis.critics.trunk.reader import PrefixReader
 from mavis.errors import CriticError, check_whole, closest, first_sentence
+from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.token_embeddings import token_embeddings
 
 Readout = Literal["token", "candidates"]
 """Where values are read: for all tokens at once at the prefix's last token, or at every candidate after the prefix."""
 
 
-class ValueModelCritic(HeadedCritic):
+class ValueModelCritic(HeadCritic):
     """Values from the last state of a small language model that all objectives share, the trunk.
 
         candidates:  Q_m(s, a) = V_m(z(s ⊕ a))
@@ -170,7 +171,7 @@ class ValueModelCritic(HeadedCritic):
         return critic.eval()
 
     def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
-        """See `HeadedCritic.inputs_of_rollouts`; in the `candidates` readout the heads read each step's own token."""
+        """See `HeadCritic.inputs_of_rollouts`; in the `candidates` readout the heads read each step's own token."""
         steps = states.shape[1]
         positions = (is_token.long().cumsum(1) - 1).clamp_min(0)
         read = self.trunk(
@@ -218,7 +219,7 @@ class ValueModelCritic(HeadedCritic):
             self.lora_rank = 0
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """See `HeadedCritic.trunk_parameters`."""
+        """See `HeadCritic.trunk_parameters`."""
         return list(self.trunk.parameters())
 
     def settings(self) -> dict[str, Any]:
@@ -269,7 +270,7 @@ class ValueModelCritic(HeadedCritic):
         if cache is not None and (watched is None or watched() is not cache):
             self._watched.cache = weakref.ref(cache, lambda _: reader.release())
         place = self._capture.place(prefix_ids)
-        missing = self._capture.lost if place.begins is False else None
+        missing = self._capture.raise_if_missing if place.begins is False else None
         return reader.read(prefix_ids, self._capture.is_token(prefix_ids), candidate_ids, missing=missing)
 
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mavis.errors import EvaluationError
-from mavis.evaluation.canvas import FAINT, PALETTE, SHADE, dress, new_figure, write_figure
-from mavis.evaluation.front import non_dominated
-from mavis.evaluation.labels import INK, label_ends, label_ends_right
+from mavis.evaluation.figure_style import FAINT, PALETTE, SHADE, new_figure, style_axes, write_figure
+from mavis.evaluation.line_labels import INK, label_ends, label_ends_right
+from mavis.evaluation.pareto import non_dominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def _draw_panel(
     min_effective_sample_size: float,
 ) -> None:
     """Draw one sweep over β, its limit and the reference policy."""
-    dress(axes)
+    style_axes(axes)
     weights: Mapping[str, float] = sweep[0]["weights"]
     kl = np.array([_number(row, "kl") for row in sweep])
     reward, error = np.array([_weighted(row, weights) for row in sweep]).T
@@ -195,7 +195,7 @@ def _draw_plane(figure: Figure, rows: Sequence[Row], objectives: list[str]) -> N
 
     sweeps, reference = _sweeps(rows), _reference(rows)
     axes, colours = figure.subplots(), _colours()
-    dress(axes)
+    style_axes(axes)
     origin = None if reference is None else _rewards(reference, objectives)[0]
     lines, bars = [], []
     for sweep in sweeps.values():
@@ -249,13 +249,13 @@ def _draw_parallel(figure: Figure, rows: Sequence[Row], objectives: list[str]) -
     """Draw three or more objectives side by side, a line per weights."""
     sweeps, reference = _sweeps(rows), _reference(rows)
     axes, across = figure.subplots(), np.arange(len(objectives))
-    dress(axes)
+    style_axes(axes)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     farthest = [sweep[-1] for sweep in sweeps.values()]
     rewards, errors = np.array([_rewards(row, objectives) for row in farthest]).swapaxes(0, 1)
     origin = None if reference is None else _rewards(reference, objectives)[0]
     on_front = non_dominated(rewards if origin is None else np.vstack([rewards, origin]))
-    chief = [_chief(row, objectives) for row in farthest]
+    chief = [_main_objective(row, objectives) for row in farthest]
     for index, line in enumerate(rewards):
         axes.errorbar(
             across, line, yerr=errors[index], fmt="o-", color=chief[index][1], markersize=4, capsize=2,
@@ -329,7 +329,7 @@ def _share(row: Row, objectives: Sequence[str]) -> float:
     return float(second / (first + second)) if first + second else 0.5
 
 
-def _chief(row: Row, objectives: Sequence[str]) -> tuple[str, str]:
+def _main_objective(row: Row, objectives: Sequence[str]) -> tuple[str, str]:
     """The objective with the largest weight and its colour."""
     weights = [row["weights"].get(name, 0.0) for name in objectives]
     if weights.count(max(weights)) > 1:

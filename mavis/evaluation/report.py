@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.evaluation.plots import plot_front, plot_frontier
-from mavis.files import atomic_file, write_json
+from mavis.utils.files import atomic_file, write_json
 
 
 def write_report(folder: str | os.PathLike[str], report: dict[str, Any]) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mavis.exact.world import World
-from mavis.math.divergence import step_kl
+from mavis.math.kl import step_kl
 from mavis.math.tilt import tilted_logprobs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def later_sum(steps: Tensor) -> Tensor:
+def reverse_cumsum_exclusive(steps: Tensor) -> Tensor:
     """Sum what comes strictly after each step.
 
         later_t = Σ_{t' > t} x_{t'}
@@ -37,4 +37,4 @@ def soft_returns(rewards: Tensor, kl: Tensor, zeta: Tensor | float) -> Tensor:
     """
     if isinstance(zeta, Tensor):
         zeta = zeta[:, None, None]
-    return rewards[:, None, :] - zeta * later_sum(kl)[:, :, None]
+    return rewards[:, None, :] - zeta * reverse_cumsum_exclusive(kl)[:, :, None]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mavis.critics import Critic
 from mavis.errors import DataError, ObjectiveError, PreferenceError, closest
-from mavis.files import atomic_file
 from mavis.rewards import Objective, score
+from mavis.utils.files import atomic_file
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mavis.critics import Critic
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import PreferenceError
-from mavis.math.preference import simplex_grid
+from mavis.math.simplex import simplex_grid
 from mavis.preference.pairs import Pair, in_order_of
 from mavis.rewards import Objective
 from mavis.rollouts import Plan, RolloutSettings, collect
@@ -71,7 +71,7 @@ def candidate_pairs(
     Raises:
         PreferenceError: if no two responses to a prompt differ in their rewards.
         ConfigError, CriticError, DataError, DecodingError, ObjectiveError, WeightsError: see
-            `mavis.rollouts.collect`, `mavis.MavisTilt` and `mavis.math.preference.simplex_grid`.
+            `mavis.rollouts.collect`, `mavis.MavisTilt` and `mavis.math.simplex.simplex_grid`.
     """
     names = critic.objectives
     grid = torch.cat([torch.zeros(1, len(names), dtype=torch.float64), simplex_grid(len(names), divisions)])

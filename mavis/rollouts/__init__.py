@@ -1,8 +1,17 @@
 """Rollouts: sampled responses with their weights, β, per-step KL and rewards."""
 
-from mavis.rollouts.collect import Plan, collect, stored
+from mavis.rollouts.collect import Plan, collect, load_shards
 from mavis.rollouts.prompts import draw_prompts, load_prompts
-from mavis.rollouts.sample import RolloutSettings
-from mavis.rollouts.sampler import Drawn, Sampler
+from mavis.rollouts.sampler import SampledResponses, Sampler
+from mavis.rollouts.sampling import RolloutSettings
 
-__all__ = ["Drawn", "Plan", "RolloutSettings", "Sampler", "collect", "draw_prompts", "load_prompts", "stored"]
+__all__ = [
+    "Plan",
+    "RolloutSettings",
+    "SampledResponses",
+    "Sampler",
+    "collect",
+    "draw_prompts",
+    "load_prompts",
+    "load_shards",
+]

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic, CriticGroup
-from mavis.critics.fingerprint import Fingerprint, embedding_shape, output_embedding, states_device
-from mavis.critics.headed import HeadedCritic
-from mavis.errors import ConfigError, DataError
-from mavis.files import atomic_folder, claimed, write_json
-from mavis.processes import here
+from mavis.critics.head_critic import HeadCritic
+from mavis.distributed import join_processes
+from mavis.errors import DataError
+from mavis.policies.devices import states_device
+from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
+from mavis.policies.generation_config import check_replayable
 from mavis.rewards import Objective, score
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
-from mavis.rollouts.sample import RolloutSettings, shard_seed
-from mavis.rollouts.sampler import GENERATE, Drawn, Sampler, named
-from mavis.rollouts.shards import each_stored
+from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, sampler_identity
+from mavis.rollouts.sampling import RolloutSettings, shard_seed
+from mavis.rollouts.shards import store_missing
+from mavis.utils.files import atomic_folder, matches_manifest, write_json
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def collect(
     *,
     critic: Critic | None = None,
     truncate_reference: bool = False,
-    sampler: Sampler = GENERATE,
+    sampler: Sampler = GENERATE_SAMPLER,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Any]:
     """Sample, score and store a plan, yielding each shard as it is on disk.
@@ -108,10 +110,10 @@ def collect(
         ObjectiveError: if an objective returns something other than one finite number per response.
         ProcessError: if the processes are not about to sample the same, or one has stopped.
     """
-    target, processes = Path(folder), here(states_device(policy))
+    target, processes = Path(folder), join_processes(states_device(policy))
     settings.check(policy)
     sampler.check(policy, critic)
-    _refuse_hidden_bans(policy)
+    check_replayable(policy)
     claim = {
         "plan": plan.digest(),
         "settings": asdict(settings),
@@ -119,12 +121,12 @@ def collect(
         "policy": Fingerprint.of(policy).to_json(),
         "critic": critic_digest(critic),
         "truncate_reference": truncate_reference,
-        **named(sampler),
+        **sampler_identity(sampler),
     }
-    processes.agree("plan of rollouts", claim)
-    if processes.main and not claimed(target / "plan.json", claim, "rollouts of another run: different"):
+    processes.check_agreement("plan of rollouts", claim)
+    if processes.is_main and not matches_manifest(target / "plan.json", claim, "rollouts of another run: different"):
         write_json(target / "plan.json", claim)
-    processes.wait()
+    processes.barrier()
     processes.check_sees(target / "plan.json")
     shards = plan.shards(settings.shard_size)
     paths = [target / f"shard-{index:05d}" for index in range(len(shards))]
@@ -139,13 +141,13 @@ def collect(
             progress(min(done * settings.shard_size, len(plan.prompts)), len(plan.prompts))
 
     try:
-        for index in each_stored(paths, store, processes, tell):
+        for index in store_missing(paths, store, processes, tell):
             yield _read_shard(paths[index], len(shards[index].prompts))
     finally:
-        sampler.rest()
+        sampler.release()
 
 
-def stored(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:
+def load_shards(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:
     """Read the shards of a plan that has been collected.
 
     Args:
@@ -208,7 +210,7 @@ def _sample(
 
 def _kl(
     policy: Any,
-    drawn: Drawn,
+    drawn: SampledResponses,
     settings: RolloutSettings,
     cut: int | None,
     critic: Critic | None,
@@ -218,7 +220,7 @@ def _kl(
     sequences = Sequences.pack(drawn.prompt_ids, drawn.response_ids)
     if critic is None and cut is None:
         return torch.zeros(sequences.is_response.shape)
-    assert critic is None or isinstance(critic, HeadedCritic)  # no other is drawn from without the KL
+    assert critic is None or isinstance(critic, HeadCritic)  # no other is drawn from without the KL
     nothing = torch.zeros(embedding_shape(output_embedding(policy))[1], 1)
     parts = [
         replay(
@@ -234,30 +236,6 @@ def _kl(
     ]
     kl = torch.cat(parts)
     return kl if lam is None else kl.masked_fill(~lam.any(1, keepdim=True), 0.0)
-
-
-# What a policy's own generation_config can do to its scores that replaying responses would not repeat.
-_NOT_REPLAYED = (
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "sequence_bias",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "min_length",
-    "min_new_tokens",
-)
-
-
-def _refuse_hidden_bans(policy: Any) -> None:
-    for name in _NOT_REPLAYED:
-        value = getattr(policy.generation_config, name, None)
-        if value not in (None, 0, []):
-            raise ConfigError(
-                f"policy.generation_config.{name} is {value!r}, so its samples do not come from its own distribution.",
-                f"set policy.generation_config.{name} = None while the critic is trained and evaluated.",
-            )
 
 
 def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mavis.critics.capture import forward_states
-from mavis.critics.fingerprint import states_device
-from mavis.critics.headed import HeadedCritic
-from mavis.math.divergence import step_kl
+from mavis.critics.head_critic import HeadCritic
+from mavis.math.kl import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
+from mavis.policies.devices import states_device
+from mavis.policies.state_capture import forward_states
 
 ROWS_PER_PASS = 32
 """How many rollouts are read again in one pass of the policy."""
@@ -78,7 +78,7 @@ class Steps:
 
 
 @torch.no_grad()
-def read_again(policy: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
+def forward_sequences(policy: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """Read finished responses in one forward pass, as `generate` would have step by step.
 
     Args:
@@ -112,7 +112,7 @@ def replay(
     sequences: Sequences,
     embeddings: Tensor,
     *,
-    critic: HeadedCritic | None = None,
+    critic: HeadCritic | None = None,
     lam: Tensor | None = None,
     top_k: int | None,
     temperature: float = 1.0,
@@ -135,7 +135,7 @@ def replay(
     ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     is_response = sequences.is_response.to(device)
     length = is_response.shape[1]
-    states, logits = read_again(policy, sequences)
+    states, logits = forward_sequences(policy, sequences)
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
     inputs_of_heads = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
@@ -171,7 +171,7 @@ def _figures(
     logits: Tensor,
     action_ids: Tensor,
     table: Tensor,
-    critic: HeadedCritic | None,
+    critic: HeadCritic | None,
     lam: Tensor | None,
     top_k: int | None,
     temperature: float,

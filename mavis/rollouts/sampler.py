@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mavis.critics import Critic
 from mavis.decoding import MavisTilt
-from mavis.rollouts.sample import RolloutSettings, sample
+from mavis.rollouts.sampling import RolloutSettings, sample
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledResponses:
     """Responses to B prompts.
 
     Args:
@@ -49,7 +49,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Give back what is held for drawing, until the next draw: all that were wanted have been drawn."""
         ...
 
@@ -64,7 +64,7 @@ class Sampler(Protocol):
         top_k: int | None = None,
         critic: Critic | None = None,
         lam: Tensor | None = None,
-    ) -> Drawn:
+    ) -> SampledResponses:
         """Draw one response to each prompt.
 
         Args:
@@ -80,7 +80,7 @@ class Sampler(Protocol):
         ...
 
 
-def named(sampler: Sampler) -> dict[str, str]:
+def sampler_identity(sampler: Sampler) -> dict[str, str]:
     """Say who draws, for the claim of a folder; nothing of `generate`, which is what a claim without a word means."""
     return {} if isinstance(sampler, GenerateSampler) else {"sampler": sampler.name}
 
@@ -90,7 +90,7 @@ class GenerateSampler:
 
     name = "generate"
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Hold nothing anyway."""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
@@ -107,16 +107,16 @@ class GenerateSampler:
         top_k: int | None = None,
         critic: Critic | None = None,
         lam: Tensor | None = None,
-    ) -> Drawn:
+    ) -> SampledResponses:
         """Draw one response to each prompt, all in one batch; see `Sampler.draw`."""
         if critic is None:
-            return Drawn(*sample(policy, tokenizer, prompts, settings, seed, top_k=top_k))
+            return SampledResponses(*sample(policy, tokenizer, prompts, settings, seed, top_k=top_k))
         assert lam is not None
         tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
         with critic.attached_to(policy):
             ids = sample(policy, tokenizer, prompts, settings, seed, processor=tilt)
-        return Drawn(*ids, kl=tilt.kl)
+        return SampledResponses(*ids, kl=tilt.kl)
 
 
-GENERATE = GenerateSampler()
+GENERATE_SAMPLER = GenerateSampler()
 """The sampler of who names no other."""

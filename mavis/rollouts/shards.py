@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mavis.processes import Processes
+from mavis.distributed import ProcessGroup
 
 
-def each_stored(
+def store_missing(
     paths: Sequence[Path],
     store: Callable[[int], None],
-    processes: Processes,
+    processes: ProcessGroup,
     tell: Callable[[int], None] | None = None,
 ) -> Iterator[int]:
     """Have every missing shard stored by one process, and yield the number of each as it is on disk, in order.
@@ -32,15 +32,15 @@ def each_stored(
     """
     say = tell or (lambda done: None)
     # One process looks, before any writes: all shares must be cut from the same list.
-    missing = processes.of_main(torch.tensor([not there for there in _on_disk(paths)], dtype=torch.uint8))
-    mine = processes.mine(missing.nonzero()[:, 0].tolist())
+    missing = processes.broadcast_from_main(torch.tensor([not there for there in _on_disk(paths)], dtype=torch.uint8))
+    mine = processes.shard(missing.nonzero()[:, 0].tolist())
     say(0)
-    if processes.count > 1:
+    if processes.world_size > 1:
         for index in mine:
             store(index)
-            if processes.main:
+            if processes.is_main:
                 say(sum(_on_disk(paths)))
-        processes.wait()
+        processes.barrier()
         mine = []
     for index in range(len(paths)):
         if index in mine:

@@ -1,24 +1,24 @@
 """Training: fit, improvement loop, distillation and calibration of critics; alignment and the embedded recipe."""
 
-from mavis.training.align import align
-from mavis.training.align_settings import AlignReport, AlignSettings
-from mavis.training.calibrate import calibrate
-from mavis.training.descent import DescentSettings
-from mavis.training.distill import DistillReport, DistillSettings, distill
-from mavis.training.fit import FitReport, FitSettings, fit
-from mavis.training.improve import ImprovementSettings, improve
-from mavis.training.iteration import IterationReport
+from mavis.training.alignment.loop import align
+from mavis.training.alignment.settings import AlignReport, AlignSettings
+from mavis.training.distillation.loop import DistillReport, DistillSettings, distill
+from mavis.training.improvement.calibrate import calibrate
+from mavis.training.improvement.fit import FitReport, FitSettings, fit
+from mavis.training.improvement.loop import ImprovementSettings, improve
+from mavis.training.improvement.report import IterationReport
+from mavis.training.regression import RegressionSettings
 
 __all__ = [
     "AlignReport",
     "AlignSettings",
-    "DescentSettings",
     "DistillReport",
     "DistillSettings",
     "FitReport",
     "FitSettings",
     "ImprovementSettings",
     "IterationReport",
+    "RegressionSettings",
     "align",
     "calibrate",
     "distill",

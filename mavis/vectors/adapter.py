@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mavis.errors import VectorError, first_sentence, optional
-from mavis.files import read_json
-from mavis.vectors.source import ModelTensors, meta_model, subtracted
-from mavis.vectors.stored import Lazy
+from mavis.utils.files import read_json
+from mavis.vectors.model_tensors import ModelTensors, meta_model, subtracted
+from mavis.vectors.tensor_files import Lazy
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it into its base (merge_and_unload), save that, and give its folder."

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from mavis.errors import VectorError
-from mavis.files import PICKLES, atomic_folder
-from mavis.vectors.applied import add_to
-from mavis.vectors.source import ModelTensors, tensors_of
-from mavis.vectors.stored import INDEX, new_folder, writing
+from mavis.utils.files import PICKLES, atomic_folder
+from mavis.vectors.applying import add_to
+from mavis.vectors.model_tensors import ModelTensors, tensors_of
+from mavis.vectors.tensor_files import INDEX, new_folder, writing
 from mavis.vectors.vector import AlignmentVector
 
 _WEIGHTS = {*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}

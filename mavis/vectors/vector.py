@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import VectorError
+from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors.adapter import adapter_differences, is_adapter
-from mavis.vectors.source import Layout, ModelOrFolder, ModelTensors, subtracted, tensors_of
-from mavis.vectors.stored import FLOATS, Lazy
+from mavis.vectors.model_tensors import Layout, ModelOrFolder, ModelTensors, subtracted, tensors_of
+from mavis.vectors.tensor_files import FLOATS, Lazy
+from mavis.vectors.vector_folder import VectorContent, load_vector, save_vector
 
 
 class AlignmentVector:
@@ -89,9 +90,7 @@ class AlignmentVector:
         Raises:
             VectorError: if it is missing, no vector's, corrupt or truncated.
         """
-        from mavis.vectors.folder import load_vector
-
-        return load_vector(folder)
+        return cls(*load_vector(folder))
 
     def save(
         self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
@@ -107,9 +106,7 @@ class AlignmentVector:
             VectorError: if the folder holds something that is no vector, a number is beyond the dtype, for another
                 dtype, or if there is no space.
         """
-        from mavis.vectors.folder import save_vector
-
-        save_vector(self, folder, dtype, max_shard_size)
+        save_vector(VectorContent(self.tensors, self.layout, self.base), folder, dtype, max_shard_size)
 
     def norm(self) -> float:
         """Compute the Euclidean length, √Σ Δ², over all tensors."""

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mavis.cli.app import data_name
 from mavis.cli.evaluate import _note_efficiency
-from mavis.critics import ValueModelCritic, load_critic
+from mavis.critics import Critic, ValueModelCritic
 from mavis.vectors import AlignmentVector
 
 TELL = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
@@ -36,7 +36,7 @@ def assert_refused(ran: Any, message: str) -> None:
 def test_training_ends_in_a_critic_and_a_table(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
     ran = mavis("train", *small, "output=run")
     assert ran.code == 0, ran.err
-    critic = load_critic(tmp_path / "run" / "critic")
+    critic = Critic.from_pretrained(tmp_path / "run" / "critic")
     assert critic.objectives == ("positive", "brevity")
     assert critic.calibration is not None
     assert (critic.calibration.max_new_tokens, critic.calibration.top_k) == (8, 20)
@@ -54,7 +54,7 @@ def test_the_same_command_again_goes_on_where_it_was(
         path = tmp_path / "run" / lost
         path.unlink() if path.is_file() else shutil.rmtree(path)
     assert mavis("train", *small, "output=run").code == 0
-    again, before = load_critic(tmp_path / "run" / "critic"), load_critic(trained)
+    again, before = Critic.from_pretrained(tmp_path / "run" / "critic"), Critic.from_pretrained(trained)
     assert again.calibration == before.calibration
     for name, tensor in before.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -95,7 +95,7 @@ def test_a_value_model_is_trained_and_used_like_any_critic(
     others = [item for item in small if not item.startswith("critic.")]
     ran = mavis("train", *others, "critic=value_model", *options, "output=run")
     assert ran.code == 0, ran.err
-    critic = load_critic(tmp_path / "run" / "critic")
+    critic = Critic.from_pretrained(tmp_path / "run" / "critic")
     assert isinstance(critic, ValueModelCritic)
     assert critic.readout == options[0].partition("=")[2]
     assert critic.calibration is not None
@@ -110,8 +110,8 @@ def test_a_policy_that_is_spread_over_what_there_is_is_trained_on_like_any(
 ) -> None:
     ran = mavis("train", *small, f"policy.device={placed}", "output=run")
     assert ran.code == 0, ran.err
-    state = load_critic(trained).state_dict()
-    for name, tensor in load_critic(tmp_path / "run" / "critic").state_dict().items():
+    state = Critic.from_pretrained(trained).state_dict()
+    for name, tensor in Critic.from_pretrained(tmp_path / "run" / "critic").state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
 
@@ -127,24 +127,13 @@ def test_what_one_process_does_is_refused_to_several(mavis: Any, monkeypatch: py
     assert ran.err.count("\n") == 1
 
 
-def test_pretraining_is_refused_to_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mavis.cli import pretrain
-
-    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["mavis-pretrain", "hydra/job_logging=none", "hydra/hydra_logging=none"])
-    with pytest.raises(SystemExit, match="2 processes were started, but mavis pretrain runs in one. Hint"):
-        pretrain.main()
-
-
 def test_a_critic_of_no_kind_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
     assert_refused(mavis("train", *small, "critic.kind=value", "output=run"), "critic.kind is 'value'.")
 
 
 def test_one_objective_asked_for_trains_one_head(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
     assert mavis("train", *small, "objective=[brevity]", "output=run").code == 0
-    assert load_critic(tmp_path / "run" / "critic").objectives == ("brevity",)
+    assert Critic.from_pretrained(tmp_path / "run" / "critic").objectives == ("brevity",)
 
 
 def test_a_sweep_makes_a_critic_for_every_combination(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
@@ -217,7 +206,7 @@ def other(tiny_policy: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "other"
     ValueModelCritic.for_policy(
         tiny_policy, ["kindness"], readout="candidates", hidden=0, composition="independent"
-    ).save(folder)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -227,11 +216,11 @@ def test_critics_become_one_that_is_used_like_any_other(
 ) -> None:
     ran = mavis("distill", *DISTILL, f"critic={kind}", f"critics=[{trained},{other}]", "output=run")
     assert ran.code == 0, ran.err
-    critic = load_critic(tmp_path / "run" / "critic")
+    critic = Critic.from_pretrained(tmp_path / "run" / "critic")
     assert critic.kind == kind
     assert critic.objectives == ("positive", "brevity", "kindness")
     assert critic.calibration is None
-    assert torch.equal(critic.reward_std[:2], load_critic(trained).reward_std)
+    assert torch.equal(critic.reward_std[:2], Critic.from_pretrained(trained).reward_std)
     assert f"critic: {tmp_path / 'run' / 'critic'}" in ran.out
     for word in ("kindness", "of all variance", "of that between candidates", "rollouts", "fit"):
         assert word in ran.out
@@ -405,7 +394,7 @@ def test_weights_may_be_a_mapping_or_a_list(mavis: Any, trained: Path, weights: 
 
 
 def test_a_budget_may_stand_for_beta(mavis: Any, trained: Path) -> None:
-    calibration = load_critic(trained).calibration
+    calibration = Critic.from_pretrained(trained).calibration
     assert calibration is not None
     kl = calibration.reach() * 0.9
     base = ("generate", "policy=tiny", "decoding.max_new_tokens=8", f"checkpoint={trained}", "prompt=the dog")
@@ -518,7 +507,7 @@ def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tm
     for word in ("(reference)", "efficiency", "tokens/s", "readability", "positive 0.5, brevity 0.5"):
         assert word in ran.out
     # The critic's card tells it, too; the critic itself is the same.
-    assert load_critic(trained).about["efficiency"] == [
+    assert Critic.from_pretrained(trained).about["efficiency"] == [
         {name: one[name] for name in ("weights", "kl", "efficiency")} for one in report["efficiency"]
     ]
     assert "| positive 0.5, brevity 0.5 |" in (trained / "README.md").read_text().split("## Frontier efficiency")[1]
@@ -543,19 +532,19 @@ def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = shutil.copytree(trained, tmp_path / "critic")
-    measured = load_critic(place)
+    measured = Critic.from_pretrained(place)
     measured.about["efficiency"] = [{"weights": {"positive": 1.0}, "kl": 1.0, "efficiency": 0.123}]
-    other = load_critic(place)
+    other = Critic.from_pretrained(place)
     other.reward_mean += 1
-    other.save(place)
+    other.save_pretrained(place)
     _note_efficiency(measured, place)
-    assert load_critic(place).about == other.about
+    assert Critic.from_pretrained(place).about == other.about
     _note_efficiency(measured, Path("me/on-the-hub"))  # there is nothing to write
 
     def refused(*arguments: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mavis.critics.checkpoint.write_json", refused)
+    monkeypatch.setattr("mavis.critics.io.save.write_json", refused)
     _note_efficiency(other, place)
     assert "critic stays as it is: Permission denied" in capsys.readouterr().out
 

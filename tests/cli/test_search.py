@@ -15,12 +15,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 
-from mavis.cli.conf_path import conf_dir
+from mavis.cli.conf_dir import conf_dir
 from mavis.cli.search import search
 from mavis.cli.search_space import as_it_is, search_space
-from mavis.critics import load_critic
+from mavis.critics import Critic
 from mavis.errors import ConfigError
-from mavis.files import write_json
+from mavis.utils.files import write_json
 
 pytest.importorskip("optuna")
 
@@ -346,7 +346,7 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
         assert math.isfinite(figures["efficiency"])
         assert figures["seconds"] > 0
         # The prompts that chose the critic are not those on which it may be praised.
-        assert "efficiency" not in load_critic(run / "critic").about
+        assert "efficiency" not in Critic.from_pretrained(run / "critic").about
     # The rollouts of the plain policy are drawn once for all trials.
     assert len(list((tmp_path / "found").rglob("reference/shard-*"))) == 1
     assert f"best: found/trial-{found['best'][0]:03d}/critic" in ran.out

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mavis.critics import load_critic
+from mavis.critics import Critic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_two_runs_of_a_sweep_are_at_work_at_the_same_time(tiny: list[str], tmp_p
     assert len(list((tmp_path / "met").iterdir())) == 2
     for beta in (2, 4):
         run = tmp_path / "sweep" / f"beta={beta}"
-        assert load_critic(run / "critic").objectives == ("brevity", "meet")
+        assert Critic.from_pretrained(run / "critic").objectives == ("brevity", "meet")
         assert json.loads((run / "run.json").read_text())["settings"]["beta"] == beta
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
         def wrong(*arguments: Any, **named: Any) -> None:
             raise LookupError("a mistake in the code")
 
-        broken.setattr(import_module("mavis.training.improve"), "fit", wrong)
+        broken.setattr(import_module("mavis.training.improvement.loop"), "fit", wrong)
         ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
         assert ran.code == 1
         assert "mavis: LookupError: a mistake in the code" in ran.err
@@ -135,7 +135,7 @@ def test_breaking_off_a_sweep_ends_all_of_it(
     def broken_off(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("mavis.training.improve"), "fit", broken_off)
+    monkeypatch.setattr(import_module("mavis.training.improvement.loop"), "fit", broken_off)
     ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
     assert ran.code == 130
     assert ran.err.endswith("mavis: interrupted. Hint: what is finished is kept; repeat the command to go on.\n")
@@ -238,6 +238,6 @@ def test_a_sweep_becomes_one_array_of_jobs_on_a_slurm_cluster(tiny: list[str], t
         assert f"#SBATCH --{option}\n" in submitted, submitted
     for beta in (2, 4):
         run = tmp_path / "sweep" / f"beta={beta}"
-        assert load_critic(run / "critic").objectives == ("brevity",)
+        assert Critic.from_pretrained(run / "critic").objectives == ("brevity",)
     told = in_a_process(["report", "sweep"], tmp_path)
     assert "2 runs: 2 finished" in told.stdout

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mavis
 from mavis import HiddenStateCritic
 from mavis.critics import Calibration
-from mavis.critics.headed import token_embeddings
 from mavis.errors import CriticError, PolicyError
+from mavis.policies.token_embeddings import token_embeddings
 
 
 def llama(vocabulary: int = 30, hidden: int = 16, seed: int = 0, **options: Any) -> LlamaForCausalLM:
@@ -234,9 +234,9 @@ def test_a_critic_that_makes_no_sense_is_refused(
 
 def test_saved_and_loaded_it_has_the_same_values(policy: Any, tmp_path: Path) -> None:
     critic = talkative(policy)
-    critic.save(tmp_path / "critic")
+    critic.save_pretrained(tmp_path / "critic")
     assert sorted(p.name for p in (tmp_path / "critic").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    loaded = mavis.load_critic(tmp_path / "critic")
+    loaded = mavis.Critic.from_pretrained(tmp_path / "critic")
     assert isinstance(loaded, HiddenStateCritic)
     assert loaded.objectives == critic.objectives
     assert loaded.calibration == critic.calibration
@@ -254,35 +254,35 @@ def test_saved_and_loaded_it_has_the_same_values(policy: Any, tmp_path: Path) ->
 
 def test_saving_again_replaces_a_critic_and_nothing_else(policy: Any, tmp_path: Path) -> None:
     critic = talkative(policy)
-    critic.save(tmp_path / "critic")
-    critic.save(str(tmp_path / "critic"))
+    critic.save_pretrained(tmp_path / "critic")
+    critic.save_pretrained(str(tmp_path / "critic"))
     assert [p.name for p in tmp_path.iterdir()] == ["critic"]
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(CriticError, match="exists and is not a critic"):
-        critic.save(precious)
+        critic.save_pretrained(precious)
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_save_that_fails_leaves_the_old_critic(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     critic = talkative(policy)
-    critic.save(tmp_path / "critic")
+    critic.save_pretrained(tmp_path / "critic")
     before = (tmp_path / "critic" / "model.safetensors").read_bytes()
 
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mavis.critics.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("mavis.critics.io.save.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        critic.save(tmp_path / "critic")
+        critic.save_pretrained(tmp_path / "critic")
     assert (tmp_path / "critic" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["critic"]
 
 
 def test_folders_that_hold_no_sound_critic_are_refused(policy: Any, tmp_path: Path) -> None:
     good = tmp_path / "good"
-    talkative(policy).save(good)
+    talkative(policy).save_pretrained(good)
 
     def broken(name: str, damage: Any) -> Path:
         import shutil
@@ -322,12 +322,12 @@ def test_folders_that_hold_no_sound_critic_are_refused(policy: Any, tmp_path: Pa
             "something else than a critic",
         ),
         (broken("kind", edit(lambda c: c.update(kind="hiden_state"))), "did you mean 'hidden_state'"),
-        (broken("format", edit(lambda c: c.update(format=99))), "has critic format 99; this version reads 1"),
+        (broken("format", edit(lambda c: c.update(format=99))), "has critic format 99; this version reads up to 2"),
         (broken("missing", edit(lambda c: c.pop("policy"))), "config.json' is corrupt or truncated"),
         (broken("sizes", edit(lambda c: c["settings"].update(hidden=9))), "model.safetensors' is corrupt or truncated"),
     ]
     for folder, message in cases:
         with pytest.raises(CriticError) as caught:
-            mavis.load_critic(folder)
+            mavis.Critic.from_pretrained(folder)
         assert message in str(caught.value)
         assert "Hint: " in str(caught.value)

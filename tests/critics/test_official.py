@@ -213,8 +213,8 @@ def test_neither_the_import_nor_the_saved_critic_needs_peft(
     folder = train()
     monkeypatch.setitem(sys.modules, "peft", None)
     critic = mavis.import_official({"help": folder}, policy, reward_mean={"help": 1.0}, reward_std={"help": 2.0})
-    critic.save(tmp_path / "critic")
-    again = mavis.load_critic(tmp_path / "critic")
+    critic.save_pretrained(tmp_path / "critic")
+    again = mavis.Critic.from_pretrained(tmp_path / "critic")
     assert again.settings() == critic.settings()
     for name, tensor in critic.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)

@@ -132,14 +132,14 @@ def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, read
 )
 def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
     critic = talkative(policy, readout=readout, **options)
-    critic.save(tmp_path / "critic")
+    critic.save_pretrained(tmp_path / "critic")
     assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",
     ]
     assert str(tmp_path) not in (tmp_path / "critic" / "config.json").read_text()
-    again = mavis.load_critic(tmp_path / "critic")
+    again = mavis.Critic.from_pretrained(tmp_path / "critic")
     assert isinstance(again, ValueModelCritic)
     assert again.settings() == critic.settings()
     assert not again.training
@@ -151,22 +151,22 @@ def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout
 
 
 def test_a_folder_from_before_the_norm_was_a_setting_has_one(policy: Any, tmp_path: Path) -> None:
-    talkative(policy).save(tmp_path / "critic")
+    talkative(policy).save_pretrained(tmp_path / "critic")
     path = tmp_path / "critic" / "config.json"
     config = json.loads(path.read_text())
     assert (config["settings"].pop("norm"), config["settings"].pop("lora_rank")) == (True, 0)
     path.write_text(json.dumps(config))
-    assert mavis.load_critic(tmp_path / "critic").settings() == talkative(policy).settings()
+    assert mavis.Critic.from_pretrained(tmp_path / "critic").settings() == talkative(policy).settings()
 
 
 def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Path) -> None:
-    talkative(policy).save(tmp_path / "critic")
+    talkative(policy).save_pretrained(tmp_path / "critic")
     path = tmp_path / "critic" / "config.json"
     config = json.loads(path.read_text())
     config["settings"]["backbone"]["model_type"] = "nothing"
     path.write_text(json.dumps(config))
     with pytest.raises(CriticError, match="is corrupt or truncated: backbone has model_type 'nothing'"):
-        mavis.load_critic(tmp_path / "critic")
+        mavis.Critic.from_pretrained(tmp_path / "critic")
 
 
 # What is refused

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from mavis import HiddenStateCritic
 from mavis.critics import ValueModelCritic
-from mavis.critics.capture import forward_states
+from mavis.policies.state_capture import forward_states
 
 VOCABULARY = 40
 TRUNK = Qwen2Config(

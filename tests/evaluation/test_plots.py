@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from mavis.errors import EvaluationError
 from mavis.evaluation.plots import plot_front, plot_frontier
-from mavis.math.preference import simplex_grid
+from mavis.math.simplex import simplex_grid
 
 Row = dict[str, Any]
 

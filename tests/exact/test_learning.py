@@ -12,8 +12,8 @@ from mavis import HiddenStateCritic
 from mavis.exact import World, WorldObjective, WorldPolicy, iterate, share, world_tokenizer
 from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
-from mavis.training.fit import FitSettings
-from mavis.training.iteration import MIXTURES
+from mavis.training.improvement.fit import FitSettings
+from mavis.training.improvement.report import MIXTURES
 
 BETA = 5.0
 

@@ -50,7 +50,7 @@ def test_its_logits_are_the_reference_logprobs(world: World, policy: WorldPolicy
 
 def test_a_state_is_the_token_the_step_and_the_counts(world: World, policy: WorldPolicy) -> None:
     ids = torch.randint(world.tokens, (4, 6))
-    states, _ = mavis.critics.capture.forward_states(policy, input_ids=ids)
+    states, _ = mavis.policies.state_capture.forward_states(policy, input_ids=ids)
     grid = policy.state_grid()
     assert grid.shape == (world.steps, len(world.rewards), world.tokens, policy.config.hidden_size)
     for step in range(6):
@@ -60,13 +60,13 @@ def test_a_state_is_the_token_the_step_and_the_counts(world: World, policy: Worl
 
 def test_padding_on_the_left_and_a_cache_change_no_state(world: World, policy: WorldPolicy) -> None:
     ids = torch.randint(world.tokens, (2, 5))
-    alone, _ = mavis.critics.capture.forward_states(policy, input_ids=ids)
+    alone, _ = mavis.policies.state_capture.forward_states(policy, input_ids=ids)
     padded = torch.cat([torch.full((2, 3), world.tokens), ids], dim=1)
     mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 5)], dim=1).long()
-    together, _ = mavis.critics.capture.forward_states(policy, input_ids=padded, attention_mask=mask)
+    together, _ = mavis.policies.state_capture.forward_states(policy, input_ids=padded, attention_mask=mask)
     assert torch.equal(together[:, 3:], alone)
     first = policy(input_ids=padded[:, :5], attention_mask=mask[:, :5])
-    later, _ = mavis.critics.capture.forward_states(
+    later, _ = mavis.policies.state_capture.forward_states(
         policy, input_ids=padded[:, 5:], attention_mask=mask, past_key_values=first.past_key_values
     )
     assert torch.equal(later, alone[:, 2:])

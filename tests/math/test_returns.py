@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from mavis.math.returns import later_sum, soft_returns
+from mavis.math.returns import reverse_cumsum_exclusive, soft_returns
 
 STEPS = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 0.0]])
 
 
 def test_the_later_sum_leaves_the_present_step_out() -> None:
-    assert later_sum(STEPS).tolist() == [[6.0, 4.0, 0.0], [5.0, 0.0, 0.0]]
+    assert reverse_cumsum_exclusive(STEPS).tolist() == [[6.0, 4.0, 0.0], [5.0, 0.0, 0.0]]
 
 
 def test_the_later_sum_runs_over_time_and_not_over_objectives() -> None:
     both = torch.stack([STEPS, 10 * STEPS], dim=-1)
-    assert later_sum(both).shape == (2, 3, 2)
-    assert torch.equal(later_sum(both)[..., 0], later_sum(STEPS))
-    assert torch.equal(later_sum(both)[..., 1], 10 * later_sum(STEPS))
+    assert reverse_cumsum_exclusive(both).shape == (2, 3, 2)
+    assert torch.equal(reverse_cumsum_exclusive(both)[..., 0], reverse_cumsum_exclusive(STEPS))
+    assert torch.equal(reverse_cumsum_exclusive(both)[..., 1], 10 * reverse_cumsum_exclusive(STEPS))
 
 
 def test_a_return_is_the_reward_less_the_price_of_the_kl_to_come() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mavis.errors import DecodingError
-from mavis.math.divergence import step_kl
+from mavis.math.kl import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
 
 finite = st.floats(-20, 20, width=32)

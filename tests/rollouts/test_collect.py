@@ -18,7 +18,7 @@ import mavis
 from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError, DataError, ObjectiveError
 from mavis.rewards import score
-from mavis.rollouts import Drawn, Plan, RolloutSettings, collect
+from mavis.rollouts import Plan, RolloutSettings, SampledResponses, collect
 from mavis.rollouts.sampler import GenerateSampler
 
 MODULE = sys.modules["mavis.rollouts.collect"]  # the package's attribute of that name is the function
@@ -440,7 +440,7 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_written(run:
 class WithoutKl(GenerateSampler):
     """Draws what `generate` draws, but does not know the KL."""
 
-    def draw(self, *arguments: Any, **named: Any) -> Drawn:
+    def draw(self, *arguments: Any, **named: Any) -> SampledResponses:
         return replace(super().draw(*arguments, **named), kl=None)
 
 

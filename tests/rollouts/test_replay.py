@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mavis.critics import HiddenStateCritic
-from mavis.critics.headed import token_embeddings
 from mavis.decoding import MavisTilt
+from mavis.policies.token_embeddings import token_embeddings
 from mavis.rollouts.replay import Sequences, Steps, replay
 
 MakeCritic = Callable[..., HiddenStateCritic]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import MissingPackageError, VectorError
+from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors import AlignmentVector, combine
 from mavis.vectors.emr import elected
-from mavis.vectors.source import Layout
+from mavis.vectors.model_tensors import Layout
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2)}
 

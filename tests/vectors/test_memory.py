@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from mavis.vectors import AlignmentVector, Vectors
-from mavis.vectors.stored import StoredTensors
+from mavis.vectors.tensor_files import StoredTensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

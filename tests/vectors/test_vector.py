@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mavis.critics.fingerprint import Fingerprint
 from mavis.errors import VectorError
+from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors import AlignmentVector
-from mavis.vectors.source import Layout
+from mavis.vectors.model_tensors import Layout
 
 Build = Callable[..., Any]
 Saved = Callable[..., Path]

@@ -11,7 +11,7 @@ import torch
 
 import mavis
 from mavis.critics import CriticGroup, HiddenStateCritic
-from mavis.critics.fingerprint import Fingerprint
+from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors import AlignmentVector, Vectors, search_coefficients
 
 MakeCritic = Callable[..., HiddenStateCritic]

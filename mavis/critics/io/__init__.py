@@ -1,0 +1,1 @@
+"""A critic as a folder and on the hub."""

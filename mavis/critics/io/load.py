@@ -1,0 +1,114 @@
+"""Reading a critic folder, or what it says of its critic without reading the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from mavis.critics.calibration import Calibration
+from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt
+from mavis.critics.io.hub import fetch_critic
+from mavis.errors import CriticError, MissingPackageError, closest
+from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.names import is_hub_id
+from mavis.utils.files import pickles_in
+
+Kinds = Mapping[str, Callable[..., Any]]
+"""The classes of critics by what `kind` in a configuration calls them."""
+
+_RENAMED = {"trained_up_to": "max_trained_lambda"}
+"""Tensors of format 1 that are called otherwise since."""
+
+
+def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | None = None) -> Any:
+    """Read a critic folder, here or on the hub; see `Critic.from_pretrained`."""
+    path = Path(folder)
+    if isinstance(folder, str) and is_hub_id(folder):
+        path = fetch_critic(folder, [CONFIG, WEIGHTS], revision)
+    critic = _build(path, kinds)
+    _load_weights(critic, path)
+    return critic.eval()
+
+
+def describe_critic(folder: str | os.PathLike[str], kinds: Kinds) -> Any:
+    """Build the critic of a folder on the meta device; see `Critic.describe`."""
+    path = Path(folder)
+    with torch.device("meta"):
+        critic = _build(path, kinds)
+    _check_weights_exist(path)
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as tensors:
+            stored = {_RENAMED.get(name, name): name for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            for name in ("reward_mean", "reward_std", "max_trained_lambda"):
+                setattr(critic, name, tensors.get_tensor(stored.get(name, name)))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise corrupt(path / WEIGHTS, error) from error
+    return critic.eval()
+
+
+def _build(path: Path, kinds: Kinds) -> Any:
+    """Make the critic that a folder's configuration describes, without its weights."""
+    config = _read_config(path)
+    kind = config.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CriticError(f"folder {str(path)!r} holds a critic of kind {kind!r}.", closest(str(kind), kinds))
+    try:
+        critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
+        if config.get("calibration") is not None:
+            critic.calibration = Calibration(**config["calibration"])
+        critic.about = dict(config.get("about") or {})  # critics of earlier versions tell nothing about themselves
+    except MissingPackageError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
+        raise corrupt(path / CONFIG, error) from error
+    return critic
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CriticError(f"folder is {str(path)!r}, which does not exist.", "train a critic first: mavis train.")
+    if not (path / CONFIG).is_file():
+        raise CriticError(
+            f"folder {str(path)!r} has no {CONFIG}, so it is not a critic.",
+            f"name the folder that Critic.save_pretrained wrote; it holds {CONFIG} and {WEIGHTS}.",
+        )
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise corrupt(path / CONFIG, error) from error
+    if not isinstance(config, dict) or "kind" not in config or "format" not in config:
+        raise CriticError(
+            f"{str(path / CONFIG)!r} is the configuration of something else than a critic.",
+            "name the folder that Critic.save_pretrained wrote.",
+        )
+    if config["format"] not in range(1, FORMAT + 1):
+        raise CriticError(
+            f"folder {str(path)!r} has critic format {config['format']!r}; this version reads up to {FORMAT}.",
+            "install the version of mavis that wrote it.",
+        )
+    return config
+
+
+def _check_weights_exist(path: Path) -> None:
+    """Refuse a folder without weights."""
+    if not (path / WEIGHTS).is_file():
+        raise CriticError(
+            f"folder {str(path)!r} has no {WEIGHTS}{pickles_in(path)}.",
+            "save the critic again with Critic.save_pretrained.",
+        )
+
+
+def _load_weights(critic: torch.nn.Module, path: Path) -> None:
+    _check_weights_exist(path)
+    try:
+        tensors = load_file(path / WEIGHTS)
+        critic.load_state_dict({_RENAMED.get(name, name): tensor for name, tensor in tensors.items()})
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise corrupt(path / WEIGHTS, error) from error

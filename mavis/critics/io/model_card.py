@@ -1,0 +1,128 @@
+"""The model card of a critic: what it is for, what it was trained on, and how good it is known to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mavis.critics.calibration import calibration_directions
+from mavis.critics.io.files import SavableCritic
+from mavis.policies.names import is_hub_id
+from mavis.utils.markdown import markdown_cell, markdown_table
+
+
+def model_card(critic: SavableCritic) -> str:
+    """Write the card of a critic.
+
+    What the critic holds in itself is told always; the name of the policy, the data, the training and the efficiency
+    are told as far as `critic.about` knows them.
+
+    Args:
+        critic: any critic.
+
+    Returns:
+        Markdown with a YAML header that the hub reads.
+    """
+    from huggingface_hub import ModelCardData
+
+    about = critic.about
+    policy = about.get("policy")
+    header = ModelCardData(
+        library_name="mavis",
+        tags=["mavis", "value-guided-decoding"],
+        base_model=policy if isinstance(policy, str) and is_hub_id(policy) else None,
+    )
+    names = ", ".join(critic.objectives)
+    lines = [
+        f"# Critic: {markdown_cell(names)}",
+        "Value heads that steer a causal LM between objectives at decoding time, without touching its weights. Made "
+        "with `mavis`:",
+        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0), decoding=_decoding(critic)),
+        "## Objectives",
+        "Raw rewards are normalised, R = (raw − mean) / std, by what the plain policy earns.",
+        markdown_table(
+            ("objective", "mean", "std"),
+            zip(critic.objectives, critic.reward_mean.tolist(), critic.reward_std.tolist(), strict=True),
+        ),
+        "## Policy",
+        *_policy(critic, policy),
+        "## Training",
+        *_training(critic, about),
+        "## Calibration",
+        *_calibration(critic),
+        "## Frontier efficiency",
+        *_efficiency(about.get("efficiency")),
+    ]
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+
+
+_USE = """```python
+import mavis
+
+critic = mavis.Critic.from_pretrained("<this folder or repository>")
+output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1.0{decoding})
+```"""
+
+
+def _decoding(critic: SavableCritic) -> str:
+    """The arguments that make `generate` sample as the critic was trained, as far as it knows."""
+    known = critic.calibration
+    return "" if known is None else f", top_k={known.top_k}, temperature={known.temperature:g}"
+
+
+def _policy(critic: SavableCritic, name: Any) -> list[str]:
+    mark = critic.fingerprint
+    return [
+        f"{markdown_cell(name) if name else 'A policy that did not tell its name'}: {mark.model_type}, hidden size "
+        f"{mark.hidden_size}, {mark.vocab_size} tokens, fingerprint of its weights `{mark.weights}`. Other weights of "
+        "this shape warn, another shape is refused."
+    ]
+
+
+def _training(critic: SavableCritic, about: Mapping[str, Any]) -> list[str]:
+    rows: dict[str, Any] = {"kind": critic.kind, "composition": critic.composition}
+    rows |= {name: value for name, value in critic.settings().items() if value is None or isinstance(value, _PLAIN)}
+    rows |= {"data": about["data"]} if "data" in about else {}
+    rows |= about.get("training", {})
+    return [markdown_table(("setting", "value"), rows.items())]
+
+
+_PLAIN = (str, int, float)
+
+
+def _calibration(critic: SavableCritic) -> list[str]:
+    measured = critic.calibration
+    if measured is None:
+        return ["None: it is used with `beta`, not with `target_kl`."]
+    directions = [
+        ", ".join(f"{name} {share:g}" for name, share in zip(critic.objectives, row, strict=True) if share)
+        for row in calibration_directions(len(critic.objectives)).tolist()
+    ]
+    candidates = "every token a candidate" if measured.top_k is None else f"{measured.top_k} candidates a step"
+    return [
+        f"KL to the plain policy in nats per response, with {candidates}, at temperature "
+        f"{measured.temperature:g} and up to {measured.max_new_tokens} tokens.",
+        markdown_table(
+            ("weights", *(f"β = {beta:g}" for beta in measured.betas)),
+            ((name, *row) for name, row in zip(directions, measured.kl, strict=True)),
+        ),
+    ]
+
+
+def _efficiency(entries: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    if not entries:
+        return ["Not measured yet; `mavis evaluate` measures it and writes it here."]
+    return [
+        "Share of the reward gain that any policy could have at the same KL, on prompts that it was not trained on.",
+        markdown_table(
+            ("weights", "KL (nats)", "efficiency"),
+            (
+                (
+                    ", ".join(f"{name} {weight:g}" for name, weight in entry["weights"].items() if weight),
+                    entry["kl"],
+                    entry["efficiency"],
+                )
+                for entry in entries
+            ),
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""The small language model of a value-model critic: reading, caching, fusing and adapting it."""

@@ -1,0 +1,88 @@
+"""`mavis.generate`: one call that sets the tilt and `generate` to agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from mavis.critics import Critic
+from mavis.critics.attachment import attached_critic
+from mavis.decoding.logits_processor import MavisTilt
+from mavis.decoding.weights import Weights
+from mavis.errors import PAD_ON_THE_LEFT, DecodingError
+from mavis.policies.generation_config import neutral_generation_config
+
+
+def generate(
+    policy: Any,
+    inputs: Mapping[str, Tensor] | Tensor,
+    *,
+    weights: Weights,
+    critic: Critic | Sequence[Critic] | None = None,
+    beta: float | Sequence[float] | Tensor | None = None,
+    target_kl: float | None = None,
+    top_k: int | None = 40,
+    temperature: float = 1.0,
+    entropy_gate: float | None = None,
+    **generate_arguments: Any,
+) -> Any:
+    """Generate from a policy under preference weights.
+
+    Samples from π(a|s) ∝ π_ref(a|s)^{1/T} · exp(Σ_m β w_m Q_m(s, a)) over the top-k candidates. The policy's own
+    `generation_config` does not interfere: temperature, top-k, top-p and penalties in it are set aside, and come back
+    only if they are named in this call.
+
+    Args:
+        policy: a causal LM that can `generate`.
+        inputs: what its tokenizer returned (`input_ids` and `attention_mask`), padded on the left, or ids (B, L).
+        weights: see `MavisTilt`.
+        critic: one, or several under one tilt; attached for this call if it is not attached yet; None takes the one
+            attached to the policy.
+        beta: see `MavisTilt`.
+        target_kl: see `MavisTilt`.
+        top_k: see `MavisTilt`.
+        temperature: T > 0, for the tilt and for `generate`.
+        entropy_gate: see `MavisTilt`.
+        generate_arguments: anything else `policy.generate` takes, such as `max_new_tokens`, `num_beams`,
+            `do_sample` (True unless given) or further logits processors, which run before the tilt.
+
+    Returns:
+        What `policy.generate` returns: ids (B, L + new), or its output object.
+
+    Raises:
+        CriticError: if no critic is given or attached, or it is attached to another policy.
+        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are no tensors or padded on the right.
+    """
+    tilt = MavisTilt(
+        weights,
+        critic if critic is not None else attached_critic(policy),
+        beta=beta,
+        target_kl=target_kl,
+        top_k=top_k,
+        temperature=temperature,
+        entropy_gate=entropy_gate,
+    )
+    arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+    if not isinstance(inputs, Mapping | Tensor):
+        raise DecodingError(
+            f"inputs is a {type(inputs).__name__}, expected what the tokenizer returns, or token ids.",
+            PAD_ON_THE_LEFT,
+        )
+    mask = arguments.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        raise DecodingError(
+            "inputs is padded on the right, so that responses would go on from padding.",
+            PAD_ON_THE_LEFT,
+        )
+    clash = sorted(set(arguments) & set(generate_arguments))
+    if clash:
+        raise DecodingError(f"{clash[0]} is given twice, in inputs and by name.", "give it once.")
+    earlier = generate_arguments.pop("logits_processor", None)
+    processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
+    config, others = neutral_generation_config(policy, temperature, generate_arguments)
+    assert tilt.critic is not None
+    with tilt.critic.attached_to(policy):
+        return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)

@@ -1,0 +1,207 @@
+"""What the runs of a sweep came to, read from their folders: those that failed or broke off are told of as well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mavis.errors import DataError
+from mavis.utils.files import read_json
+
+FINISHED, UNFINISHED, FAILED, NOT_STARTED = "finished", "unfinished", "failed", "not started"
+"""What a run can be."""
+
+# What a command leaves last; any other command leaves a report.
+_LAST = {"train": "critic/config.json", "distill": "critic/config.json"}
+# What says where and how fast a run works, not what it does.
+_ASIDE = ("output", "threads", "launcher", "hydra", "search", "tracking")
+_TRUSTED = 50.0  # effective samples, as in `optimal_reward_at`
+
+
+def gather_runs(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read every run at or below a folder.
+
+    A run is a folder that a command has worked in; an evaluation inside the folder of another run is part of that run.
+    Runs that a sweep was asked for and never began are told of, too.
+
+    Args:
+        folder: of a sweep, a search, or several of them.
+
+    Returns:
+        A dict per run, by name: `run`, its path below `folder`; `state`; `error`, None unless it failed; `settings`,
+        those that are not the same in all runs; `iterations`, finished and asked for, None where there are none;
+        `rewards`, `kl` and `goal` of the last iteration by goal, see `IterationReport`; `efficiency`, the mean frontier
+        efficiency by target KL, see `mean_efficiency`.
+
+    Raises:
+        DataError: if there is no such folder, or no run in it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise DataError(f"folder is {str(place)!r}, which does not exist.", "name the output folder of a sweep.")
+    runs: list[tuple[Path, dict[str, str], dict[str, Any]]] = []
+    for path in _run_folders(place):
+        overrides, found = _read(path)
+        runs.append((path, overrides, found))
+    runs += [
+        (sweep, overrides, _blank(NOT_STARTED))
+        for sweep in sorted(path.parent for path in place.rglob("multirun.yaml"))
+        for overrides in _never_begun(sweep, [given for path, given, _ in runs if path.is_relative_to(sweep)])
+    ]
+    if not runs:
+        raise DataError(
+            f"folder {str(place)!r} holds no run.", "name the output folder of a command such as `mavis train -m`."
+        )
+    names = list(dict.fromkeys(name for _, overrides, _ in runs for name in overrides))
+    differing = [name for name in names if len({overrides.get(name) for _, overrides, _ in runs}) > 1]
+    return [
+        {
+            "run": str(path.relative_to(place)) if found["state"] != NOT_STARTED else "",
+            **found,
+            "settings": {name: overrides.get(name) or _value(path, name) for name in differing},
+        }
+        for path, overrides, found in runs
+    ]
+
+
+def mean_efficiency(report: Mapping[str, Any], kl: float | None = None) -> float | None:
+    """Average the frontier efficiency over all weights.
+
+    A target that the critic does not reach counts 0: its strongest tilt spends less. Targets below what the cut to
+    candidates costs by itself are left out, for they are in no critic's reach, and those at which the optimal frontier
+    itself cannot be trusted, whatever the critic does there.
+
+    Args:
+        report: from `evaluate`.
+        kl: the target KL, in nats per response; None takes all.
+
+    Returns:
+        The mean; None where there is no such target.
+    """
+    floor = (report.get("cut") or {"kl": 0.0})["kl"]
+    limits = {_key(limit["weights"]): limit for limit in report["limits"]}
+    shares = []
+    for entry in report["efficiency"]:
+        limit = limits[_key(entry["weights"])]
+        trusted = np.interp(entry["kl"], limit["kl"], limit["effective_sample_size"]) >= _TRUSTED
+        known = entry["efficiency"] is not None or (trusted and entry["kl"] >= floor)
+        if (kl is None or entry["kl"] == kl) and known:
+            shares.append(entry["efficiency"] or 0.0)
+    return float(np.mean(shares)) if shares else None
+
+
+def _key(weights: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(weights.items()))
+
+
+def _run_folders(place: Path) -> list[Path]:
+    """List the folders that commands have worked in, but for those inside another such folder."""
+    folders: list[Path] = []
+    marked = (path.parent.parent for path in place.rglob(".hydra/overrides.yaml"))
+    for path in sorted(marked, key=lambda path: (len(path.parts), path)):
+        if not any(path.is_relative_to(other) for other in folders):
+            folders.append(path)
+    return sorted(folders)
+
+
+def _blank(state: str, error: str | None = None) -> dict[str, Any]:
+    empty: dict[str, Any] = {"rewards": {}, "kl": {}, "goal": {}, "efficiency": {}}
+    return {"state": state, "error": error, "iterations": None, **empty}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read one run: its overrides and what it came to."""
+    overrides: dict[str, str] = {}
+    try:
+        overrides = _by_name(_as_given(_yaml(path / ".hydra" / "overrides.yaml")))
+        command = _yaml(path / ".hydra" / "hydra.yaml").hydra.job.config_name
+        return overrides, _figures(path, str(command))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return overrides, _blank(FAILED, f"its folder cannot be read: {type(error).__name__}: {error}")
+
+
+def _yaml(path: Path) -> Any:
+    """Read what Hydra wrote; a file that is no YAML, such as one that a full disk cut, is a ValueError."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path.name} is cut off or was written by something else") from error
+
+
+def _as_given(overrides: Any) -> list[str]:
+    """List overrides as text, in which `${...}` stands as it was typed."""
+    from omegaconf import OmegaConf
+
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(given)
+
+
+def _figures(path: Path, command: str) -> dict[str, Any]:
+    found = _blank(FINISHED if (path / _LAST.get(command, "report.json")).is_file() else UNFINISHED)
+    if (path / "error.json").is_file():
+        found |= {"state": FAILED, "error": str(read_json(path / "error.json")["error"])}
+    numbered = {one.parent.name.partition("-")[2]: one for one in path.glob("iteration-*/report.json")}
+    reports = [numbered[number] for number in sorted(filter(str.isdecimal, numbered), key=int)]
+    if (path / "run.json").is_file() and "iterations" in (settings := read_json(path / "run.json")["settings"]):
+        found["iterations"] = [len(reports), settings["iterations"]]
+    if reports:
+        last = read_json(reports[-1])
+        found |= {name: last[name] for name in ("rewards", "kl", "goal")}
+    if command == "align" and (path / "report.json").is_file():
+        report = read_json(path / "report.json")
+        sums = {"rewards": report["reward_after"], "kl": report["kl"], "goal": report["goal"]}
+        found |= {name: {"weighted sum": value} for name, value in sums.items()}
+    for evaluation in (path / "report.json", *sorted(path.glob("*/report.json"))):
+        if evaluation.is_file() and "limits" in (report := read_json(evaluation)):
+            targets = sorted({entry["kl"] for entry in report["efficiency"]})
+            found["efficiency"] = {kl: mean_efficiency(report, kl) for kl in targets}
+            break
+    return found
+
+
+def _by_name(overrides: Sequence[Any]) -> dict[str, str]:
+    parts = (str(override).partition("=") for override in overrides)
+    pairs = {name.lstrip("+"): value for name, _, value in parts}
+    return {name: value for name, value in pairs.items() if name.split(".")[0].split("/")[0] not in _ASIDE}
+
+
+def _value(path: Path, name: str) -> str | None:
+    """What a run that was not told a setting took it to be; None for a choice among groups of settings."""
+    from omegaconf import OmegaConf
+
+    try:
+        value = OmegaConf.select(_yaml(path / ".hydra" / "config.yaml"), name)
+    except (OSError, ValueError):
+        return None
+    return None if value is None or OmegaConf.is_config(value) else str(value)
+
+
+def _never_begun(sweep: Path, begun: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """List the overrides of the runs that a sweep was asked for and that have no folder."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        given = _as_given(_yaml(sweep / "multirun.yaml").hydra.overrides.task)
+        asked = OverridesParser.create().parse_overrides(given)
+    except (OSError, ValueError, TypeError, AttributeError, HydraException):
+        return  # cut off, or not Hydra's
+    if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in asked):
+        return
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in asked
+    ]
+    for one in product(*choices):
+        if (overrides := _by_name(one)) not in begun:
+            yield overrides

@@ -1,0 +1,1 @@
+"""What is asked of a causal LM: its embeddings, devices, fingerprint, hidden states, configuration and loading."""

@@ -1,0 +1,45 @@
+"""Where a policy's hidden states and weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mavis.errors import PolicyError
+from mavis.policies.embeddings import output_embedding
+
+
+def states_device(policy: Any) -> torch.device:
+    """Say on which device the hidden states reach the output embedding.
+
+    Raises:
+        PolicyError: if the policy has no output embedding, or no weights.
+    """
+    embedding = output_embedding(policy)
+    # Weights that accelerate brings from elsewhere for each forward pass are on no device in between.
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        weight = getattr(embedding, "weight", None)  # of a quantised layer it is a method
+        device = weight.device if isinstance(weight, torch.Tensor) else policy.device
+    device = torch.device(device)
+    if device.type == "meta":
+        raise PolicyError(
+            f"policy {type(policy).__name__} is on device 'meta', where there are no weights.",
+            "load its weights, e.g. by from_pretrained.",
+        )
+    return device
+
+
+@contextmanager
+def weights_loaded(module: torch.nn.Module) -> Iterator[None]:
+    """Bring a module's own weights back for a moment, where accelerate keeps them elsewhere between forward passes."""
+    if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            yield
+    else:
+        yield

@@ -1,0 +1,45 @@
+"""The small story LM that ships with the package: a policy for examples and tests that needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mavis.errors import PolicyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def path() -> Path:
+    """Return the folder of the embedded policy, in the Hugging Face layout."""
+    return Path(__file__).resolve().parent
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the embedded policy, from the package's own files only.
+
+    Returns:
+        The policy (fp32, eval mode, frozen) and its tokenizer, which pads on the left and puts `<s>` first.
+
+    Raises:
+        PolicyError: the weights are not in this copy of the package.
+    """
+    if not (path() / "model.safetensors").is_file():
+        raise PolicyError(
+            f"the embedded policy is not in {str(path())!r}.",
+            "install the package from a wheel, or train it: python -m recipes.embedded_policy.main --help.",
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would flash up for a twentieth of a second
+    policy = AutoModelForCausalLM.from_pretrained(
+        path(), dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    if shown:
+        logging.enable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(path(), local_files_only=True)
+    return policy.eval().requires_grad_(False), tokenizer

@@ -1,0 +1,35 @@
+"""The output embedding of a policy, and its shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mavis.errors import PolicyError
+
+
+def output_embedding(policy: Any) -> torch.nn.Module:
+    """Find the layer that turns hidden states into logits.
+
+    Raises:
+        PolicyError: if there is none.
+    """
+    find = getattr(policy, "get_output_embeddings", None)
+    embedding = find() if callable(find) else None
+    if embedding is None:
+        raise PolicyError(
+            f"policy {type(policy).__name__} has no output embedding (get_output_embeddings() gave nothing).",
+            "load the model with its language-model head, e.g. by AutoModelForCausalLM.",
+        )
+    return embedding
+
+
+def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
+    """Read (hidden size, vocabulary size) off an output embedding, not off a config, which some families break."""
+    sizes = getattr(embedding, "in_features", None), getattr(embedding, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[1]), int(weight.shape[0])

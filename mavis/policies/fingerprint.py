@@ -1,0 +1,116 @@
+"""What tells one policy from another: its shape, and a hash over a sample of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mavis.errors import CriticError
+from mavis.policies.applied_vectors import applied_vectors
+from mavis.policies.devices import weights_loaded
+from mavis.policies.embeddings import embedding_shape, output_embedding
+
+_SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The policy a critic was made for.
+
+    Args:
+        model_type: the architecture's name in its config, such as `llama`.
+        hidden_size: H, what the output embedding reads.
+        vocab_size: V, what the output embedding writes.
+        weights: hexadecimal hash over a sample of every weight, rounded to bfloat16 so that it does not depend on the
+            precision the policy is loaded in.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    weights: str
+
+    @classmethod
+    def of(cls, policy: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> Fingerprint:
+        """Take the fingerprint of a policy.
+
+        Args:
+            policy: a causal LM.
+            tensors: its weights by name, where the policy itself is only a skeleton without any.
+
+        Raises:
+            PolicyError: if the policy has no output embedding.
+        """
+        embedding = output_embedding(policy)
+        hidden_size, vocab_size = embedding_shape(embedding)
+        return cls(
+            model_type=str(getattr(getattr(policy, "config", None), "model_type", "unknown")),
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            weights=_weights_hash(policy, tensors),
+        )
+
+    def check(self, policy: Any) -> None:
+        """Refuse a policy of another shape and warn about one with other weights.
+
+        Raises:
+            CriticError: if the hidden size or the vocabulary differs.
+            PolicyError: if the policy has no output embedding.
+        """
+        other = Fingerprint.of(policy)
+        if (other.hidden_size, other.vocab_size) != (self.hidden_size, self.vocab_size):
+            raise CriticError(
+                f"critic was made for a policy with hidden size {self.hidden_size} and {self.vocab_size} tokens, but "
+                f"policy ({other.model_type}) has hidden size {other.hidden_size} and {other.vocab_size} tokens.",
+                "attach the critic to the policy it was trained on, or train one with for_policy(policy, ...).",
+            )
+        added = applied_vectors(policy)
+        # What vectors change may lie between the weights that are sampled.
+        was_added = added is not None and added.has_effect and added.weights_before == self.weights
+        if was_added or other.weights != self.weights:
+            warnings.warn(
+                f"{self._what_differs(policy)}; its values are predictions about that other policy. "
+                "Train a critic for this one if the tilt seems weak.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _what_differs(self, policy: Any) -> str:
+        added = applied_vectors(policy)
+        names = ", ".join(map(repr, added.names)) if added is not None else ""
+        if added is not None and added.weights_before == self.weights:
+            return f"vectors {names} are applied to the policy, and this critic was trained on the policy without them"
+        said = "the policy has the shape but not the weights of the one this critic was trained on"
+        return f"{said} (vectors {names} are applied to it)" if names else said
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def _weights_hash(policy: Any, tensors: Mapping[str, torch.Tensor] | None) -> str:
+    samples, seen = [], set[int]()
+    tied = getattr(policy, "all_tied_weights_keys", None) or {}
+    for path, module in policy.named_modules():
+        fresh = []
+        for name, parameter in module.named_parameters(recurse=False):
+            # Offloading gives tied weights a stand-in each.
+            again = id(parameter) in seen or (parameter.device.type == "meta" and f"{path}.{name}".lstrip(".") in tied)
+            seen.add(id(parameter))
+            fresh += [] if again else [name]
+        with weights_loaded(module):
+            for name in fresh:
+                weight = getattr(module, name) if tensors is None else tensors[f"{path}.{name}".lstrip(".")]
+                flat = weight.detach().reshape(-1)
+                if flat.device.type == "meta" or not flat.numel():
+                    continue
+                # A copy: a view would keep in memory what is only here for a moment.
+                few = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)]
+                samples.append(few.to("cpu", copy=True).to(torch.bfloat16))
+    joined = torch.cat(samples).float() if samples else torch.zeros(0)
+    return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,264 @@
+"""Hidden states of the policy's own forward passes, caught per thread and matched to score rows by position."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from mavis.errors import PAD_ON_THE_LEFT, DecodingError
+from mavis.policies.call_stack import inside_processor
+from mavis.policies.fingerprint import output_embedding
+from mavis.policies.forward_pass import Forward, Place
+
+_NOT_MATCHED_HINT = (
+    "the tilt needs each step's scores to come from the latest forward pass, in this thread, of the policy that the "
+    "critic is attached to; attach before the policy is first compiled; inputs_embeds, learnt prompts and states that "
+    "are kept outside past_key_values and cache_params are not supported."
+)
+_OTHER_TOKENS = "the scores' token ids are not the ones that the latest forward pass of the policy has read."
+_UNKNOWN_ROWS = (
+    "the critic has a memory, but not of every row: some go on from ids that no earlier step has ended with."
+)
+_PADDED_RIGHT = "the prompts are padded on the right, so that responses would go on from padding."
+_HINTS = {
+    _PADDED_RIGHT: PAD_ON_THE_LEFT,
+    _UNKNOWN_ROWS: "let the tilt see every step, from the prompt on; a prompt that is read in chunks must not end with "
+    "a chunk of one token.",
+}
+
+
+class StateCapture:
+    """Hooks on one policy that keep the latest forward pass of each thread.
+
+    Args:
+        policy: a causal LM with an output embedding.
+        owner: the critic that reads the states.
+
+    Raises:
+        PolicyError: if the policy has no output embedding.
+    """
+
+    def __init__(self, policy: Any, owner: Any) -> None:
+        embedding = output_embedding(policy)
+        # A wrapper (PEFT's, a compiled module) hands `generate` on to the model inside, so that one's passes are seen.
+        model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
+        self.policy = weakref.ref(policy)
+        self.owner = owner  # held, because the hooks of a critic that is gone could be removed by nobody
+        self._thread = threading.local()
+        self._hooks: list[Any] = []
+        # A compiler would record what a hook finds, but each pass has its own thread and its own callers.
+        self._hooks += [
+            model.register_forward_pre_hook(_untraced(self._policy_forward_hook), with_kwargs=True),
+            embedding.register_forward_pre_hook(_untraced(self._output_embedding_hook)),
+        ]
+        _attached.setdefault(policy, []).append(self)
+
+    def close(self) -> None:
+        """Remove both hooks and let go of every tensor; closing twice is harmless."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._thread = threading.local()
+        policy = self.policy()
+        if policy is not None and self in _attached.get(policy, []):
+            _attached[policy].remove(self)
+
+    def states(self, prefix_ids: Tensor) -> Tensor:
+        """Return the hidden state of the last token of every row.
+
+        Args:
+            prefix_ids: (B, L) integer, the ids that a logits processor is called with.
+
+        Returns:
+            (B, H), in the policy's dtype and on its device.
+
+        Raises:
+            DecodingError: if this thread has no forward pass, or none that made a state for these rows, or the rows are
+                padded on the right. Ids that live on an accelerator are compared there without waiting; a mismatch is
+                raised at a following step.
+        """
+        self.raise_pending(wait=False)
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        if forward is None or forward.hidden is None:
+            raise DecodingError(
+                "critic is attached, but no forward pass of its policy was caught in this thread.",
+                _NOT_MATCHED_HINT,
+            )
+        rows, length = prefix_ids.shape
+        index = length - 1 - forward.start
+        in_hidden = index - (forward.taken - forward.hidden.shape[1])
+        if rows != len(forward.ids) or index >= forward.taken or in_hidden < 0:
+            raise DecodingError(
+                f"the scores are for {rows} rows at position {length - 1}, but the latest forward pass made states for "
+                f"{len(forward.ids)} rows at positions {forward.end - forward.hidden.shape[1]} to {forward.end - 1}.",
+                _NOT_MATCHED_HINT,
+            )
+        self._compare(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
+        padded = forward.is_padding(index)
+        if padded is not None:
+            self._raise_when_known(padded.any(), _PADDED_RIGHT)
+        forward.asked = index if forward.asked is None else min(index, forward.asked)
+        return forward.hidden[:, in_hidden]
+
+    def place(self, prefix_ids: Tensor) -> Place:
+        """Say where in a response the rows are whose states were just asked for.
+
+        Args:
+            prefix_ids: (B, L) integer, for which `states` has returned.
+        """
+        forward: Forward = self._thread.forward
+        return forward.place(prefix_ids.shape[1])
+
+    @property
+    def cache(self) -> Any | None:
+        """What this thread's latest forward pass wrote to, or None if that is nothing or gone."""
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        return forward.cache() if forward is not None and forward.cache is not None else None
+
+    def is_token(self, prefix_ids: Tensor) -> Tensor:
+        """Say which of the ids are tokens and which padding, for rows whose states were just asked for.
+
+        Args:
+            prefix_ids: (B, L) integer, for which `states` has returned.
+
+        Returns:
+            (B, L) bool; all True if the pass was given no mask.
+        """
+        forward: Forward = self._thread.forward
+        return forward.is_token(prefix_ids.shape[1]).expand(len(prefix_ids), -1)
+
+    def raise_if_missing(self, answer: Tensor) -> None:
+        """Raise, now or when the answer has arrived, if rows turn out to be unknown.
+
+        Args:
+            answer: () bool, True if some are.
+
+        Raises:
+            DecodingError: if so.
+        """
+        self._raise_when_known(answer, _UNKNOWN_ROWS)
+
+    def _compare(self, expected: Tensor, caught: Tensor) -> None:
+        if caught.device.type == "cpu" and expected.device.type == "cpu":
+            if not torch.equal(expected, caught):
+                raise DecodingError(_OTHER_TOKENS, _NOT_MATCHED_HINT)
+            return
+        self._raise_when_known((expected.to(caught.device) != caught).any(), _OTHER_TOKENS)
+
+    def _raise_when_known(self, bad: Tensor, said: str) -> None:
+        """Raise an error if a scalar is True: at once on the CPU, elsewhere when the answer has arrived."""
+        if bad.device.type == "cpu":
+            if bool(bad):
+                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
+            return
+        # A comparison that the host waits for would stall every step; the answer is read when it has arrived.
+        event = torch.cuda.Event() if bad.device.type == "cuda" else None
+        answer = bad.to("cpu", non_blocking=True)
+        if event is not None:
+            event.record(torch.cuda.current_stream(bad.device))
+        self._pending().append((answer, event, said))
+
+    def raise_pending(self, *, wait: bool) -> None:
+        """Raise if something that was wrong in this thread has been found out by now.
+
+        Args:
+            wait: for answers that are still on their way from an accelerator; else only those that have arrived count.
+
+        Raises:
+            DecodingError: if the ids differ from the caught ones, or rows are unknown.
+        """
+        pending = self._pending()
+        while pending and (wait or pending[0][1] is None or pending[0][1].query()):
+            answer, event, said = pending.pop(0)
+            if wait and event is not None:
+                event.synchronize()
+            if bool(answer):
+                pending.clear()
+                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
+
+    @property
+    def restarted(self) -> bool:
+        """Whether this thread's latest forward pass began anew after one that went on from a cache."""
+        return bool(getattr(self._thread, "restarted", False))
+
+    def _pending(self) -> list[tuple[Tensor, Any, str]]:
+        if not hasattr(self._thread, "pending"):
+            self._thread.pending = []
+        pending: list[tuple[Tensor, Any, str]] = self._thread.pending
+        return pending
+
+    def _policy_forward_hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._hooks or inside_processor():  # compiled code runs hooks that were removed after it was compiled
+            return
+        if "block_table" in kwargs:
+            raise DecodingError(
+                "critic is attached, but the policy generates by continuous batching (cache_implementation='paged'), "
+                "which packs all sequences into one row and asks no logits processor that generate was given.",
+                "generate without it, or detach the critic first.",
+            )
+        previous: Forward | None = getattr(self._thread, "forward", None)
+        self._thread.forward = forward = Forward.of(args, kwargs, previous)
+        if forward is None:
+            return
+        self._thread.restarted = forward.start == 0 and previous is not None and previous.start > 0
+        _latest.capture = self
+
+    def _output_embedding_hook(self, module: Any, args: tuple[Any, ...]) -> None:
+        forward: Forward | None = getattr(self._thread, "forward", None)
+        # The first call is the policy's own; a later one is somebody else's question to the same layer.
+        if forward is not None and forward.hidden is None and args:
+            forward.hidden = args[0]
+
+
+def forward_states(policy: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run one forward pass and return the states that reach the output embedding beside the logits.
+
+    Args:
+        policy: a causal LM with an output embedding.
+        inputs: what its `forward` takes.
+
+    Returns:
+        Hidden states (B, S', H) and logits (B, S', V), S' the positions whose logits were computed.
+    """
+    caught: list[Tensor] = []
+    hook = output_embedding(policy).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        logits = policy(**inputs).logits
+    finally:
+        hook.remove()
+    return caught[-1], logits
+
+
+def generating_policy() -> Any | None:
+    """Return the policy whose forward pass came last in this thread, or None."""
+    capture: StateCapture | None = getattr(_latest, "capture", None)
+    return capture.policy() if capture is not None else None
+
+
+def captures_on(policy: Any) -> list[StateCapture]:
+    """List what is attached to a policy itself."""
+    return list(_attached.get(policy, []))
+
+
+def captures_around(policy: Any) -> list[StateCapture]:
+    """List what is attached to a policy, to what wraps it (PEFT, a compiler), or to what it wraps."""
+    inside = set(policy.modules())
+    found = [captures for other, captures in list(_attached.items()) if other in inside or policy in other.modules()]
+    return [capture for captures in found for capture in captures]
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep a hook out of compiled code; where a graph may not be broken for it, the compiler gives the reason."""
+    reason = "a critic reads the hidden states of every pass: compile with fullgraph=False, or detach the critic"
+    untraced: Callable[..., None] = torch.compiler.disable(hook, reason=reason)
+    return untraced
+
+
+_attached: weakref.WeakKeyDictionary[Any, list[StateCapture]] = weakref.WeakKeyDictionary()
+_latest = threading.local()

@@ -1,0 +1,29 @@
+"""The input embedding of a policy, scaled for the heads that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mavis.policies.devices import states_device, weights_loaded
+from mavis.policies.embeddings import embedding_shape, output_embedding
+
+
+def token_embeddings(policy: Any) -> Tensor:
+    """Return the policy's input embedding, scaled so that its entries have unit variance over the vocabulary.
+
+    Returns:
+        (V, E) float32, where V is the size of the *output* vocabulary: rows beyond it are dropped, missing ones are 0.
+
+    Raises:
+        PolicyError: if the policy has no output embedding, or no weights.
+    """
+    states_device(policy)  # refuses a policy without weights
+    embedding = policy.get_input_embeddings()
+    with weights_loaded(embedding):
+        weight = embedding.weight.detach().float()
+    _, vocabulary = embedding_shape(output_embedding(policy))
+    weight = F.pad(weight[:vocabulary], (0, 0, 0, max(0, vocabulary - weight.shape[0])))
+    return weight / weight.std().clamp_min(1e-12)

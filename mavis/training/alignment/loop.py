@@ -1,0 +1,222 @@
+"""An aligned policy for one objective, or for a weighted sum of several, by KL-regularised fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mavis.decoding.weights import Weights, weight_rows
+from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyError, WeightsError, first_sentence
+from mavis.policies.devices import states_device
+from mavis.policies.fingerprint import Fingerprint
+from mavis.rewards import Objective, score
+from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.policy_kl import response_kl
+from mavis.rollouts.prompts import draw_prompts
+from mavis.rollouts.replay import Sequences
+from mavis.training.alignment.settings import AlignReport, AlignSettings
+from mavis.training.run_folder import Progress
+from mavis.utils.files import matches_manifest, read_json, write_json
+
+
+def align(
+    policy: Any,
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    weights: Weights,
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    settings: AlignSettings,
+    *,
+    evaluation_prompts: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> AlignReport:
+    """Fine-tune a copy of a policy for a weighted sum of objectives, at a price for its distance to the policy.
+
+        J(π) = E_π[Σ_m w_m R_m] − (1/β) · KL(π ‖ π_ref)
+
+    The rewards are normalised by means and deviations of responses of the reference policy, as everywhere.
+
+    Everything is written to `folder` as it is finished: the reference rollouts, checkpoints of the training, and at the
+    end the policy (`folder/policy`, or `folder/adapter` with LoRA) and `folder/report.json`. The same call on the same
+    folder goes on where it stopped, and ends with the weights of an unbroken run; a finished run returns its report.
+    Nothing is pickled, and nothing is reported to trackers or over the network.
+
+    Args:
+        policy: the reference policy, of any precision; it stays as it is. What is trained is a copy, in float32.
+        tokenizer: its tokenizer.
+        objectives: M objectives by name.
+        weights: by name, or M numbers; finite, not all 0.
+        prompts: to sample from while training.
+        folder: of this run.
+        settings: how.
+        evaluation_prompts: to measure reward and KL on; None measures on fresh responses to `prompts`, and says so.
+        progress: told how far each stage is.
+
+    Returns:
+        What it came to.
+
+    Raises:
+        MissingPackageError: if TRL or PEFT is not installed.
+        WeightsError: if the weights are not one finite number per objective, or all 0.
+        PolicyError: if the policy cannot be trained: it is quantised or carries adapters already.
+        DataError: if the folder belongs to another run, or there is no prompt.
+        ObjectiveError: if an objective never varies, or returns something other than one finite number per response.
+
+    Source: RLOO: Ahmadian et al., "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human
+    Feedback in LLMs", ACL 2024. GRPO: Shao et al., "DeepSeekMath", arXiv 2402.03300, here without its divisions by a
+    response's length and by the spread of its group (Liu et al., arXiv 2503.20783), which would change what β means.
+    """
+    run, say = Path(folder), progress or (lambda stage, done, total: None)
+    shares = _weights(weights, list(objectives))
+    _check(policy, tokenizer, prompts, evaluation_prompts, settings)
+    claim: dict[str, Any] = {
+        "settings": asdict(settings),
+        "weights": _named(objectives, shares),
+        "policy": Fingerprint.of(policy).to_json(),
+        "prompts": Plan.reference(prompts, 0).digest(),
+        "evaluation_prompts": Plan.reference(evaluation_prompts or (), 0).digest(),
+    }
+    goes_on = matches_manifest(run / "run.json", claim, "an alignment with other")
+    if goes_on and (run / "report.json").is_file():
+        return AlignReport(**read_json(run / "report.json"))
+    try:
+        from mavis.training.alignment.reinforce import aligned_copy, reinforce, save_aligned
+    except ImportError as error:
+        raise MissingPackageError(
+            f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
+            "pip install 'mavis[align]'.",
+        ) from error
+    if not goes_on:
+        write_json(run / "run.json", claim)
+
+    def sample(model: Any, stage: str, prompts: Sequence[str], rows: int, seed: int) -> tuple[Tensor, list[Any]]:
+        """Sample plain responses of a policy; returns raw rewards (rows, M) and the shards."""
+        plan = Plan.reference(draw_prompts(prompts, rows, settings.seed + seed), len(objectives))
+        shards: list[Any] = []
+        say(stage, 0, rows)
+        for shard in collect(
+            model, tokenizer, objectives, plan, run / stage.replace(" ", "-"), settings.sampling(seed)
+        ):
+            shards.append(shard)
+            say(stage, sum(map(len, shards)), rows)
+        return torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]), shards
+
+    raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, 0)
+    mean, std = _normalisation(raw, list(objectives))
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raw = torch.from_numpy(score(objectives, prompts, responses))
+        return list(((raw - mean) / std @ shares).tolist())
+
+    seconds = reinforce(
+        policy,
+        tokenizer,
+        draw_prompts(prompts, settings.steps * settings.batch_size, settings.seed + 1),
+        reward,
+        run,
+        settings,
+        lambda done: say("steps", done, settings.steps),
+    )
+    aligned = aligned_copy(policy, run, settings)
+    asked = evaluation_prompts or prompts
+    raw_before, _ = sample(policy, "responses before", asked, settings.evaluation_samples, 2)
+    raw_after, shards = sample(aligned, "responses after", asked, settings.evaluation_samples, 2)
+    before, after = (raw_before - mean) / std, (raw_after - mean) / std
+    kl = torch.cat(
+        [
+            response_kl(
+                aligned,
+                policy,
+                Sequences.pack(shard["prompt_ids"], shard["response_ids"]),
+                temperature=settings.temperature,
+            )
+            for shard in shards
+        ]
+    )
+    report = AlignReport(
+        folder=str(save_aligned(aligned, tokenizer, run)),
+        weights=claim["weights"],
+        rewards_before=_named(objectives, before.mean(0)),
+        rewards_after=_named(objectives, after.mean(0)),
+        reward_before=float((before @ shares).mean()),
+        reward_after=float((after @ shares).mean()),
+        reward_error=_error(after @ shares),
+        kl=float(kl.mean()),
+        kl_error=_error(kl),
+        goal=float((after @ shares).mean() - kl.mean() / settings.beta),
+        mean=_named(objectives, mean),
+        std=_named(objectives, std),
+        responses=settings.evaluation_samples,
+        evaluated_on="evaluation prompts" if evaluation_prompts else "training prompts",
+        seconds=seconds,
+        settings=claim["settings"],
+    )
+    write_json(run / "report.json", asdict(report))
+    for name in ("checkpoint", "reference"):  # as large as the policy, and of no more use
+        shutil.rmtree(run / name, ignore_errors=True)
+    return report
+
+
+def _named(objectives: Mapping[str, Objective], values: Tensor) -> dict[str, float]:
+    return dict(zip(objectives, values.tolist(), strict=True))
+
+
+def _error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values))
+
+
+def _weights(weights: Weights, objectives: Sequence[str]) -> Tensor:
+    """Read one row of weights (M,)."""
+    if not objectives:
+        raise ObjectiveError("objectives is empty.", "name at least one, for example {'positive': Positive()}.")
+    rows = weight_rows(weights, objectives, whose="the run")
+    if len(rows) > 1 or not bool(rows.any()):
+        raise WeightsError(
+            f"weights is {rows.tolist()}, expected one row that is not all 0.",
+            "a policy is aligned with one mixture; align another one for other weights.",
+        )
+    return rows[0]
+
+
+def _normalisation(raw: Tensor, objectives: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Estimate mean and standard deviation (M,) of raw rewards (N, M)."""
+    std, mean = torch.std_mean(raw, dim=0)
+    for name, deviation in zip(objectives, std.tolist(), strict=True):
+        if not deviation > 1e-12:
+            raise ObjectiveError(
+                f"objective {name!r} gives every one of the {len(raw)} reference responses the same reward, so there "
+                "is nothing to learn.",
+                "use prompts or an objective whose rewards differ, or more reference_samples.",
+            )
+    return mean, std
+
+
+def _check(
+    policy: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    evaluation_prompts: Sequence[str] | None,
+    settings: AlignSettings,
+) -> None:
+    if not prompts or (evaluation_prompts is not None and not evaluation_prompts):
+        raise DataError("prompts or evaluation_prompts is empty.", "give at least one prompt.")
+    if hasattr(policy, "peft_config"):
+        raise PolicyError("policy carries adapters already.", "merge them first: policy.merge_and_unload().")
+    if not settings.lora_rank and not all(p.is_floating_point() for p in policy.parameters()):
+        raise PolicyError("policy is quantised, so its weights cannot be trained.", "train adapters: lora_rank=16.")
+    if tokenizer.eos_token_id is None:
+        raise PolicyError("the tokenizer has no end token, so no response would end.", "set tokenizer.eos_token.")
+    if states_device(policy).type == "cuda" and torch.cuda.device_count() > 1:
+        raise PolicyError(
+            f"{torch.cuda.device_count()} accelerators are visible, but a policy is aligned on one.",
+            "set CUDA_VISIBLE_DEVICES to one of them before Python starts.",
+        )

@@ -1,0 +1,234 @@
+"""Policy gradients through TRL, in steps that a run which was broken off goes on at; nothing is pickled.
+
+Importing this module needs TRL and PEFT, the extra `align`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from mavis.policies.devices import states_device
+from mavis.policies.save import save_policy
+from mavis.rollouts.collect import response_texts
+from mavis.training.alignment.settings import AlignSettings
+from mavis.training.optimizer_state import optimizer_tensors, restore_optimizers
+from mavis.utils.files import atomic_folder, read_json, write_json
+
+Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Scores responses to prompts, as one number each on the normalised scale."""
+
+
+def reinforce(
+    policy: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward: Reward,
+    folder: Path,
+    settings: AlignSettings,
+    say: Callable[[int], None],
+) -> float:
+    """Train a copy of a policy, from where an earlier run left it.
+
+    Every step draws from a seed of its own, and the optimiser's state is kept, so that a run that was broken off and
+    resumed ends with the weights of one that was not.
+
+    Args:
+        policy: the reference policy; it stays as it is.
+        tokenizer: its tokenizer.
+        prompts: steps × batch_size texts, in their order.
+        reward: of its responses.
+        folder: of the run; `folder/checkpoint` is replaced every `save_every` steps and at the end.
+        settings: how.
+        say: told the number of steps done.
+
+    Returns:
+        The seconds that training took, those before a break included.
+    """
+    checkpoint = folder / "checkpoint"
+    state = read_json(checkpoint / "state.json") if checkpoint.is_dir() else {"step": 0, "seconds": 0.0}
+    if state["step"] == settings.steps:
+        return float(state["seconds"])
+    trained = copy.deepcopy(policy)
+    words = copy.deepcopy(tokenizer)  # TRL gives tokenizers without padding one
+
+    def scored(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return reward(prompts, response_texts(words, words(prompts)["input_ids"], completion_ids))
+
+    trainer: Any = RLOOTrainer
+    config: Any = RLOOConfig
+    nat = 1 / settings.beta  # what one costs, TRL's beta
+    if settings.method == "grpo":
+        # A response's sum of advantages and KL, neither divided by its length nor by the spread of its group: both
+        # would change what β means.
+        trainer, config = GRPOTrainer, partial(GRPOConfig, loss_type="dr_grpo", scale_rewards="none")
+        # What a response is compared with holds the response itself, which takes so much off all rewards, not off KL.
+        nat *= 1 - 1 / settings.samples
+    rows, micro = settings.batch_size * settings.samples, settings.micro_rows
+    steps = _Steps(int(state["step"]), float(state["seconds"]), checkpoint, settings, say)
+    with _process_as_it_was():
+        if not settings.lora_rank:
+            with atomic_folder(folder / "reference") as temporary:
+                trained.save_pretrained(temporary)
+            # From there TRL loads its reference policy; with adapters, it switches them off.
+            trained.config._name_or_path = str(folder / "reference")
+            # Half precision would round most steps of the optimiser away.
+            trained.float().requires_grad_(True)
+        run = trainer(
+            trained,
+            scored,
+            config(
+                output_dir=str(folder),
+                max_steps=settings.steps - steps.start,
+                per_device_train_batch_size=micro or rows,
+                gradient_accumulation_steps=rows // (micro or rows),
+                num_generations=settings.samples,
+                max_completion_length=settings.max_new_tokens,
+                temperature=settings.temperature,
+                beta=nat,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type="constant",  # `_Steps` lowers it, which knows of the steps before a break
+                shuffle_dataset=False,
+                disable_dropout=True,
+                gradient_checkpointing=False,
+                bf16=policy.dtype == torch.bfloat16,
+                use_cpu=states_device(policy).type == "cpu",
+                seed=settings.seed,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": list(prompts[steps.start * settings.batch_size :])}),
+            processing_class=words,
+            callbacks=[steps],
+            peft_config=_lora(settings) if settings.lora_rank else None,
+        )
+        run.remove_callback(PrinterCallback)
+        run.train()
+    return steps.seconds
+
+
+def aligned_copy(policy: Any, folder: Path, settings: AlignSettings) -> Any:
+    """Build the policy that `reinforce` trained, in the precision of the reference policy and without gradients.
+
+    Args:
+        policy: the reference policy; it stays as it is.
+        folder: of the run.
+        settings: of the run.
+    """
+    aligned = copy.deepcopy(policy)
+    if settings.lora_rank:
+        with _process_as_it_was():
+            aligned = get_peft_model(aligned, _lora(settings))
+    if settings.steps:
+        restore_weights(aligned, load_file(folder / "checkpoint" / "weights.safetensors"))
+    return aligned.eval().requires_grad_(False)
+
+
+def save_aligned(aligned: Any, tokenizer: Any, folder: Path) -> Path:
+    """Write an aligned policy with its tokenizer, or its adapter alone, whole or not at all.
+
+    Args:
+        aligned: of `aligned_copy`.
+        tokenizer: its tokenizer.
+        folder: of the run.
+
+    Returns:
+        The folder of the policy or of the adapter.
+    """
+    with _process_as_it_was():
+        if not isinstance(aligned, PeftModel):
+            save_policy(folder / "policy", aligned, tokenizer)
+            return folder / "policy"
+        with atomic_folder(folder / "adapter") as temporary:
+            # Left to find out by itself whether embeddings were trained, PEFT would look the policy up on the hub.
+            aligned.save_pretrained(temporary, save_embedding_layers=False)
+        return folder / "adapter"
+
+
+@torch.no_grad()
+def restore_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put trained weights in the place of a model's own."""
+    parameters = dict(model.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
+
+
+def _lora(settings: AlignSettings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+class _Steps(TrainerCallback):
+    """Sets each step's seed and rate, tells how many are done, and keeps checkpoints that hold no pickle."""
+
+    def __init__(
+        self, start: int, seconds: float, checkpoint: Path, settings: AlignSettings, say: Callable[[int], None]
+    ) -> None:
+        self.start, self.seconds = start, seconds
+        self._checkpoint, self._settings, self._say = checkpoint, settings, say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.start:
+            restore_weights(kwargs["model"], load_file(self._checkpoint / "weights.safetensors"))
+            restore_optimizers([kwargs["optimizer"]], load_file(self._checkpoint / "optimizers.safetensors"))
+        self._say(self.start)
+        self._began = time.perf_counter() - self.seconds
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = self.start + state.global_step
+        torch.manual_seed(int(hashlib.sha256(f"{self._settings.seed}/{step}".encode()).hexdigest()[:15], 16))
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = self._settings.learning_rate * (1 - step / self._settings.steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = self.start + state.global_step
+        if done % self._settings.save_every == 0 or done == self._settings.steps:
+            self.seconds = time.perf_counter() - self._began
+            trained = {name: p.detach() for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+            with atomic_folder(self._checkpoint) as temporary:
+                save_file({name: p.contiguous() for name, p in trained.items()}, temporary / "weights.safetensors")
+                save_file(optimizer_tensors([kwargs["optimizer"]]), temporary / "optimizers.safetensors")
+                write_json(temporary / "state.json", {"step": done, "seconds": self.seconds})
+        self._say(done)
+
+
+@contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """Undo what TRL does to the process: it seeds every random source, shows bars, and reports its use to the hub."""
+    telemetry, bars = constants.HF_HUB_DISABLE_TELEMETRY, logging.is_progress_bar_enabled()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about how TRL and PEFT call transformers
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it, and says so for each layer
+            yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
+        if bars:
+            logging.enable_progress_bar()
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

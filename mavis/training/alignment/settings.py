@@ -1,0 +1,135 @@
+"""What an alignment is asked for, and what it came to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mavis.errors import ConfigError, check_whole, closest
+from mavis.rollouts.sampling import RolloutSettings
+
+METHODS = ("rloo", "grpo")
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    """How a policy is aligned.
+
+    Args:
+        method: what a response's reward is compared with: the mean of the prompt's other responses (`rloo`), or of all
+            of them (`grpo`). `rloo` charges the KL of the whole response to each of its tokens, `grpo` to each token
+            its own.
+        steps: of the optimiser, ≥ 0; 0 measures the reference policy.
+        batch_size: prompts per step, ≥ 1.
+        samples: responses per prompt, ≥ 2.
+        learning_rate: of AdamW at the first step, > 0; it falls to 0 in a line.
+        beta: β > 0 of the goal, in 1 / reward. It is the *inverse* of TRL's `beta`, and of the β of RLHF papers, which
+            is what a nat costs.
+        max_new_tokens: longest response in tokens, ≥ 1.
+        temperature: T > 0 of both policies.
+        lora_rank: rank of the adapters that are trained, ≥ 0; 0 trains all weights.
+        micro_rows: responses per forward and backward pass, a divisor of batch_size × samples; None takes all at once.
+            RecurrentMemory only.
+        reference_samples: responses of the reference policy that the normalisation is estimated on, ≥ 2.
+        evaluation_samples: responses that each figure of the report is measured on, ≥ 2.
+        save_every: steps between checkpoints, ≥ 1.
+        seed: of everything that is drawn.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+    """
+
+    method: Literal["rloo", "grpo"] = "rloo"
+    steps: int = 80
+    batch_size: int = 8
+    samples: int = 4
+    learning_rate: float = 4e-4
+    beta: float = 8.0
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    lora_rank: int = 0
+    micro_rows: int | None = None
+    reference_samples: int = 1024
+    evaluation_samples: int = 512
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {self.method!r}.", closest(str(self.method), METHODS))
+        least = {
+            "steps": 0,
+            "batch_size": 1,
+            "samples": 2,
+            "lora_rank": 0,
+            "micro_rows": 1,
+            "reference_samples": 2,
+            "evaluation_samples": 2,
+            "save_every": 1,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if name == "micro_rows" and value is None:
+                continue
+            check_whole(ConfigError, f"e.g. {name}={max(bound, 2)}.", bound, **{name: value})
+        for name in ("learning_rate", "beta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, expected a number > 0.",
+                    "beta is the inverse of the β of RLHF; a larger one moves further from the reference policy.",
+                )
+        rows = self.batch_size * self.samples
+        if self.micro_rows is not None and rows % self.micro_rows:
+            raise ConfigError(
+                f"micro_rows is {self.micro_rows}, which does not divide batch_size × samples = {rows}.",
+                "leave it out, or give a divisor.",
+            )
+        self.sampling(0)
+
+    def sampling(self, seed: int) -> RolloutSettings:
+        """Say how responses are sampled outside the training, with a seed of their own for each purpose."""
+        return RolloutSettings(
+            max_new_tokens=self.max_new_tokens, top_k=None, temperature=self.temperature, seed=self.seed + seed
+        )
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """What an alignment came to; rewards are in standard deviations of the reference policy.
+
+    Args:
+        folder: of the aligned policy (`policy`) or of its adapter (`adapter`).
+        weights: per objective.
+        rewards_before: per objective, mean of the reference policy's responses.
+        rewards_after: the same of the aligned policy's.
+        reward_before: the weighted sum.
+        reward_after: the weighted sum.
+        reward_error: standard error of `reward_after`.
+        kl: KL of the aligned policy to the reference, nats per response.
+        kl_error: its standard error.
+        goal: reward_after − kl / β.
+        mean: per objective, of the raw rewards of the reference policy, for the normalisation.
+        std: their standard deviation.
+        responses: how many each mean was taken over.
+        evaluated_on: `evaluation prompts`, or `training prompts` where no others were given.
+        seconds: that training took, without sampling for normalisation and report.
+        settings: that it was made with.
+    """
+
+    folder: str
+    weights: dict[str, float]
+    rewards_before: dict[str, float]
+    rewards_after: dict[str, float]
+    reward_before: float
+    reward_after: float
+    reward_error: float
+    kl: float
+    kl_error: float
+    goal: float
+    mean: dict[str, float]
+    std: dict[str, float]
+    responses: int
+    evaluated_on: str
+    seconds: float
+    settings: dict[str, Any]

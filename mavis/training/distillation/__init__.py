@@ -1,0 +1,1 @@
+"""Distillation: one critic that learns what several say of the candidates."""

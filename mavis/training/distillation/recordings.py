@@ -1,0 +1,146 @@
+"""What critics say of the candidates at every step of sampled responses, written down shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from mavis.critics import Critic
+from mavis.distributed import SINGLE_PROCESS, ProcessGroup
+from mavis.errors import DataError
+from mavis.math.tilt import candidates
+from mavis.rollouts.collect import Plan
+from mavis.rollouts.replay import Sequences
+from mavis.rollouts.sampling import RolloutSettings, sample, shard_seed
+from mavis.rollouts.shards import store_missing
+from mavis.training.rollout_tensors import RolloutTensors, ShardedRollouts
+from mavis.utils.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Recordings(RolloutTensors):
+    """N rollouts of the reference policy, and what a critic said at every step; see `RolloutTensors`.
+
+    Args:
+        candidate_ids: (N, T, K) int32, the candidates.
+        logprobs: (N, T, K) float32, log π_ref of the candidates, normalised over them.
+        values: (N, T, K, M) float32, the critic's values of them.
+    """
+
+    candidate_ids: Tensor
+    logprobs: Tensor
+    values: Tensor
+
+
+def scale(recordings: ShardedRollouts[Recordings]) -> Tensor:
+    """Compute the standard deviation of the values of each objective, (M,) float32; 1 where they do not vary."""
+    local = recordings.local_rollouts
+    said = local.values[local.is_response].flatten(0, 1).double()
+    moments = torch.stack([torch.ones_like(said), said, said.square()]).sum(1)
+    count, first, second = recordings.processes.all_reduce_sum(moments)
+    spread = ((second - first.square() / count) / (count - 1).clamp_min(1)).clamp_min(0).sqrt().float()
+    return torch.where(spread > 1e-6, spread, 1.0)
+
+
+def record(
+    policy: Any,
+    tokenizer: Any,
+    critic: Critic,
+    plan: Plan,
+    folder: Path,
+    settings: RolloutSettings,
+    top_k: int,
+    *,
+    processes: ProcessGroup = SINGLE_PROCESS,
+    tell: Callable[[int], None] | None = None,
+) -> Iterator[Recordings]:
+    """Sample a plan's prompts from the reference policy and ask a critic at every step, yielding each shard.
+
+    Shards that are on disk already are read back and not sampled again; each has its own seed. Several processes share
+    them out as `collect` does.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        critic: of any kind; attached for the time it is asked, if it is not attached yet.
+        plan: gives the prompts.
+        folder: where the shards go, one safetensors file each; that they are this plan's is the caller's to know.
+        settings: how to sample.
+        top_k: K, number of candidates the critic is asked about, 1 ≤ K ≤ V, whatever the responses are sampled from.
+        processes: that record together.
+        tell: told how many shards are on disk, as they come.
+
+    Yields:
+        The rollouts of a shard, without states, as they are on disk.
+
+    Raises:
+        CriticError: if the critic is attached to another policy, or does not fit this one.
+        DataError: if a shard cannot be read.
+        ProcessError: if another process has stopped.
+    """
+    shards = plan.shards(settings.shard_size)
+    paths = [folder / f"shard-{index:05d}.safetensors" for index in range(len(shards))]
+
+    def store(index: int) -> None:
+        shard, recorder = shards[index], _Recorder(critic, top_k, settings.temperature)
+        seed = shard_seed(settings.seed, shard.digest(), index)
+        with critic.attached_to(policy):
+            prompt_ids, response_ids = sample(
+                policy, tokenizer, shard.prompts, settings, seed, top_k=settings.top_k, processor=recorder
+            )
+        recordings = recorder.recordings(Sequences.pack(prompt_ids, response_ids))
+        with atomic_file(paths[index]) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in vars(recordings).items()}, temporary)
+
+    for index in store_missing(paths, store, processes, tell):
+        yield _read(paths[index], len(shards[index].prompts))
+
+
+class _Recorder(LogitsProcessor):
+    """Asks a critic about the candidates of every step, and leaves the scores as they are."""
+
+    def __init__(self, critic: Critic, top_k: int, temperature: float) -> None:
+        self._critic, self._top_k, self._temperature = critic, top_k, temperature
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits, ids = candidates(scores.float(), self._top_k)
+        logprobs = torch.log_softmax(logits / self._temperature, dim=-1)
+        self._steps.append((ids, logprobs, self._critic.values(input_ids, ids)))
+        return scores
+
+    def recordings(self, sequences: Sequences) -> Recordings:
+        """Lay what was said beside the responses it was said of; what came after a response's end is 0."""
+        is_response = sequences.is_response
+        rows, steps = is_response.shape
+        ids, logprobs, values = (torch.stack(said[:steps], dim=1).cpu() for said in zip(*self._steps, strict=True))
+        over = ~is_response[:, :, None]
+        return Recordings(
+            prompt_ids=sequences.ids[:, :-steps],
+            is_prompt=sequences.is_token[:, :-steps],
+            states=torch.zeros(rows, steps, 0),
+            action_ids=sequences.ids[:, -steps:],
+            is_response=is_response,
+            candidate_ids=ids.int().masked_fill(over, 0),
+            logprobs=logprobs.masked_fill(over, 0.0),
+            values=values.masked_fill(over[..., None], 0.0),
+        )
+
+
+def _read(path: Path, rows: int) -> Recordings:
+    try:
+        recordings = Recordings(**load_file(path))
+        if len(recordings) != rows:
+            raise ValueError(f"it has {len(recordings)} rows instead of {rows}.")
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"shard {str(path)!r} cannot be read: {said}", "delete it; it is sampled again.") from error
+    return recordings

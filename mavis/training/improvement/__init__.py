@@ -1,0 +1,1 @@
+"""Training a critic: iterated KL-regularised policy improvement."""

@@ -1,0 +1,1 @@
+"""Files, Markdown and Optuna studies: what any floor may use."""

@@ -1,0 +1,219 @@
+"""Tensors in safetensors files, read one at a time; and the writing of them in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mavis.errors import VectorError, first_sentence
+from mavis.utils.files import pickles_in, read_json, write_json
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The precisions of weights that are not quantised."""
+
+INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, and not kept.
+
+    Args:
+        names: of the tensors, in order.
+        make: makes one from its name.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files, sharded or not; nothing is read before it is asked for.
+
+    Args:
+        folder: with `model.safetensors`, or with `model.safetensors.index.json` and the files that it names; if it has
+            both, the index is stale and not read, as in transformers.
+
+    Raises:
+        VectorError: if there are no such files, or one is missing, corrupt or truncated; on reading, also if a file has
+            changed since.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._stamps: dict[Path, tuple[int, ...]] = {}
+        index, whole = self.folder / INDEX, self.folder / _WHOLE
+        self.index = index if index.is_file() and not whole.is_file() else None
+        promised = _weight_map(index) if self.index else {}
+        for file in [self.folder / name for name in sorted({*promised.values()} or {_WHOLE})]:
+            if not file.is_file():
+                raise self._absent(file)
+            self._stamps[file] = _stamp(file)
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                        self._files[name] = file
+                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise _corrupt(file, error) from error
+        if lost := sorted(set(promised) - set(self._files)):
+            raise VectorError(
+                f"{str(index)!r} promises {lost[0]!r}, which its file does not hold.", "copy the folder again."
+            )
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return list(self._stamps)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._files[name]
+        if not file.is_file() or _stamp(file) != self._stamps[file]:
+            raise VectorError(
+                f"{str(file)!r} has changed since it was opened.", "leave files as they are while vectors read them."
+            )
+        try:
+            # Opened anew each time: an open file would keep in memory whatever was read of it.
+            with safe_open(file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _corrupt(file, error) from error
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _absent(self, file: Path) -> VectorError:
+        return VectorError(
+            f"folder {str(self.folder)!r} has no {file.name}{pickles_in(self.folder)}.",
+            "save the weights as safetensors, e.g. by save_pretrained.",
+        )
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, dtype: torch.dtype, limit: str
+) -> None:
+    """Write tensors as `model.safetensors`, or as several files and their index; one file's are in memory at a time.
+
+    Args:
+        tensors: what to write.
+        shapes: of the tensors, known before they are.
+        folder: where; it exists.
+        dtype: what each is rounded to.
+        limit: the most that one file holds, such as `1GB`.
+
+    Raises:
+        VectorError: if a number is beyond the dtype.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    sizes = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in tensors}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=limit)
+    for file, names in (plan.filename_to_tensors or {_WHOLE: []}).items():
+        shard = {name: _rounded(tensors[name], dtype, name) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing, such as a full disk, into an error that says so.
+
+    Raises:
+        VectorError: if a file cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise VectorError(
+            f"writing {str(target)!r} failed: {first_sentence(error)}.",
+            "see whether there is space left, and whether you may write there.",
+        ) from error
+
+
+def existing_folder(folder: str | os.PathLike[str], argument: str) -> Path:
+    """Return the path of a folder with a `config.json`.
+
+    Raises:
+        VectorError: if there is none.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise VectorError(f"{argument} is {str(folder)!r}, which is no folder.", "name a folder on this machine.")
+    if not (path / "config.json").is_file():
+        raise VectorError(
+            f"{argument} is {str(folder)!r}, which has no config.json.",
+            "name a folder that save_pretrained or AlignmentVector.save has written.",
+        )
+    return path
+
+
+def new_folder(folder: str | os.PathLike[str], argument: str) -> Path:
+    """Return the path of a folder that is yet to be written.
+
+    Raises:
+        VectorError: if there is something already.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise VectorError(f"{argument} is {str(folder)!r}, which exists.", "name a new folder, or remove that one.")
+    return path
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = read_json(index)["weight_map"]
+        if not all(isinstance(file, str) for file in found.values()):
+            raise TypeError("weight_map names no files")
+    except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise _corrupt(index, error) from error
+    return found
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = tensor.to(dtype).contiguous()
+    if not bool(rounded.isfinite().all()):
+        raise VectorError(f"{name!r} is beyond {dtype}.", "save it as bfloat16 or float32.")
+    return rounded
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    # A file that another one has replaced may have its size and its time of change, but is another inode.
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
+
+
+def _corrupt(file: Path, error: Exception) -> VectorError:
+    return VectorError(f"{str(file)!r} is corrupt or truncated: {first_sentence(error)}.", "copy the folder again.")

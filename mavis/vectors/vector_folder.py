@@ -1,0 +1,84 @@
+"""An alignment vector as a folder: `config.json` says what it is of, safetensors hold its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mavis.errors import VectorError
+from mavis.policies.fingerprint import Fingerprint
+from mavis.utils.files import atomic_folder, read_json, write_json
+from mavis.vectors.model_tensors import Layout
+from mavis.vectors.tensor_files import Lazy, StoredTensors, existing_folder, new_folder, write_tensors, writing
+
+_FORMAT, _KIND = 1, "alignment_vector"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class VectorContent(NamedTuple):
+    """What an alignment vector consists of."""
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    base: Fingerprint
+
+
+def save_vector(vector: VectorContent, folder: str | os.PathLike[str], dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write a vector's folder, whole or not at all; see `AlignmentVector.save`."""
+    target = Path(folder).expanduser()
+    if _kind(target) != _KIND:
+        new_folder(target, "folder")
+    if dtype not in _DTYPES:
+        raise VectorError(f"dtype is {dtype}.", f"known: {', '.join(map(str, _DTYPES))}.")
+    config = {
+        "format": _FORMAT,
+        "kind": _KIND,
+        "base": vector.base.to_json(),
+        "layout": vector.layout.to_json(),
+        "names": list(vector.tensors),
+    }
+    with writing(target), atomic_folder(target) as temporary:
+        write_json(temporary / "config.json", config)
+        write_tensors(vector.tensors, vector.layout.shapes, temporary, dtype, max_shard_size)
+
+
+def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
+    """Open a vector's folder; see `AlignmentVector.load`."""
+    path = existing_folder(folder, "folder")
+    if _kind(path) != _KIND:
+        raise VectorError(
+            f"folder is {str(folder)!r}, which is no alignment vector.",
+            "name a folder that AlignmentVector.save wrote; one of two models makes AlignmentVector.between.",
+        )
+    config: dict[str, Any] = read_json(path / "config.json")
+    if config.get("format") != _FORMAT:
+        raise VectorError(
+            f"folder {str(folder)!r} has vector format {config.get('format')!r}; this version reads {_FORMAT}.",
+            "install the version of mavis that wrote it.",
+        )
+    try:
+        layout, base = Layout.from_json(config["layout"]), Fingerprint(**config["base"])
+        names = list(config["names"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VectorError(f"{str(path / 'config.json')!r} is corrupt: {error}.", "copy the folder again.") from error
+    stored = StoredTensors(path)
+    wrong = [name for name in names if stored.shapes.get(name, ()) != layout.shapes.get(name)]
+    if wrong or len(names) != len(stored):
+        odd = (wrong or sorted(set(stored) - set(names)))[0]
+        raise VectorError(f"folder {str(folder)!r}: {odd!r} is not as its config.json says.", "copy the folder again.")
+    return VectorContent(Lazy(names, lambda name: stored[name].float()), layout, base)
+
+
+def _kind(folder: Path) -> str | None:
+    """Read what a folder says that it is, or None."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return str(config.get("kind")) if isinstance(config, dict) else None

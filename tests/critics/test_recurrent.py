@@ -1,0 +1,120 @@
+"""The memory of a response, step by step and found again when rows change places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mavis.critics.recurrent import RecurrentMemory, RecurrentRows
+from mavis.policies.forward_pass import Place
+
+
+class Lost(Exception):
+    """What these tests raise for rows that are not known."""
+
+
+def refuse(answer: Tensor) -> None:
+    if bool(answer):
+        raise Lost
+
+
+@pytest.fixture
+def memory() -> RecurrentMemory:
+    torch.manual_seed(0)
+    return RecurrentMemory(3, 4)
+
+
+def at(length: int, begins: bool | None, oldest: int | None = None) -> Place:
+    """Rows without padding, which nothing takes back."""
+    return Place(torch.tensor([length]), begins, length - 1 if oldest is None else oldest)
+
+
+def test_step_by_step_it_is_what_it_is_at_once(memory: RecurrentMemory) -> None:
+    states, before = torch.randn(5, 6, 3), None
+    at_once = memory(states)
+    for step in range(6):
+        before = memory.step(states[:, step], before)
+        torch.testing.assert_close(before, at_once[:, step])
+
+
+def test_rows_that_change_places_double_or_drop_out_keep_their_memory(memory: RecurrentMemory) -> None:
+    """Each row's memory is that of its own states, though the parents are drawn anew at every step."""
+    with torch.no_grad():
+        torch.manual_seed(1)
+        rows, ids = RecurrentRows(), torch.arange(4)[:, None] + 10
+        states = torch.randn(4, 1, 3)
+        found = rows.advance(memory, ids, states[:, 0], at(1, True), refuse)
+        for step in range(1, 8):
+            parents = torch.randint(4, (4,))
+            ids = torch.cat([ids[parents], torch.randperm(4)[:, None]], dim=1)  # no two rows alike
+            states = torch.cat([states[parents], torch.randn(4, 1, 3)], dim=1)
+            found = rows.advance(memory, ids, states[:, -1], at(step + 1, False), refuse)
+            torch.testing.assert_close(found, memory(states)[:, -1])
+
+
+def test_rows_go_on_when_the_batch_shrinks(memory: RecurrentMemory) -> None:
+    with torch.no_grad():
+        rows, ids, states = RecurrentRows(), torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.randn(3, 2, 3)
+        rows.advance(memory, ids, states[:, 0], at(2, True), refuse)
+        ids = torch.cat([ids[[2, 0]], torch.tensor([[7], [8]])], dim=1)
+        found = rows.advance(memory, ids, states[[2, 0], 1], at(3, False), refuse)
+        torch.testing.assert_close(found, memory(states)[[2, 0], 1])
+
+
+def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: RecurrentMemory) -> None:
+    """Three drafts are asked about one after the other, the second turns out to be wrong, and so on."""
+    with torch.no_grad():
+        rows, ids, states = RecurrentRows(), torch.tensor([[1, 2]]), torch.randn(1, 1, 3)
+        rows.advance(memory, ids, states[:, -1], at(2, True, oldest=0), refuse)
+        for accepted in (1, 3, 0, 2, 0):
+            oldest = ids.shape[1]
+            draft_ids, draft_states = torch.randint(50_000, (1, 4)), torch.randn(1, 4, 3)
+            for n in range(1, 5):
+                drafted = torch.cat([ids, draft_ids[:, :n]], dim=1)
+                seen = torch.cat([states, draft_states[:, :n]], dim=1)
+                found = rows.advance(memory, drafted, seen[:, -1], at(oldest + n, False, oldest), refuse)
+                torch.testing.assert_close(found, memory(seen)[:, -1])
+            ids = torch.cat([ids, draft_ids[:, : accepted + 1]], dim=1)
+            states = torch.cat([states, draft_states[:, : accepted + 1]], dim=1)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[1, 9, 7]], [[2, 1, 7]], [[1, 2, 7, 7]]],
+    ids=["another token", "another order", "two tokens further"],
+)
+def test_rows_that_no_step_has_ended_with_are_reported(memory: RecurrentMemory, ids: list[list[int]]) -> None:
+    rows, states = RecurrentRows(), torch.randn(1, 3)
+    rows.advance(memory, torch.tensor([[1, 2]]), states, at(2, True), refuse)
+    with pytest.raises(Lost):
+        rows.advance(memory, torch.tensor(ids), states, at(len(ids[0]), False), refuse)
+
+
+def test_without_a_cache_rows_begin_unless_all_are_known(memory: RecurrentMemory) -> None:
+    with torch.no_grad():
+        rows, states = RecurrentRows(), torch.randn(2, 2, 3)
+        first = torch.tensor([[1, 2], [3, 4]])
+        at_once = memory(states)
+        begun = rows.advance(memory, first, states[:, 0], at(2, None), refuse)
+        torch.testing.assert_close(begun, at_once[:, 0])
+        known = torch.tensor([[1, 2, 5], [3, 4, 5]])
+        torch.testing.assert_close(rows.advance(memory, known, states[:, 1], at(3, None), refuse), at_once[:, 1])
+        partly = torch.tensor([[1, 2, 5, 0], [9, 4, 5, 0]])
+        torch.testing.assert_close(rows.advance(memory, partly, states[:, 0], at(4, None), refuse), at_once[:, 0])
+
+
+def test_a_key_tells_orders_lengths_and_padding_apart(memory: RecurrentMemory) -> None:
+    """A thousand random prefixes of three tokens in all orders have different keys: no two of them are confused."""
+    rows = RecurrentRows()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50_000, (1_000, 3), generator=generator)
+    ids = torch.cat([ids[:, order] for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 1, 0])])
+    ids = torch.unique(ids, dim=0)
+    factors = rows._factors_for(3, ids.device)
+    keys = (ids * factors[:3]).sum(1)
+    assert len(torch.unique(keys)) == len(ids)
+    assert (factors % 2 == 1).all()
+    assert len(torch.unique(factors)) == len(factors)
+    kept = factors[:1_000].clone()
+    assert torch.equal(rows._factors_for(5_000, ids.device)[:1_000], kept)

@@ -1,0 +1,242 @@
+"""A value model with adapters: what of it is trained, that it reads and comes back like any, how it sheds them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LogitsProcessor, MixtralConfig
+
+import mavis
+from mavis.critics import ValueModelCritic
+from mavis.errors import CriticError, MissingPackageError
+
+peft = pytest.importorskip("peft")
+
+PROMPTS = torch.tensor([[0, 0, 5, 9], [3, 7, 1, 4]])
+MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+BOTH = pytest.mark.parametrize("readout", ["token", "candidates"])
+
+
+@pytest.fixture
+def policy() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def adapted(policy: Any, **options: Any) -> ValueModelCritic:
+    """A critic whose heads and adapters all have something to say."""
+    critic = ValueModelCritic.for_policy(
+        policy, ["a", "b"], **({"hidden": 8, "rank": 4, "lora_rank": 3, "composition": "independent"} | options)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        critic.heads.outer.normal_()
+        for name, parameter in critic.trunk.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return critic
+
+
+class Listen(LogitsProcessor):
+    """Ask a critic for all values at every step."""
+
+    def __init__(self, critic: ValueModelCritic) -> None:
+        self.critic = critic
+        self.heard: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.heard.append(self.critic.values(input_ids, None))
+        return scores
+
+
+def generated(policy: Any, critic: ValueModelCritic, steps: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of a greedy generation, and all values at every step: (B, T, V, M)."""
+    listen = Listen(critic)
+    with critic.attach(policy):
+        ids = policy.generate(
+            input_ids=PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=steps, logits_processor=[listen]
+        )
+    return ids, torch.stack(listen.heard, dim=1)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("backbone", [None, GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)])
+def test_every_linear_layer_of_the_trunk_has_an_adapter_and_nothing_else_of_it_is_trained(
+    policy: Any, backbone: Any
+) -> None:
+    whole = ValueModelCritic.for_policy(policy, ["a"], backbone=backbone)
+    critic = ValueModelCritic.for_policy(policy, ["a"], backbone=backbone, lora_rank=3)
+    layers = {name for name, weight in whole.trunk.named_parameters() if weight.dim() == 2 and "proj" in name}
+    layers |= {name for name, weight in whole.trunk.named_parameters() if "c_" in name and weight.dim() == 2}
+    found = {name: weight for name, weight in critic.trunk.named_parameters() if weight.requires_grad}
+    assert len(layers) == (14 if backbone is None else 4)
+    assert {name.partition(".lora_")[0] + ".weight" for name in found} == layers
+    assert all(3 in weight.shape for weight in found.values())
+    assert all(weight.requires_grad for weight in critic.heads.parameters())
+
+
+@BOTH
+def test_new_adapters_change_nothing(policy: Any, readout: Any) -> None:
+    critics = [ValueModelCritic.for_policy(policy, ["a"], readout=readout, lora_rank=rank) for rank in (0, 3)]
+    is_token, no_states = MASK.bool(), torch.zeros(2, 2, 0)
+    whole, new = (critic.inputs_of_rollouts(PROMPTS, is_token, no_states) for critic in critics)
+    assert torch.equal(whole, new)
+
+
+def test_adapters_are_drawn_by_the_seed_alone(policy: Any) -> None:
+    state = torch.get_rng_state()
+    one, same, other = (
+        ValueModelCritic.for_policy(policy, ["a"], lora_rank=3, seed=seed).trunk.state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    drawn = [name for name in one if "lora_A" in name]
+    assert drawn
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Reading
+
+
+@BOTH
+def test_values_step_by_step_are_those_of_whole_prefixes(policy: Any, readout: Any) -> None:
+    critic = adapted(policy, readout=readout)
+    ids, values = generated(policy, critic)
+    every = torch.arange(20)
+    for row in range(2):
+        for step in range(4):
+            prefix = ids[row, : 4 + step][MASK[row].argmax() :]
+            whole = torch.cat([prefix.expand(20, -1), every[:, None]], dim=1)
+            with torch.no_grad():
+                inputs = critic.inputs_of_rollouts(whole, torch.ones_like(whole) > 0, torch.zeros(20, 1, 0))[:, 0]
+                expected = critic.values_of_inputs(inputs, every[:, None])[:, 0]
+            torch.testing.assert_close(values[row, step], expected, rtol=1e-4, atol=1e-5)
+    plain = adapted(policy, readout=readout, lora_rank=0)
+    assert not torch.allclose(generated(policy, plain)[1], values, atol=1e-2)
+
+
+def test_a_step_of_the_adapters_is_noticed(policy: Any) -> None:
+    """What has been read with the weights before is not used with those after."""
+    critic = adapted(policy)
+    with critic.attach(policy):
+        policy(input_ids=PROMPTS, attention_mask=MASK)
+        before = critic.values(PROMPTS, None)
+        with torch.no_grad():
+            for name, parameter in critic.trunk.named_parameters():
+                if "lora_B" in name:
+                    parameter.neg_()
+        after = critic.values(PROMPTS, None)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
+# Its folder, and the end of adapters
+
+
+@BOTH
+def test_a_saved_critic_comes_back_with_its_adapters(policy: Any, tmp_path: Path, readout: Any) -> None:
+    critic = adapted(policy, readout=readout)
+    critic.save_pretrained(tmp_path / "critic")
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    again = mavis.Critic.from_pretrained(tmp_path / "critic")
+    assert isinstance(again, ValueModelCritic)
+    assert again.settings() == critic.settings()
+    assert again.settings()["lora_rank"] == 3
+    assert [w.requires_grad for w in again.parameters()] == [w.requires_grad for w in critic.parameters()]
+    assert torch.equal(generated(policy, again)[1], generated(policy, critic)[1])
+
+
+@pytest.mark.parametrize("backbone", [None, GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)])
+def test_merged_adapters_leave_the_values_and_no_trace(
+    policy: Any, tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = adapted(policy, backbone=backbone)
+    _, values = generated(policy, critic)
+    critic.merge_lora()
+    whole = ValueModelCritic.for_policy(
+        policy, ["a", "b"], backbone=backbone, hidden=8, rank=4, composition="independent"
+    )
+    assert critic.settings() == whole.settings()
+    assert list(critic.state_dict()) == list(whole.state_dict())
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+    torch.testing.assert_close(generated(policy, critic)[1], values, rtol=1e-5, atol=1e-5)
+    critic.save_pretrained(tmp_path / "critic")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    again = mavis.Critic.from_pretrained(tmp_path / "critic")
+    again.merge_lora()  # there is nothing left to merge
+    assert torch.equal(generated(policy, again)[1], generated(policy, critic)[1])
+
+
+def test_adapters_can_be_merged_while_attached(policy: Any) -> None:
+    critic = adapted(policy)
+    with critic.attach(policy):
+        policy(input_ids=PROMPTS, attention_mask=MASK)
+        before = critic.values(PROMPTS, None)
+        critic.merge_lora()
+        torch.testing.assert_close(critic.values(PROMPTS, None), before, rtol=1e-5, atol=1e-5)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5, True])
+def test_a_rank_that_is_no_size_is_refused(policy: Any, rank: Any) -> None:
+    with pytest.raises(CriticError, match=f"lora_rank is {rank}, expected a whole number ≥ 0"):
+        ValueModelCritic.for_policy(policy, ["a"], lora_rank=rank)
+
+
+def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
+    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(policy).save_pretrained(tmp_path / "critic")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = r"^lora_rank=3 needs peft, which is not installed. Hint: pip install 'mavis\[lora\]', or merge"
+    with pytest.raises(MissingPackageError, match=message):
+        mavis.Critic.from_pretrained(tmp_path / "critic")
+    with pytest.raises(MissingPackageError, match=message):
+        ValueModelCritic.for_policy(policy, ["a"], lora_rank=3)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # of peft about its own settings for experts
+def test_adapters_of_experts_are_folded_in_too(policy: Any) -> None:
+    """They stand inside one another."""
+    experts = MixtralConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    critic = adapted(policy, backbone=experts)
+    plain = ValueModelCritic.for_policy(
+        policy, ["a", "b"], hidden=8, rank=4, backbone=experts, composition="independent"
+    )
+    with torch.no_grad():
+        before = critic.trunk(input_ids=PROMPTS).last_hidden_state
+        critic.merge_lora()
+        after = critic.trunk(input_ids=PROMPTS).last_hidden_state
+    assert list(critic.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)

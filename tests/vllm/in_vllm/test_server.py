@@ -1,0 +1,144 @@
+"""`make serve` and what the README shows of it: many clients at once, each under its own weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engines.conftest import build_critic
+from tests.engines.in_vllm.conftest import by_transformers
+
+from mavis.critics import Calibration, HiddenStateCritic
+
+pytest.importorskip("vllm")
+
+import openai
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def critic(story: tuple[Any, Any]) -> HiddenStateCritic:
+    """A critic of the demo's objectives and settings, with random heads."""
+    critic = build_critic(story[0], ("positive", "dialogue"), memory=8)
+    betas = [0.5, 1.0, 2.0, 4.0]
+    rows = [[beta**2 for beta in betas]] * 3
+    critic.calibration = Calibration(betas, rows, max_new_tokens=16, top_k=None, temperature=0.8)
+    return critic
+
+
+@pytest.fixture(scope="module")
+def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the server of `make serve` listens."""
+    folder = tmp_path_factory.mktemp("serve")
+    critic.save_pretrained(folder / "critic")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The environment that these tests run in is the one to serve from, however it was made.
+    ready = f"{sys.prefix}/.ready"
+    command = ["make", "-o", ready, "serve", f"VLLM_VENV={sys.prefix}", f"CRITIC={folder / 'critic'}", f"PORT={port}"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.5)
+        else:
+            pytest.fail((folder / "log").read_text())
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+
+
+def test_clients_at_once_each_get_their_own_weights(
+    client: openai.OpenAI, critic: HiddenStateCritic, story: tuple[Any, Any]
+) -> None:
+    policy, tokenizer = story
+    asked: list[dict[str, Any] | None] = [None]
+    asked += [{"mavis_weights": f"positive={w},dialogue={1 - w}", "mavis_beta": b} for w in (0, 1) for b in (1, 2)]
+    asked += [{"mavis_weights": [w, -w], "mavis_beta": 1.5, "mavis_top_k": 0} for w in (-1.0, 0.5, 1.0)]
+    prompt = tokenizer("Once upon a time")["input_ids"]
+
+    def ask(extra: dict[str, Any] | None) -> str:
+        body = {"vllm_xargs": extra, "return_token_ids": True} if extra else {"return_token_ids": True}
+        answer = client.completions.create(
+            model="embedded", prompt=prompt, temperature=0, max_tokens=24, extra_body=body
+        )
+        return answer.choices[0].token_ids  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(16) as many:
+        answers = list(many.map(ask, asked * 2))
+    assert answers[: len(asked)] == answers[len(asked) :]
+    assert len({tuple(ids) for ids in answers}) >= 5
+    for extra, ids in zip(asked, answers, strict=False):
+        expected = by_transformers(policy, critic, prompt, ids, extra, 1.0)
+        gaps = expected.max(dim=1).values - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert float(gaps.max()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "named"),
+    [
+        ({"mavis_weights": "positiv=1", "mavis_beta": 1}, "mavis_weights: weights names objective 'positiv'"),
+        ({"mavis_weights": "positive", "mavis_beta": 1}, "mavis_weights is 'positive'"),
+        ({"mavis_weights": [1, 2, 3], "mavis_beta": 1}, "mavis_weights: weights has shape"),
+        ({"mavis_weights": "positive=1", "mavis_beta": "much"}, "mavis_beta is 'much'"),
+        ({"mavis_weights": "positive=1", "mavis_target_kl": 2, "mavis_top_k": 3}, "mavis_target_kl: "),
+        ({"mavis_strength": 1}, "mavis_strength is no argument of a tilt"),
+    ],
+)
+def test_a_mistake_is_answered_with_400_and_others_are_unharmed(
+    client: openai.OpenAI, extra_args: dict[str, Any], named: str
+) -> None:
+    def good(_: int) -> str:
+        extra = {"mavis_weights": "positive=1", "mavis_beta": 1}
+        body = {"model": "embedded", "prompt": "Once", "max_tokens": 16, "temperature": 0}
+        return client.completions.create(**body, extra_body={"vllm_xargs": extra}).choices[0].text
+
+    with ThreadPoolExecutor(4) as many:
+        others = [many.submit(good, number) for number in range(3)]
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(
+                model="embedded", prompt="Once", max_tokens=16, extra_body={"vllm_xargs": extra_args}
+            )
+        assert caught.value.status_code == 400
+        assert named in str(caught.value)
+        assert len({other.result() for other in others}) == 1
+
+
+def test_the_readmes_client_runs_as_it_is_written(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [snippet] = [block for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL) if "openai" in block]
+    assert "http://localhost:8000/v1" in snippet
+    exec(compile(snippet.replace("http://localhost:8000/v1", address), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 20
+
+
+def test_the_readme_names_the_variables_and_the_class(critics: Callable[[str], Any]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("MAVIS_CRITIC", "mavis.vllm.logits_processor:MavisLogitsProcessor", "mavis_critic"):
+        assert name in readme
