@@ -6,6 +6,7 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.group import CriticGroup
 from mavis.critics.hidden_state import HiddenStateCritic
 from mavis.critics.official import import_official
+from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.critics.value_model import ValueModelCritic
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Critic",
     "CriticGroup",
     "HiddenStateCritic",
+    "TrainedDecoding",
     "ValueModelCritic",
     "import_official",
 ]

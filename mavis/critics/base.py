@@ -16,6 +16,7 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.io.hub import push_critic
 from mavis.critics.io.load import describe_critic, load_critic
 from mavis.critics.io.save import save_critic
+from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, closest
 from mavis.policies.fingerprint import Fingerprint
 
@@ -63,6 +64,7 @@ class Critic(Attachable, nn.Module, ABC):
         self.composition: Composition = composition
         self.fingerprint = fingerprint
         self.calibration: Calibration | None = None
+        self.decoding: TrainedDecoding | None = None
         self.about: dict[str, Any] = {}
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))

@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 from mavis.critics import Critic
 from mavis.critics.attachment import attached_critic
 from mavis.decoding.logits_processor import MavisTilt
+from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_temperature
 from mavis.decoding.weights import Weights
 from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 from mavis.policies.generation_config import neutral_generation_config
@@ -24,8 +25,8 @@ def generate(
     critic: Critic | Sequence[Critic] | None = None,
     beta: float | Sequence[float] | Tensor | None = None,
     target_kl: float | None = None,
-    top_k: int | None = 40,
-    temperature: float = 1.0,
+    top_k: int | AsTrained | None = AS_TRAINED,
+    temperature: float | AsTrained = AS_TRAINED,
     entropy_gate: float | None = None,
     **generate_arguments: Any,
 ) -> Any:
@@ -44,7 +45,7 @@ def generate(
         beta: see `MavisTilt`.
         target_kl: see `MavisTilt`.
         top_k: see `MavisTilt`.
-        temperature: T > 0, for the tilt and for `generate`.
+        temperature: T > 0, for the tilt and for `generate`; `as_trained` takes what the critic was trained at.
         entropy_gate: see `MavisTilt`.
         generate_arguments: anything else `policy.generate` takes, such as `max_new_tokens`, `num_beams`,
             `do_sample` (True unless given) or further logits processors, which run before the tilt.
@@ -82,7 +83,9 @@ def generate(
         raise DecodingError(f"{clash[0]} is given twice, in inputs and by name.", "give it once.")
     earlier = generate_arguments.pop("logits_processor", None)
     processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
-    config, others = neutral_generation_config(policy, temperature, generate_arguments)
     assert tilt.critic is not None
+    config, others = neutral_generation_config(
+        policy, trained_temperature(temperature, tilt.critic), generate_arguments
+    )
     with tilt.critic.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)

@@ -15,12 +15,29 @@ from transformers import LogitsProcessor
 from mavis.critics import Critic
 from mavis.critics.attachment import generating_critic
 from mavis.critics.group import as_critic
-from mavis.decoding.settings import check_calibration, check_settings
+from mavis.decoding.settings import (
+    AS_TRAINED,
+    AsTrained,
+    check_calibration,
+    check_settings,
+    trained_temperature,
+    trained_top_k,
+)
 from mavis.decoding.weights import Weights, lambda_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
 from mavis.math.kl import step_kl
 from mavis.math.tilt import candidates, tilted_logprobs
 from mavis.policies.call_stack import assistance
+
+
+class _Strength(NamedTuple):
+    """What was asked of a tilt, resolved for one critic."""
+
+    critic: Critic
+    lam: Tensor
+    """(R, M) float64, λ = β·w."""
+    top_k: int | None
+    temperature: float
 
 
 class _Lambda(NamedTuple):
@@ -62,7 +79,7 @@ class MavisTilt(LogitsProcessor):
 
     Rows whose λ is 0 pass through untouched. Other rows come back as T · log π over the candidates and −inf elsewhere,
     so that `generate`'s own division by T gives π, and a beam's score is log π. Pass it to `generate` alone, in a list
-    or in a `LogitsProcessorList`, together with `top_k=0` and the same temperature; `mavis.generate` sets both sides.
+    or in a `LogitsProcessorList`, together with `top_k=0` and the same `temperature`; `mavis.generate` sets both sides.
 
     Args:
         weights: a mapping from objective to weight, M numbers, a tensor (M,) or (R, M), or one mapping per prompt.
@@ -72,8 +89,9 @@ class MavisTilt(LogitsProcessor):
         beta: tilt strength in 1 / reward, ≥ 0, one number or one per prompt; the *inverse* of the β of DPO and RLHF
             papers. None takes the critic's calibrated default.
         target_kl: distance to the reference in nats per sequence, instead of beta; > 0.
-        top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate.
-        temperature: T > 0 that `generate` will divide by afterwards.
+        top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate, `as_trained` takes the number that
+            the critic was trained with, or every token if it does not say.
+        temperature: T > 0 that `generate` will divide by afterwards; `as_trained` takes the critic's, or 1.
         record_kl: keep every step's exact KL for `kl`.
         entropy_gate: leave a row as it is at steps where the policy's own distribution at T has less than so many nats
             of entropy, ≥ 0: there it is sure already. None tilts every step. See `steered`.
@@ -93,8 +111,8 @@ class MavisTilt(LogitsProcessor):
         *,
         beta: float | Sequence[float] | Tensor | None = None,
         target_kl: float | None = None,
-        top_k: int | None = 40,
-        temperature: float = 1.0,
+        top_k: int | AsTrained | None = AS_TRAINED,
+        temperature: float | AsTrained = AS_TRAINED,
         record_kl: bool = False,
         entropy_gate: float | None = None,
     ) -> None:
@@ -104,14 +122,14 @@ class MavisTilt(LogitsProcessor):
         self._weights = weights
         self.critic: Critic | None = critic
         self._beta, self._target_kl = beta, target_kl
-        self.top_k, self.temperature, self.record_kl = top_k, float(temperature), record_kl
+        self._top_k, self._temperature, self.record_kl = top_k, temperature, record_kl
         self.entropy_gate = entropy_gate
-        self._rows: tuple[Critic, Tensor] | None = None
+        self._strength: _Strength | None = None
         self._lambda: _Lambda | None = None
         self._thread = threading.local()
         self._generation: _Generation | None = None
         if critic is not None:  # a mistake shows where it is made, not in the first step
-            self._rows_for(critic)
+            self._strength_for(critic)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tilt one step.
@@ -139,6 +157,8 @@ class MavisTilt(LogitsProcessor):
                 f"critic knows {critic.fingerprint.vocab_size} tokens, but scores has {scores.shape[1]}.",
                 "use the critic that was trained for this policy.",
             )
+        strength = self._strength_for(critic)
+        top_k, temperature = strength.top_k, strength.temperature
         spread = self._spread(critic, scores)
         generation = self._follow(critic, input_ids)
         recorded = self.record_kl or self.entropy_gate is not None
@@ -150,7 +170,7 @@ class MavisTilt(LogitsProcessor):
         precise = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
         passed = spread.passed
         if self.entropy_gate is not None:
-            sure = _entropy(precise, self.temperature) < self.entropy_gate
+            sure = _entropy(precise, temperature) < self.entropy_gate
             passed = sure if passed is None else passed | sure
             generation.steered.append(_share(passed, ended))
             # Elsewhere than on the CPU the host would have to wait to know.
@@ -158,16 +178,16 @@ class MavisTilt(LogitsProcessor):
                 if self.record_kl:
                     generation.kl.append(torch.zeros(len(scores)))
                 return scores
-        logits, ids = candidates(precise, self.top_k) if self.top_k is not None else (precise, None)
+        logits, ids = candidates(precise, top_k) if top_k is not None else (precise, None)
         tilt = critic.tilt(input_ids, ids, spread.lam)
-        logprobs = tilted_logprobs(logits, tilt.to(logits.device), self.temperature)
+        logprobs = tilted_logprobs(logits, tilt.to(logits.device), temperature)
         if self.record_kl:
-            whole = torch.logsumexp(precise / self.temperature, dim=-1, keepdim=True)
-            kl = step_kl(logprobs, logits / self.temperature - whole)
+            whole = torch.logsumexp(precise / temperature, dim=-1, keepdim=True)
+            kl = step_kl(logprobs, logits / temperature - whole)
             kl = kl if passed is None else kl.masked_fill(passed[:, 0], 0.0)
             generation.kl.append(kl if ended is None else kl.masked_fill(ended, 0.0))
-        if self.temperature != 1.0:
-            logprobs = logprobs * self.temperature
+        if temperature != 1.0:
+            logprobs = logprobs * temperature
         if ids is not None:
             logprobs = torch.full_like(precise, -torch.inf).scatter_(1, ids, logprobs)
         if passed is not None:
@@ -217,20 +237,32 @@ class MavisTilt(LogitsProcessor):
             )
         return torch.stack(generation.steered, dim=1).nanmean(dim=1)
 
-    def _rows_for(self, critic: Critic) -> Tensor:
-        kept = self._rows
-        if kept is None or kept[0] is not critic:
+    @property
+    def top_k(self) -> int | AsTrained | None:
+        """The number of candidates, None for every token; `as_trained` until the critic is known."""
+        return self._strength.top_k if self._strength is not None else self._top_k
+
+    @property
+    def temperature(self) -> float | AsTrained:
+        """The temperature that `generate` has to divide by; `as_trained` until the critic is known."""
+        return self._strength.temperature if self._strength is not None else self._temperature
+
+    def _strength_for(self, critic: Critic) -> _Strength:
+        kept = self._strength
+        if kept is None or kept.critic is not critic:
+            top_k, temperature = trained_top_k(self._top_k, critic), trained_temperature(self._temperature, critic)
             if self._beta is None:
-                check_calibration(critic.calibration, self._target_kl, self.top_k, self.temperature, stacklevel=4)
-            kept = self._rows = (critic, lambda_rows(self._weights, critic, self._beta, self._target_kl))
-            critic.warn_outside_trained_range(kept[1])
-        return kept[1]
+                check_calibration(critic.calibration, self._target_kl, top_k, temperature, stacklevel=4)
+            lam = lambda_rows(self._weights, critic, self._beta, self._target_kl)
+            kept = self._strength = _Strength(critic, lam, top_k, temperature)
+            critic.warn_outside_trained_range(lam)
+        return kept
 
     def _spread(self, critic: Critic, scores: Tensor) -> _Lambda:
         kept = self._lambda
         if kept is not None and kept.critic is critic and kept.rows == len(scores) and kept.device == scores.device:
             return kept
-        lam = self._rows_for(critic)
+        lam = self._strength_for(critic).lam
         if len(scores) % len(lam):
             raise WeightsError(
                 f"weights or beta has {len(lam)} rows, but the batch has {len(scores)}, which is no multiple.",
@@ -252,7 +284,7 @@ class MavisTilt(LogitsProcessor):
         """Tell a new generation from the next step of the one under way; check a new one's grouping."""
         generation: _Generation | None = getattr(self._thread, "generation", None)
         if generation is None or critic.restarted or not _continues(generation, input_ids):
-            rows = len(self._rows_for(critic))
+            rows = len(self._strength_for(critic).lam)
             if 1 < rows < len(input_ids):
                 _check_groups(input_ids, rows)
             generation = _Generation(prompt_ids=input_ids, length=input_ids.shape[1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mavis.critics import TrainedDecoding
 from mavis.errors import ConfigError
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import embedding_shape, output_embedding
@@ -31,9 +32,9 @@ class RolloutSettings:
         ConfigError: if a number is out of range.
     """
 
-    max_new_tokens: int = 64
-    top_k: int | None = 40
-    temperature: float = 1.0
+    max_new_tokens: int = TrainedDecoding.max_new_tokens
+    top_k: int | None = TrainedDecoding.top_k
+    temperature: float = TrainedDecoding.temperature
     shard_size: int = 256
     seed: int = 0
 
@@ -46,6 +47,10 @@ class RolloutSettings:
             )
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}, expected a number > 0.", "1.0 changes nothing.")
+
+    def trained_decoding(self) -> TrainedDecoding:
+        """Return what a critic that learns from these rollouts remembers of them."""
+        return TrainedDecoding(self.top_k, self.temperature, self.max_new_tokens)
 
     def check(self, policy: Any) -> None:
         """Refuse a policy that has fewer tokens than there are to be candidates.

@@ -682,7 +682,7 @@ def test_bad_weights_are_refused_where_the_tilt_is_built(
         ({"target_kl": 0.0}, "target_kl is 0.0, expected nats > 0"),
         ({"target_kl": 2.0}, "target_kl is 2.0, and the critic carries no calibration"),
         ({}, "beta and target_kl are not given, and the critic carries no calibration"),
-        ({"beta": 1.0, "top_k": 0}, "top_k is 0, expected a whole number ≥ 1 or None"),
+        ({"beta": 1.0, "top_k": 0}, "top_k is 0, expected a whole number ≥ 1, None or"),
         ({"beta": 1.0, "top_k": 2.5}, "top_k is 2.5"),
         ({"beta": 1.0, "temperature": 0.0}, "temperature is 0.0, expected a number > 0"),
     ],

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from mavis.critics.calibration import Calibration
+from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError
 from mavis.policies.fingerprint import Fingerprint
 
@@ -25,6 +26,7 @@ class SavableCritic(Protocol):
     composition: Any
     fingerprint: Fingerprint
     calibration: Calibration | None
+    decoding: TrainedDecoding | None
     about: dict[str, Any]
     reward_mean: Tensor
     reward_std: Tensor

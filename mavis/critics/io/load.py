@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mavis.critics.calibration import Calibration
 from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt
 from mavis.critics.io.hub import fetch_critic
+from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.names import is_hub_id
@@ -63,12 +64,22 @@ def _build(path: Path, kinds: Kinds) -> Any:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
+        critic.decoding = _trained_decoding(config, critic.calibration)
         critic.about = dict(config.get("about") or {})  # critics of earlier versions tell nothing about themselves
     except MissingPackageError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
         raise corrupt(path / CONFIG, error) from error
     return critic
+
+
+def _trained_decoding(config: Mapping[str, Any], calibration: Calibration | None) -> TrainedDecoding | None:
+    """Read how a critic was trained to decode; format 1 said it in the calibration alone."""
+    if config.get("decoding") is not None:
+        return TrainedDecoding(**config["decoding"])
+    if calibration is None:
+        return None
+    return TrainedDecoding(calibration.top_k, calibration.temperature, calibration.max_new_tokens)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

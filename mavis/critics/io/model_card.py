@@ -37,7 +37,7 @@ def model_card(critic: SavableCritic) -> str:
         f"# Critic: {markdown_cell(names)}",
         "Value heads that steer a causal LM between objectives at decoding time, without touching its weights. Made "
         "with `mavis`:",
-        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0), decoding=_decoding(critic)),
+        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0)),
         "## Objectives",
         "Raw rewards are normalised, R = (raw − mean) / std, by what the plain policy earns.",
         markdown_table(
@@ -60,14 +60,8 @@ _USE = """```python
 import mavis
 
 critic = mavis.Critic.from_pretrained("<this folder or repository>")
-output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1.0{decoding})
+output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1.0)
 ```"""
-
-
-def _decoding(critic: SavableCritic) -> str:
-    """The arguments that make `generate` sample as the critic was trained, as far as it knows."""
-    known = critic.calibration
-    return "" if known is None else f", top_k={known.top_k}, temperature={known.temperature:g}"
 
 
 def _policy(critic: SavableCritic, name: Any) -> list[str]:

@@ -50,6 +50,7 @@ def save_description(critic: SavableCritic, folder: Path) -> None:
         "settings": critic.settings(),
         "policy": critic.fingerprint.to_json(),
         "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
+        "decoding": critic.decoding.to_json() if critic.decoding is not None else None,
         "about": critic.about,
     }
     write_json(folder / CONFIG, config)

@@ -16,6 +16,14 @@ def path() -> Path:
     return Path(__file__).resolve().parent
 
 
+def critic_path() -> Path:
+    """Return the folder of the critic that ships with the embedded policy, for `Critic.from_pretrained`.
+
+    Its objectives are `positive` (VADER sentiment) and `dialogue` (share of characters inside quotation marks).
+    """
+    return path() / "critic"
+
+
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the embedded policy, from the package's own files only.
 

@@ -151,6 +151,7 @@ def distill(
     curves = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
     student.to(states_device(policy))
     student.calibration = None
+    student.decoding = settings.sampling.trained_decoding()
     if (found := load_finished(run, student, processes)) is not None:
         report = DistillReport(**found)
         curves.errors(report.losses)

@@ -205,6 +205,7 @@ def improve(
     curves = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
     critic.to(states_device(policy))
     critic.calibration = None  # what was measured before does not hold for what is learnt now
+    critic.decoding = settings.sampling.trained_decoding()
     embeddings = token_embeddings(policy)
     for iteration in range(settings.iterations):
         place = run / f"iteration-{iteration}"

@@ -52,7 +52,7 @@ def test_the_card_tells_what_the_critic_holds(make_tiny_critic: Any, tmp_path: P
         ["good", f"{mean[0]:.4g}", f"{std[0]:.4g}"],
         ["brevity", f"{mean[1]:.4g}", f"{std[1]:.4g}"],
     ]
-    assert "weights={'good': 1.0}, beta=1.0, top_k=40, temperature=0.8)" in card.text
+    assert "weights={'good': 1.0}, beta=1.0)" in card.text
     assert "owner/model: llama, hidden size 32" in card.text
     assert critic.fingerprint.weights in card.text
     training = dict(rows(card.text, "Training"))
