@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from mavis.critics import Critic
 from mavis.math.frontier import optimal_frontier
-from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.collect import RolloutPlan, collect
 
 WEIGHTS = torch.tensor(bench_frontier.WEIGHTS, dtype=torch.float64)
 BETA = 3.0  # that which the independent critics were improved at
@@ -47,7 +47,7 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
     normalise = critics[0].normalise
     prompts = [prompt for prompt in bench_frontier.PROMPTS for _ in range(arguments.samples)]
     weights_of_rows = WEIGHTS.repeat_interleave(len(prompts), 0)
-    plan = Plan(prompts * len(WEIGHTS), weights_of_rows, torch.full_like(weights_of_rows[:, 0], BETA))
+    plan = RolloutPlan(prompts * len(WEIGHTS), weights_of_rows, torch.full_like(weights_of_rows[:, 0], BETA))
 
     def sampled(done: int, critic: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw rewards (W, N, M), on the scale that the critics were trained on, and KL (W, N)."""
@@ -58,7 +58,7 @@ def rounds_of(name: str, method: str, seed: int, arguments: argparse.Namespace) 
             policy,
             tokenizer,
             bench_frontier.OBJECTIVES,
-            plan if critic else Plan.reference(plan.prompts, WEIGHTS.shape[1]),
+            plan if critic else RolloutPlan.reference(plan.prompts, WEIGHTS.shape[1]),
             place / "rounds" / f"after-{done}",
             sampling,
             critic=critic,

@@ -24,7 +24,7 @@ from mavis.evaluation.statistics import mean_and_stderr
 from mavis.math.bradley_terry import information_gain, posterior_draws
 from mavis.policies import embedded
 from mavis.rewards import Brevity, Dialogue, Positive, Readability
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 
 OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue(), "brevity": Brevity(), "readability": Readability()}
 PROMPTS = ["Once upon a time", "One day, a little girl", "Tom and Jane were", "The old man looked at", "Lily wanted to"]
@@ -33,7 +33,7 @@ PROMPTS = ["Once upon a time", "One day, a little girl", "Tom and Jane were", "T
 def reward_pool(responses: int) -> Tensor:
     """Sample plain responses and return the normalised reward differences (P, 4) of all pairs to the same prompt."""
     policy, tokenizer = embedded.load()
-    plan = Plan.reference([prompt for prompt in PROMPTS for _ in range(responses)], len(OBJECTIVES))
+    plan = RolloutPlan.reference([prompt for prompt in PROMPTS for _ in range(responses)], len(OBJECTIVES))
     settings = RolloutSettings(max_new_tokens=64, top_k=None, temperature=0.8)
     with tempfile.TemporaryDirectory() as folder:
         shards = list(collect(policy, tokenizer, OBJECTIVES, plan, folder, settings))

@@ -30,7 +30,7 @@ def collect_once(arguments: argparse.Namespace) -> None:
     from mavis.distributed import join_processes
     from mavis.policies import embedded
     from mavis.rewards import Dialogue, Positive
-    from mavis.rollouts import Plan, RolloutSettings, collect
+    from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 
     torch.set_num_threads(1)
     policy, tokenizer = embedded.load()
@@ -41,7 +41,7 @@ def collect_once(arguments: argparse.Namespace) -> None:
     prompts = [openings[row % len(openings)] for row in range(arguments.rollouts)]
 
     def collected(name: str, prompts: list[str]) -> list[Any]:
-        plan = Plan.reference(prompts, len(objectives))
+        plan = RolloutPlan.reference(prompts, len(objectives))
         return list(collect(policy, tokenizer, objectives, plan, Path(arguments.folder) / name, settings))
 
     collected("warm", prompts[: arguments.shard_size * processes.world_size])

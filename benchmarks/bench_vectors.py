@@ -34,7 +34,7 @@ from mavis.evaluation.sweep import efficiency_at
 from mavis.math.frontier import reward_at
 from mavis.math.kl import step_kl
 from mavis.rewards import Readability
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.replay import Sequences, forward_sequences
 from mavis.training import AlignSettings, ImprovementSettings, align, improve
@@ -67,9 +67,11 @@ class Lab:
     def _sample(self, policy: Any, name: str, samples: int, critic: Any, beta: float) -> tuple[Tensor, list[Sequences]]:
         """Sample from the evaluation prompts: raw rewards (N, M), prompt after prompt, and the responses by shard."""
         prompts = [prompt for prompt in PROMPTS for _ in range(samples)]
-        plan = Plan.reference(prompts, len(OBJECTIVES))
+        plan = RolloutPlan.reference(prompts, len(OBJECTIVES))
         if critic is not None:
-            plan = Plan(prompts, HALF.expand(len(prompts), -1), torch.full((len(prompts),), beta, dtype=torch.float64))
+            plan = RolloutPlan(
+                prompts, HALF.expand(len(prompts), -1), torch.full((len(prompts),), beta, dtype=torch.float64)
+            )
         folder, settings = self.folder / "measured" / name, replace(self.settings, seed=1_000 + self.seed)
         shards = list(collect(policy, self.tokenizer, OBJECTIVES, plan, folder, settings, critic=critic))
         rewards = torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards])

@@ -1,19 +1,29 @@
-"""The errors a user can meet; each says what is wrong and what to do about it."""
+"""Errors that say what is wrong and what to do about it, and the checks of arguments that raise them."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 
 class MavisError(Exception):
-    """A mistake that the caller can mend.
+    """A mistake that the caller can correct.
 
     Args:
         message: names the argument, its value and what was expected.
         hint: what to do next, one sentence.
+
+    Examples:
+        >>> import mavis
+        >>> try:
+        ...     mavis.MavisTilt([1.0], beta=-2.0)
+        ... except mavis.MavisError as error:
+        ...     print(error.message)
+        beta is -2.0, expected a finite number ≥ 0.
     """
 
     def __init__(self, message: str, hint: str) -> None:
@@ -22,21 +32,21 @@ class MavisError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[MavisError], tuple[str, str]]:
-        return type(self), (self.message, self.hint)  # so that it comes back whole from another process
+        return type(self), (self.message, self.hint)  # both survive the way from a worker process
 
 
 class WeightsError(MavisError):
-    """Preference weights that cannot be used: unknown names, wrong shapes, values that are not finite."""
+    """Preference weights that cannot be used: unknown names, wrong shapes, or values that are not finite."""
 
 
 class DecodingError(MavisError):
-    """A decoding step that cannot be tilted: bad beta or top_k, or scores that match no caught hidden state."""
+    """A decoding step that cannot be tilted: a bad beta or top_k, or scores that match no captured hidden state."""
 
 
 class RequestError(DecodingError, ValueError):
-    """Arguments of one request to a serving engine that cannot be used.
+    """Arguments of a request to a serving engine that cannot be used.
 
-    A ValueError too, which engines answer with status 400.
+    It is a ValueError too, which engines answer with status 400.
     """
 
 
@@ -45,7 +55,7 @@ class CriticError(MavisError):
 
 
 class MissingPackageError(MavisError):
-    """An optional package that is not installed; nothing is wrong with what was asked."""
+    """An optional package that is not installed."""
 
 
 class ObjectiveError(MavisError):
@@ -61,11 +71,11 @@ class ConfigError(MavisError):
 
 
 class TrainingError(MavisError):
-    """A fit that came to nothing."""
+    """A fit that diverged or has nothing to learn from."""
 
 
 class ProcessError(MavisError):
-    """Several processes of one job that do not go together, or one that has lost another."""
+    """Processes of one job that disagree, or one whose peers have stopped."""
 
 
 class PolicyError(MavisError):
@@ -73,46 +83,78 @@ class PolicyError(MavisError):
 
 
 class VectorError(MavisError):
-    """Alignment vectors that cannot be made, read, combined, applied or searched."""
+    """Alignment vectors that cannot be extracted, read, combined, applied or searched."""
 
 
 class PreferenceError(MavisError):
-    """Pairs of responses that cannot tell preference weights."""
+    """Pairs of responses from which preference weights cannot be inferred."""
 
 
 class EvaluationError(MavisError):
     """A quantity that the given evaluation data cannot support."""
 
 
-def check_whole(error: type[MavisError], hint: str, least: int = 1, **values: object) -> None:
-    """Refuse values that are no whole numbers or too small.
+def check_whole(error: type[MavisError], hint: str, least: int = 1, /, **values: object) -> None:
+    """Check that values are whole numbers and large enough.
 
     Args:
-        error: what to raise.
+        error: the class to raise.
         hint: its hint.
-        least: the smallest that is allowed.
-        values: by the name of the argument.
+        least: the smallest allowed value.
+        values: the arguments to check, by name.
 
     Raises:
-        MavisError: of the kind of `error`, naming the first of them.
+        MavisError: of class `error`, for the first value that fails.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise error(f"{name} is {value!r}, expected a whole number ≥ {least}.", hint)
 
 
+def check_number(
+    error: type[MavisError],
+    hint: str,
+    /,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    strict: bool = False,
+    **values: object,
+) -> None:
+    """Check that values are finite numbers within bounds.
+
+    Args:
+        error: the class to raise.
+        hint: its hint.
+        low: the lower bound, if there is one.
+        high: the upper bound, included, if there is one.
+        strict: whether `low` itself is excluded.
+        values: the arguments to check, by name.
+
+    Raises:
+        MavisError: of class `error`, for the first value that fails.
+    """
+    bounds = [] if low is None else [f"{'>' if strict else '≥'} {low:g}"]
+    bounds += [] if high is None else [f"≤ {high:g}"]
+    for name, value in values.items():
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        above = low is None or number > low or (number == low and not strict)
+        if not (math.isfinite(number) and above and (high is None or number <= high)):
+            raise error(f"{name} is {value!r}, expected a finite number{' and'.join(f' {b}' for b in bounds)}.", hint)
+
+
 PAD_ON_THE_LEFT = "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."
-"""The hint for prompts that are padded on the wrong side, or are no tensors."""
+"""The hint for prompts that are padded on the wrong side or are not tensors."""
 
 
-def optional(module: str, purpose: str, extra: str, other: str = "") -> Any:
-    """Import what only some uses of mavis need.
+def import_optional(module: str, purpose: str, extra: str, alternative: str = "") -> Any:
+    """Import a module that only some features need.
 
     Args:
         module: its name.
-        purpose: what needs it.
-        extra: the extra of mavis that brings it.
-        other: what could be done instead, to go on the hint.
+        purpose: the feature that needs it.
+        extra: the optional-dependency group of `mavis-decoding` that installs it.
+        alternative: another way out, appended to the hint.
 
     Raises:
         MissingPackageError: if it is not installed.
@@ -122,17 +164,17 @@ def optional(module: str, purpose: str, extra: str, other: str = "") -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"{purpose} needs {module.partition('.')[0]}, which is not installed.",
-            f"pip install 'mavis[{extra}]'{other}.",
+            f"pip install 'mavis-decoding[{extra}]'{alternative}.",
         ) from error
 
 
 def first_sentence(error: BaseException) -> str:
-    """Quote what a library says in one line, without its end: the rest is about its own options."""
+    """Return the first sentence of a library's error on one line; what follows is about the library's own options."""
     return " ".join(str(error).split(". ")[0].split())[:200].rstrip(" :.") or type(error).__name__
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant.
+    """Suggest the known name that was probably meant.
 
     Args:
         name: what the caller wrote.

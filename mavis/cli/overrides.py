@@ -73,7 +73,10 @@ def _explained(said: str, overrides: Sequence[str], known: set[str]) -> tuple[st
     if found := re.match(r"Could not override '([^']+)'", said):
         return f"there is no setting {found[1]!r}.", closest(found[1], sorted({*known, *groups}))
     if found := re.search(r"Could not find 'hydra/launcher/([^'_]+)", said):
-        return f"launcher needs hydra-{found[1]}-launcher, which is not installed.", "pip install 'mavis[sweep]'."
+        return (
+            f"launcher needs hydra-{found[1]}-launcher, which is not installed.",
+            "pip install 'mavis-decoding[sweep]'.",
+        )
     if found := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", said):
         options = sorted(path.stem for path in (Path(conf_dir()) / found[1]).glob("*.yaml"))
         return f"{found[1]} has no option {found[2]!r}.", closest(found[2], options)

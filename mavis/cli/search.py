@@ -17,7 +17,7 @@ from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
 from mavis.cli.run_status import ERROR
 from mavis.cli.search_space import as_it_is, search_space
 from mavis.cli.train import train
-from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence, optional
+from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence, import_optional
 from mavis.utils.files import read_json, write_json
 from mavis.utils.optuna_study import open_study, quietly, sampler_of_trial
 
@@ -73,7 +73,7 @@ def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
     options, folder = config.search, Path(str(config.hydra.sweep.dir))
     check_whole(ConfigError, "e.g. search.trials=20.", trials=options.trials, together=options.together)
     directions = _directions(options)
-    optuna = optional("optuna", "search", "sweep")
+    optuna = import_optional("optuna", "search", "sweep")
     fixed, space, texts = search_space(arguments, dict(options.space or {}))
     claim = {
         "space": texts,

@@ -82,7 +82,7 @@ def _make(wanted: Any, options: Mapping[str, Any], folder: Path) -> Any:
     if wanted not in known:
         raise ConfigError(f"tracking.with names {wanted!r}.", closest(str(wanted), known))
     if wanted not in map(str, get_available_trackers()):
-        extra = "'mavis[tracking]'" if wanted == "tensorboard" else wanted.replace("_", "-")
+        extra = "'mavis-decoding[tracking]'" if wanted == "tensorboard" else wanted.replace("_", "-")
         raise ConfigError(f"tracking.with names {wanted!r}, which is not installed.", f"pip install {extra}.")
     # A run that goes on tells everything again; TensorBoard then forgets what an earlier call told.
     own = ({"purge_step": 0} if wanted == "tensorboard" else {}) | ((options["options"] or {}).get(wanted) or {})

@@ -27,7 +27,7 @@ from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_r
 from mavis.math.simplex import simplex_grid
 from mavis.policies.devices import states_device
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.sampling import RolloutSettings
 
 LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
@@ -222,7 +222,7 @@ def reference_rollouts(
         Shards, see `collect`.
     """
     repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
-    plan = Plan.reference(repeated, len(objectives))
+    plan = RolloutPlan.reference(repeated, len(objectives))
     sampling = replace(settings.sampling, top_k=None)  # the limit is that of the whole policy
     yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling, progress=progress)
 
@@ -250,7 +250,7 @@ def untilted_rollouts(
     """
     if settings.sampling.top_k is None:
         return
-    plan = Plan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
+    plan = RolloutPlan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
     sampling = _sweep_sampling(settings)
     yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "cut", sampling, truncate_reference=True)
 
@@ -259,7 +259,7 @@ def _sweep_sampling(settings: EvaluationSettings) -> RolloutSettings:
     return replace(settings.sampling, seed=settings.sampling.seed + 1)
 
 
-def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> Plan:
+def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> RolloutPlan:
     rows = [
         (prompt, weights, beta)
         for weights in grid
@@ -267,7 +267,7 @@ def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettin
         for prompt in prompts
         for _ in range(settings.samples)
     ]
-    return Plan(
+    return RolloutPlan(
         prompts=[prompt for prompt, _, _ in rows],
         weights=torch.stack([weights for _, weights, _ in rows]),
         betas=torch.tensor([beta for _, _, beta in rows], dtype=torch.float64),

@@ -18,7 +18,7 @@ from mavis.errors import PreferenceError
 from mavis.math.simplex import simplex_grid
 from mavis.preference.pairs import Pair, in_order_of
 from mavis.rewards import Objective
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def candidate_pairs(
     lam = lambda_rows(grid, critic, beta, target_kl)
     different = list(dict.fromkeys(prompts))
     rows = [prompt for prompt in different for _ in lam]
-    plan = Plan(rows, lam.repeat(len(different), 1), torch.ones(len(rows), dtype=torch.float64))
+    plan = RolloutPlan(rows, lam.repeat(len(different), 1), torch.ones(len(rows), dtype=torch.float64))
     scored = in_order_of(critic, objectives)
     responses: list[str] = []
     raw: list[list[float]] = []

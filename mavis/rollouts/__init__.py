@@ -1,12 +1,12 @@
 """Rollouts: sampled responses with their weights, β, per-step KL and rewards."""
 
-from mavis.rollouts.collect import Plan, collect, load_shards
+from mavis.rollouts.collect import RolloutPlan, collect, load_shards
 from mavis.rollouts.prompts import draw_prompts, load_prompts
 from mavis.rollouts.sampler import SampledResponses, Sampler
 from mavis.rollouts.sampling import RolloutSettings
 
 __all__ = [
-    "Plan",
+    "RolloutPlan",
     "RolloutSettings",
     "SampledResponses",
     "Sampler",

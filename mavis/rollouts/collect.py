@@ -29,7 +29,7 @@ from mavis.utils.files import atomic_folder, matches_manifest, write_json
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """What to sample: one row per response.
 
     Args:
@@ -43,8 +43,8 @@ class Plan:
     betas: Tensor
 
     @classmethod
-    def reference(cls, prompts: Sequence[str], objectives: int) -> Plan:
-        """Plan plain responses of the reference policy."""
+    def reference(cls, prompts: Sequence[str], objectives: int) -> RolloutPlan:
+        """RolloutPlan plain responses of the reference policy."""
         rows = len(prompts)
         return cls(
             prompts,
@@ -52,10 +52,10 @@ class Plan:
             torch.zeros(rows, dtype=torch.float64),
         )
 
-    def shards(self, size: int) -> list[Plan]:
+    def shards(self, size: int) -> list[RolloutPlan]:
         """Cut the plan into pieces of at most `size` rows."""
         return [
-            Plan(self.prompts[at : at + size], self.weights[at : at + size], self.betas[at : at + size])
+            RolloutPlan(self.prompts[at : at + size], self.weights[at : at + size], self.betas[at : at + size])
             for at in range(0, len(self.prompts), size)
         ]
 
@@ -69,7 +69,7 @@ def collect(
     policy: Any,
     tokenizer: Any,
     objectives: Mapping[str, Objective],
-    plan: Plan,
+    plan: RolloutPlan,
     folder: str | os.PathLike[str],
     settings: RolloutSettings,
     *,
@@ -147,7 +147,7 @@ def collect(
         sampler.release()
 
 
-def load_shards(plan: Plan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:
+def load_shards(plan: RolloutPlan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:
     """Read the shards of a plan that has been collected.
 
     Args:
@@ -185,7 +185,7 @@ def _sample(
     sampler: Sampler,
     policy: Any,
     tokenizer: Any,
-    shard: Plan,
+    shard: RolloutPlan,
     settings: RolloutSettings,
     critic: Critic | None,
     truncate_reference: bool,

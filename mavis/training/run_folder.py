@@ -12,7 +12,7 @@ import torch
 from mavis.critics import Critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup
-from mavis.rollouts import Plan
+from mavis.rollouts import RolloutPlan
 from mavis.training.accelerate_session import check_accelerate
 from mavis.utils.files import matches_manifest, read_json, write_json
 
@@ -53,7 +53,7 @@ def open_run(
         "objectives": list(critic.objectives),
         "critic": critic.settings(),
         "policy": critic.fingerprint.to_json(),
-        "prompts": Plan.reference(prompts, 0).digest(),
+        "prompts": RolloutPlan.reference(prompts, 0).digest(),
         **more,
     }
     processes.check_agreement("run", claim)

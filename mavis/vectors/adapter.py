@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mavis.errors import VectorError, first_sentence, optional
+from mavis.errors import VectorError, first_sentence, import_optional
 from mavis.utils.files import read_json
 from mavis.vectors.model_tensors import ModelTensors, meta_model, subtracted
 from mavis.vectors.tensor_files import Lazy
@@ -49,7 +49,7 @@ def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> M
 
     Source: LoRA: Hu et al. (ICLR 2022).
     """
-    peft = optional("peft", "an adapter", "vectors")
+    peft = import_optional("peft", "an adapter", "vectors")
     path = Path(folder).expanduser()
     _check_settings(path)
     wearing = _put_on(peft, base, path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mavis.errors import VectorError, closest, optional
+from mavis.errors import VectorError, closest, import_optional
 from mavis.utils.optuna_study import open_study, quietly, sampler_of_trial
 from mavis.vectors.vector import finite
 
@@ -66,7 +66,7 @@ def search_coefficients(
     limits = _checked_bounds(list(names), bounds)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise VectorError(f"trials is {trials!r}, expected an integer ≥ 1.", "trials=50 is a start for two names.")
-    optuna = optional("optuna", "search_coefficients", "vectors")
+    optuna = import_optional("optuna", "search_coefficients", "vectors")
     with quietly():
         study = open_study(
             storage,

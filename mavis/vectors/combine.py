@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mavis.errors import VectorError, closest, optional
+from mavis.errors import VectorError, closest, import_optional
 from mavis.vectors.emr import emr
 from mavis.vectors.vector import AlignmentVector, finite, made_of, names_of, weighted_sum
 
@@ -100,7 +100,7 @@ def _by_peft(
         raise VectorError(
             f"density is {density}, expected more than 0 and at most 1.", "0.2 keeps every fifth element."
         )
-    merge = getattr(optional("peft.utils.merge_utils", f"method {method!r}", "vectors"), _OF_PEFT[method])
+    merge = getattr(import_optional("peft.utils.merge_utils", f"method {method!r}", "vectors"), _OF_PEFT[method])
 
     def merged(name: str) -> Tensor:
         shape = vectors[0].layout.shapes[name]

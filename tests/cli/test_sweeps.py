@@ -175,7 +175,8 @@ def test_a_launcher_that_is_not_installed_is_named(mavis: Any, monkeypatch: pyte
     ran = mavis("train", "-m", "launcher=joblib", "beta=1,2")
     assert ran.code == 2
     assert ran.err == (
-        "mavis: launcher needs hydra-joblib-launcher, which is not installed. Hint: pip install 'mavis[sweep]'.\n"
+        "mavis: launcher needs hydra-joblib-launcher, which is not installed. "
+        "Hint: pip install 'mavis-decoding[sweep]'.\n"
     )
 
 

@@ -30,7 +30,7 @@ from mavis.distributed import ProcessGroup, join_processes
 from mavis.errors import ProcessError
 from mavis.evaluation import EvaluationSettings, evaluate
 from mavis.policies.fingerprint import Fingerprint
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.training import DistillSettings, ImprovementSettings, RegressionSettings, distill, improve
 from mavis.training.improvement.features import Features
 from mavis.training.improvement.fit import FitSettings, fit
@@ -178,7 +178,7 @@ def work(policy_folder: Path, out: Path) -> None:
         write(path, columns)
 
     module._write_shard = noting
-    plan = Plan.reference([PROMPTS[row % 5] + " the" * (row // 5) for row in range(33)], 2)
+    plan = RolloutPlan.reference([PROMPTS[row % 5] + " the" * (row // 5) for row in range(33)], 2)
     shards = list(collect(policy, tokenizer, OBJECTIVES, plan, out / "plain", SAMPLING))
     facts["prompts"] = [prompt for shard in shards for prompt in shard["prompt"]]
     module._write_shard = write

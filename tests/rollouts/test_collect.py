@@ -18,7 +18,7 @@ import mavis
 from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError, DataError, ObjectiveError
 from mavis.rewards import score
-from mavis.rollouts import Plan, RolloutSettings, SampledResponses, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, SampledResponses, collect
 from mavis.rollouts.sampler import GenerateSampler
 
 MODULE = sys.modules["mavis.rollouts.collect"]  # the package's attribute of that name is the function
@@ -29,10 +29,10 @@ SETTINGS = RolloutSettings(max_new_tokens=16, top_k=12, shard_size=4, seed=3)
 COLUMNS = {"prompt", "response", "prompt_ids", "response_ids", "weights", "beta", "kl", "rewards"}
 
 
-def tilted_plan(rows: int = 10, beta: float = 2.0) -> Plan:
+def tilted_plan(rows: int = 10, beta: float = 2.0) -> RolloutPlan:
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(rows)]
     weights = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.0, 1.0]], dtype=torch.float64)
-    return Plan(prompts, weights[torch.arange(rows) % 3], torch.full((rows,), beta, dtype=torch.float64))
+    return RolloutPlan(prompts, weights[torch.arange(rows) % 3], torch.full((rows,), beta, dtype=torch.float64))
 
 
 def columns(shards: Any) -> dict[str, list[Any]]:
@@ -64,7 +64,7 @@ class CountsForwards:
 def run(tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any) -> Callable[..., Any]:
     """`collect` on the tiny policy, by plan and folder."""
 
-    def call(plan: Plan, folder: Path, settings: RolloutSettings = SETTINGS, **options: Any) -> Any:
+    def call(plan: RolloutPlan, folder: Path, settings: RolloutSettings = SETTINGS, **options: Any) -> Any:
         objectives = options.pop("objectives", tiny_objectives)
         policy = options.pop("policy", tiny_policy)
         return collect(policy, tiny_tokenizer, objectives, plan, folder, settings, **options)
@@ -96,7 +96,7 @@ def test_the_shards_on_disk_are_what_was_yielded(run: Any, make_tiny_critic: Mak
 
 
 def test_each_shard_is_on_disk_when_it_is_yielded(run: Any, tmp_path: Path) -> None:
-    for index, _ in enumerate(run(Plan.reference(PROMPTS, 2), tmp_path)):
+    for index, _ in enumerate(run(RolloutPlan.reference(PROMPTS, 2), tmp_path)):
         assert (tmp_path / f"shard-{index:05d}" / "state.json").is_file()
         assert not (tmp_path / f"shard-{index + 1:05d}").exists()
 
@@ -104,7 +104,7 @@ def test_each_shard_is_on_disk_when_it_is_yielded(run: Any, tmp_path: Path) -> N
 def test_a_response_ends_with_its_first_end_token_or_at_the_longest_length(
     run: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    rows = columns(run(Plan.reference(PROMPTS * 8, 2), tmp_path))
+    rows = columns(run(RolloutPlan.reference(PROMPTS * 8, 2), tmp_path))
     end = tiny_tokenizer.eos_token_id
     ended = [end in ids for ids in rows["response_ids"]]
     assert any(ended)
@@ -123,7 +123,7 @@ def test_every_end_token_of_the_policy_counts(run: Any, tiny_policy: Any, tiny_t
     before = tiny_policy.generation_config.eos_token_id
     tiny_policy.generation_config.eos_token_id = [before, full_stop]
     try:
-        rows = columns(run(Plan.reference(PROMPTS * 8, 2), tmp_path))
+        rows = columns(run(RolloutPlan.reference(PROMPTS * 8, 2), tmp_path))
     finally:
         tiny_policy.generation_config.eos_token_id = before
     assert any(ids[-1] == full_stop for ids in rows["response_ids"])
@@ -131,7 +131,7 @@ def test_every_end_token_of_the_policy_counts(run: Any, tiny_policy: Any, tiny_t
 
 
 def test_prompt_ids_are_the_prompt_without_its_padding(run: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    rows = columns(run(Plan.reference(PROMPTS, 2), tmp_path))
+    rows = columns(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))
     assert rows["prompt_ids"] == [tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
@@ -147,19 +147,19 @@ def test_kl_has_one_entry_per_response_token(
 
 
 def test_rewards_are_the_objectives_own_in_their_order(run: Any, tiny_objectives: Any, tmp_path: Path) -> None:
-    rows = columns(run(Plan.reference(PROMPTS, 2), tmp_path))
+    rows = columns(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))
     assert rows["rewards"] == score(tiny_objectives, rows["prompt"], rows["response"]).tolist()
     assert [reward for reward, _ in rows["rewards"]] == [text.split().count("good") for text in rows["response"]]
 
 
 def test_the_reference_policy_costs_no_kl(run: Any, tmp_path: Path) -> None:
-    assert not any(step for kl in columns(run(Plan.reference(PROMPTS, 2), tmp_path))["kl"] for step in kl)
+    assert not any(step for kl in columns(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))["kl"] for step in kl)
 
 
 def test_rows_without_a_tilt_are_the_reference_policys_own(
     run: Any, make_tiny_critic: MakeCritic, tmp_path: Path
 ) -> None:
-    plan = Plan.reference(PROMPTS, 2)
+    plan = RolloutPlan.reference(PROMPTS, 2)
     plain = columns(run(plan, tmp_path / "plain"))
     passed = columns(run(plan, tmp_path / "passed", critic=make_tiny_critic()))
     assert plain == passed
@@ -171,7 +171,7 @@ def test_a_row_is_the_same_whether_its_neighbours_are_tilted_or_not(
     # The first row draws the first number of every step, so with one seed it does not depend on the rows after it.
     monkeypatch.setattr(MODULE, "shard_seed", lambda *_: 0)
     critic, plan = make_tiny_critic(), tilted_plan(4)
-    others_plain = Plan(plan.prompts, plan.weights, plan.betas * torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    others_plain = RolloutPlan(plan.prompts, plan.weights, plan.betas * torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tilted = columns(run(plan, tmp_path / "tilted", critic=critic))
     mixed = columns(run(others_plain, tmp_path / "mixed", critic=critic))
     assert mixed["response_ids"][0] == tilted["response_ids"][0]
@@ -184,7 +184,7 @@ def test_only_beta_times_the_weights_matters(
 ) -> None:
     monkeypatch.setattr(MODULE, "shard_seed", lambda *_: 0)
     plan, critic = tilted_plan(), make_tiny_critic()
-    halved = Plan(plan.prompts, plan.weights / 2, plan.betas * 2)
+    halved = RolloutPlan(plan.prompts, plan.weights / 2, plan.betas * 2)
     one, other = (columns(run(p, tmp_path / name, critic=critic)) for p, name in ((plan, "a"), (halved, "b")))
     for name in COLUMNS - {"weights", "beta"}:
         assert one[name] == other[name]
@@ -223,7 +223,7 @@ def test_a_truncated_reference_samples_from_its_candidates_and_pays_for_the_rest
     run: Any, tiny_policy: Any, tmp_path: Path
 ) -> None:
     settings = RolloutSettings(max_new_tokens=12, top_k=3, temperature=1.5, shard_size=8)
-    rows = columns(run(Plan.reference(PROMPTS * 2, 2), tmp_path, settings, truncate_reference=True))
+    rows = columns(run(RolloutPlan.reference(PROMPTS * 2, 2), tmp_path, settings, truncate_reference=True))
     for prompt, response, kl in zip(rows["prompt_ids"], rows["response_ids"], rows["kl"], strict=True):
         logits = tiny_policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 1.5
         best = logits.softmax(-1).topk(3)
@@ -235,7 +235,7 @@ def test_without_truncation_tokens_beyond_the_candidates_are_sampled_too(
     run: Any, tiny_policy: Any, tmp_path: Path
 ) -> None:
     settings = RolloutSettings(max_new_tokens=12, top_k=3, shard_size=20)
-    rows = columns(run(Plan.reference(PROMPTS * 4, 2), tmp_path, settings))
+    rows = columns(run(RolloutPlan.reference(PROMPTS * 4, 2), tmp_path, settings))
     outside = 0
     for prompt, response in zip(rows["prompt_ids"], rows["response_ids"], strict=True):
         best = tiny_policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].topk(3).indices.tolist()
@@ -260,7 +260,7 @@ def test_a_second_call_asks_the_policy_nothing(
 def test_a_shard_that_was_lost_is_sampled_again_identically(
     run: Any, tiny_policy: Any, make_tiny_critic: MakeCritic, tmp_path: Path, tilted: bool
 ) -> None:
-    plan = tilted_plan() if tilted else Plan.reference(PROMPTS * 2, 2)
+    plan = tilted_plan() if tilted else RolloutPlan.reference(PROMPTS * 2, 2)
     options = {"critic": make_tiny_critic()} if tilted else {"truncate_reference": True}
     sampled = columns(run(plan, tmp_path, **options))
     shutil.rmtree(tmp_path / "shard-00001")
@@ -286,17 +286,17 @@ def test_sampling_leaves_the_callers_random_numbers_alone(run: Any, tmp_path: Pa
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(run(Plan.reference(PROMPTS, 2), tmp_path))
+    list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_shards_with_the_same_rows_are_not_the_same_responses(run: Any, tmp_path: Path) -> None:
-    shards = list(run(Plan.reference(PROMPTS[:4] * 3, 2), tmp_path))
+    shards = list(run(RolloutPlan.reference(PROMPTS[:4] * 3, 2), tmp_path))
     assert len({json.dumps(shard["response_ids"][:]) for shard in shards}) == 3
 
 
 def test_another_seed_gives_other_responses(run: Any, tmp_path: Path) -> None:
-    plan = Plan.reference(PROMPTS, 2)
+    plan = RolloutPlan.reference(PROMPTS, 2)
     other = RolloutSettings(max_new_tokens=16, top_k=12, shard_size=4, seed=4)
     assert columns(run(plan, tmp_path / "a"))["response"] != columns(run(plan, tmp_path / "b", other))["response"]
 
@@ -326,7 +326,7 @@ def test_a_critic_that_was_attached_stays_attached(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"plan": Plan.reference(PROMPTS[::-1], 2)}, "plan"),
+        ({"plan": RolloutPlan.reference(PROMPTS[::-1], 2)}, "plan"),
         ({"settings": RolloutSettings(max_new_tokens=16, top_k=12, shard_size=4, seed=9)}, "settings.seed"),
         ({"settings": RolloutSettings(max_new_tokens=16, top_k=None, shard_size=4, seed=3)}, "settings.top_k"),
         ({"objectives": {"good": len, "short": len}}, "objectives"),
@@ -336,7 +336,7 @@ def test_a_critic_that_was_attached_stays_attached(
 def test_a_folder_of_another_run_is_refused_and_says_what_differs(
     run: Any, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    arguments: dict[str, Any] = {"plan": Plan.reference(PROMPTS, 2), "settings": SETTINGS}
+    arguments: dict[str, Any] = {"plan": RolloutPlan.reference(PROMPTS, 2), "settings": SETTINGS}
     before = columns(run(**arguments, folder=tmp_path))
     with pytest.raises(
         DataError, match=rf"holds rollouts of another run: different {re.escape(named)}\. Hint: name a new output"
@@ -352,16 +352,16 @@ def test_a_folder_of_another_critic_is_refused(run: Any, make_tiny_critic: MakeC
 
 
 def test_a_folder_of_another_policy_is_refused(run: Any, make_other_policy: Any, tmp_path: Path) -> None:
-    list(run(Plan.reference(PROMPTS, 2), tmp_path))
+    list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))
     with pytest.raises(DataError, match="holds rollouts of another run: different policy"):
-        list(run(Plan.reference(PROMPTS, 2), tmp_path, policy=make_other_policy()))
+        list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path, policy=make_other_policy()))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "no state", "fewer rows"])
 def test_a_damaged_shard_is_an_error_that_names_it(run: Any, tmp_path: Path, damage: str) -> None:
     import datasets
 
-    plan = Plan.reference(PROMPTS * 2, 2)
+    plan = RolloutPlan.reference(PROMPTS * 2, 2)
     sampled = columns(run(plan, tmp_path))
     shard = tmp_path / "shard-00001"
     if damage == "fewer rows":
@@ -385,14 +385,20 @@ def test_an_objective_that_returns_nan_says_for_which_response(run: Any, tmp_pat
         return [float("nan") if index == 2 else 0.0 for index in range(len(responses))]
 
     with pytest.raises(ObjectiveError, match=r"objective 'brevity' scored response 2 \('.*'\) as nan"):
-        list(run(Plan.reference(PROMPTS, 2), tmp_path, objectives={"good": lambda p, r: [0] * 4, "brevity": sometimes}))
+        list(
+            run(
+                RolloutPlan.reference(PROMPTS, 2),
+                tmp_path,
+                objectives={"good": lambda p, r: [0] * 4, "brevity": sometimes},
+            )
+        )
     assert not list(tmp_path.glob("shard-*"))
 
 
 def test_an_objective_that_returns_too_few_rewards_is_named(run: Any, tmp_path: Path) -> None:
     objectives = {"good": lambda p, r: [0.0] * (len(r) - 1), "brevity": lambda p, r: [0.0] * len(r)}
     with pytest.raises(ObjectiveError, match="objective 'good' returned 3 rewards for 4 responses"):
-        list(run(Plan.reference(PROMPTS, 2), tmp_path, objectives=objectives))
+        list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path, objectives=objectives))
 
 
 def test_an_objective_that_breaks_loses_no_shard_that_was_finished(
@@ -406,7 +412,7 @@ def test_an_objective_that_breaks_loses_no_shard_that_was_finished(
             raise RuntimeError("out of order")
         return tiny_objectives["good"](prompts, responses)
 
-    plan = Plan.reference(PROMPTS * 2, 2)
+    plan = RolloutPlan.reference(PROMPTS * 2, 2)
     objectives = {"good": breaks, "brevity": tiny_objectives["brevity"]}
     with pytest.raises(RuntimeError, match="out of order"):
         list(run(plan, tmp_path, objectives=objectives))
@@ -433,7 +439,7 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str
 
 def test_more_candidates_than_tokens_are_refused_before_anything_is_written(run: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="top_k is 1000, but the policy has 61 tokens"):
-        list(run(Plan.reference(PROMPTS, 2), tmp_path, RolloutSettings(top_k=1000)))
+        list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path, RolloutSettings(top_k=1000)))
     assert not list(tmp_path.iterdir())
 
 
@@ -466,5 +472,5 @@ def test_a_sampler_says_what_it_cannot_sample_from_before_anything_is_on_disk(ru
             raise ConfigError("no.", "another.")
 
     with pytest.raises(ConfigError, match="no"):
-        list(run(Plan.reference(PROMPTS, 2), tmp_path / "rollouts", sampler=Refuses()))
+        list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path / "rollouts", sampler=Refuses()))
     assert not (tmp_path / "rollouts").exists()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mavis.errors import optional
+from mavis.errors import import_optional
 
 
 def add_lora(trunk: nn.Module, rank: int) -> None:
@@ -24,7 +24,7 @@ def add_lora(trunk: nn.Module, rank: int) -> None:
 
     Source: LoRA (Hu et al., ICLR 2022); the factor, α / r, is that of the paper's value models (arXiv 2508.13415).
     """
-    peft = optional(
+    peft = import_optional(
         "peft", f"lora_rank={rank}", "lora", ", or merge the adapters by critic.merge_lora() where it is installed"
     )
     # Layers of GPT-2's kind hold their weight the other way round, and peft warns unless it is told so.

@@ -18,7 +18,7 @@ from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyE
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.rewards import Objective, score
-from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import Sequences
@@ -82,8 +82,8 @@ def align(
         "settings": asdict(settings),
         "weights": _named(objectives, shares),
         "policy": Fingerprint.of(policy).to_json(),
-        "prompts": Plan.reference(prompts, 0).digest(),
-        "evaluation_prompts": Plan.reference(evaluation_prompts or (), 0).digest(),
+        "prompts": RolloutPlan.reference(prompts, 0).digest(),
+        "evaluation_prompts": RolloutPlan.reference(evaluation_prompts or (), 0).digest(),
     }
     goes_on = matches_manifest(run / "run.json", claim, "an alignment with other")
     if goes_on and (run / "report.json").is_file():
@@ -93,14 +93,14 @@ def align(
     except ImportError as error:
         raise MissingPackageError(
             f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
-            "pip install 'mavis[align]'.",
+            "pip install 'mavis-decoding[align]'.",
         ) from error
     if not goes_on:
         write_json(run / "run.json", claim)
 
     def sample(model: Any, stage: str, prompts: Sequence[str], rows: int, seed: int) -> tuple[Tensor, list[Any]]:
         """Sample plain responses of a policy; returns raw rewards (rows, M) and the shards."""
-        plan = Plan.reference(draw_prompts(prompts, rows, settings.seed + seed), len(objectives))
+        plan = RolloutPlan.reference(draw_prompts(prompts, rows, settings.seed + seed), len(objectives))
         shards: list[Any] = []
         say(stage, 0, rows)
         for shard in collect(

@@ -18,7 +18,7 @@ from mavis.errors import ConfigError, DataError, check_whole
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.policies.token_embeddings import token_embeddings
-from mavis.rollouts.collect import Plan, critic_digest
+from mavis.rollouts.collect import RolloutPlan, critic_digest
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import ROWS_PER_PASS, forward_sequences
 from mavis.rollouts.sampling import RolloutSettings
@@ -160,7 +160,7 @@ def distill(
     student.reward_mean.copy_(teacher.reward_mean)
     student.reward_std.copy_(teacher.reward_std)
     seed, embeddings = settings.sampling.seed, token_embeddings(policy)
-    plan = Plan.reference(draw_prompts(prompts, settings.rollouts, seed), 0)
+    plan = RolloutPlan.reference(draw_prompts(prompts, settings.rollouts, seed), 0)
     parts: list[Recordings] = []
     total = 0
     for part in record(

@@ -17,7 +17,7 @@ from mavis.critics import Critic
 from mavis.distributed import SINGLE_PROCESS, ProcessGroup
 from mavis.errors import DataError
 from mavis.math.tilt import candidates
-from mavis.rollouts.collect import Plan
+from mavis.rollouts.collect import RolloutPlan
 from mavis.rollouts.replay import Sequences
 from mavis.rollouts.sampling import RolloutSettings, sample, shard_seed
 from mavis.rollouts.shards import store_missing
@@ -54,7 +54,7 @@ def record(
     policy: Any,
     tokenizer: Any,
     critic: Critic,
-    plan: Plan,
+    plan: RolloutPlan,
     folder: Path,
     settings: RolloutSettings,
     top_k: int,

@@ -12,7 +12,7 @@ import torch
 from mavis.critics import Calibration, Critic
 from mavis.critics.calibration import calibration_directions
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, collect
+from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
 from mavis.rollouts.sampling import RolloutSettings
 
@@ -59,14 +59,14 @@ def calibrate(
         betas = [most * beta / betas[-1] for beta in betas]
     directions = calibration_directions(len(critic.objectives))
     grid = [(d, b, s) for d in range(len(directions)) for b in betas for s in range(samples)]
-    plan = Plan(
+    plan = RolloutPlan(
         prompts=[prompts[s % len(prompts)] for _, _, s in grid],  # the same in every cell, so that cells compare
         weights=directions[[d for d, _, _ in grid]],
         betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
     spent: list[float] = []
     cut: list[float] = []
-    untilted = Plan.reference(plan.prompts[: samples * len(betas)], len(critic.objectives))
+    untilted = RolloutPlan.reference(plan.prompts[: samples * len(betas)], len(critic.objectives))
     total = len(grid) + (len(untilted.prompts) if settings.top_k is not None else 0)
     say = progress or (lambda done, total: None)
     if settings.top_k is not None:

@@ -22,7 +22,7 @@ from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rewards import Objective
-from mavis.rollouts.collect import Plan, collect, load_shards
+from mavis.rollouts.collect import RolloutPlan, collect, load_shards
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler, sampler_identity
 from mavis.rollouts.sampling import RolloutSettings
@@ -347,11 +347,11 @@ def _read_again(
     return renamed
 
 
-def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> Plan:
+def _plan(iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings) -> RolloutPlan:
     rows = draw_prompts(prompts, settings.rollouts, settings.sampling.seed + iteration)
     if iteration == 0:
-        return Plan.reference(rows, objectives)
-    return Plan(rows, *_policies(len(rows), objectives, settings, [settings.sampling.seed + iteration]))
+        return RolloutPlan.reference(rows, objectives)
+    return RolloutPlan(rows, *_policies(len(rows), objectives, settings, [settings.sampling.seed + iteration]))
 
 
 def _policies(rows: int, objectives: int, settings: ImprovementSettings, seed: Sequence[int]) -> tuple[Tensor, Tensor]:

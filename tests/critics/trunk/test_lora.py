@@ -211,7 +211,7 @@ def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
 ) -> None:
     adapted(policy).save_pretrained(tmp_path / "critic")
     monkeypatch.setitem(sys.modules, "peft", None)
-    message = r"^lora_rank=3 needs peft, which is not installed. Hint: pip install 'mavis\[lora\]', or merge"
+    message = r"^lora_rank=3 needs peft, which is not installed. Hint: pip install 'mavis-decoding\[lora\]', or merge"
     with pytest.raises(MissingPackageError, match=message):
         mavis.Critic.from_pretrained(tmp_path / "critic")
     with pytest.raises(MissingPackageError, match=message):

@@ -28,7 +28,7 @@ from mavis.errors import (
     PolicyError,
     WeightsError,
 )
-from mavis.rollouts import Plan, collect, draw_prompts
+from mavis.rollouts import RolloutPlan, collect, draw_prompts
 from mavis.training import AlignReport, AlignSettings, align
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
@@ -95,7 +95,7 @@ def unbroken(
 def responses_of(policy: Any, tokenizer: Any, objectives: Any, prompts: Sequence[str], folder: Path) -> list[str]:
     """What `align` samples for the figures of its report."""
     rows = draw_prompts(prompts, SETTINGS.evaluation_samples, SETTINGS.seed + 2)
-    plan = Plan.reference(rows, len(objectives))
+    plan = RolloutPlan.reference(rows, len(objectives))
     shards = collect(policy, tokenizer, objectives, plan, folder, SETTINGS.sampling(2))
     return [text for shard in shards for text in shard["response"]]
 

@@ -18,7 +18,7 @@ from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, V
 from mavis.distributed import SINGLE_PROCESS
 from mavis.errors import ConfigError, CriticError, DataError, TrainingError
 from mavis.policies.token_embeddings import token_embeddings
-from mavis.rollouts import Plan, RolloutSettings
+from mavis.rollouts import RolloutPlan, RolloutSettings
 from mavis.rollouts.collect import critic_digest
 from mavis.training import DistillReport, DistillSettings, RegressionSettings, distill
 from mavis.training.distillation.imitation import Imitation, explained
@@ -112,7 +112,7 @@ def assert_same(critic: Critic, other: Critic) -> None:
 @pytest.fixture
 def recordings(tiny_policy: Any, tiny_tokenizer: Any, mixed: list[Critic], tmp_path: Path) -> Recordings:
     """What critics of all kinds say along responses to prompts of different length."""
-    plan = Plan.reference(PROMPTS, 0)
+    plan = RolloutPlan.reference(PROMPTS, 0)
     settings = replace(SETTINGS.sampling, shard_size=len(PROMPTS), top_k=None, max_new_tokens=30)
     (shard,) = record(tiny_policy, tiny_tokenizer, CriticGroup(mixed), plan, tmp_path, settings, 9)
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]

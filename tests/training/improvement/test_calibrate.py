@@ -65,13 +65,13 @@ def test_beta_gives_back_the_strengths_that_were_measured(measure: Any, make_tin
 def test_the_kl_that_is_asked_for_is_the_kl_that_comes(
     measure: Any, make_tiny_critic: Any, tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
 ) -> None:
-    from mavis.rollouts import Plan, collect
+    from mavis.rollouts import RolloutPlan, collect
 
     critic = make_tiny_critic(scale=0.3)
     calibration = measure(critic, samples=200)
     target, weights = 1.0, torch.tensor([0.2, 0.8], dtype=torch.float64)
     rows = 200
-    plan = Plan(
+    plan = RolloutPlan(
         [PROMPTS[i % len(PROMPTS)] for i in range(rows)],
         weights.expand(rows, 2),
         torch.full((rows,), calibration.beta(weights, target), dtype=torch.float64),

@@ -11,7 +11,7 @@ import torch
 
 from mavis.critics import HiddenStateCritic
 from mavis.policies.token_embeddings import token_embeddings
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.rollouts.replay import Sequences, replay
 from mavis.training.improvement.features import Features, extract
 
@@ -21,10 +21,10 @@ PROMPTS = ["once upon a time", "the dog", "she said", "he was"] * 3
 SETTINGS = RolloutSettings(max_new_tokens=12, top_k=9, temperature=0.9, shard_size=5)
 
 
-def one_hot_plan(beta: float = 2.0) -> Plan:
+def one_hot_plan(beta: float = 2.0) -> RolloutPlan:
     rows = len(PROMPTS)
     own = torch.eye(2, dtype=torch.float64)[torch.arange(rows) % 2]
-    return Plan(PROMPTS, own, torch.full((rows,), beta, dtype=torch.float64))
+    return RolloutPlan(PROMPTS, own, torch.full((rows,), beta, dtype=torch.float64))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def shards_of(
     tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
 ) -> Callable[[HiddenStateCritic | None], list[Any]]:
     def run(critic: HiddenStateCritic | None) -> list[Any]:
-        plan = one_hot_plan() if critic is not None else Plan.reference(PROMPTS, 2)
+        plan = one_hot_plan() if critic is not None else RolloutPlan.reference(PROMPTS, 2)
         return list(
             collect(
                 tiny_policy,

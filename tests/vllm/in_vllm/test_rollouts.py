@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mavis import Critic, MavisError, ValueModelCritic
 from mavis.errors import ConfigError, CriticError
 from mavis.rewards import Brevity, Positive
-from mavis.rollouts import Plan, RolloutSettings, collect
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.utils.files import read_json
 
 pytest.importorskip("vllm")
@@ -41,10 +41,10 @@ def sampler() -> Iterator[VllmSampler]:
         yield one
 
 
-def tilted_plan(rows: int = 32) -> Plan:
+def tilted_plan(rows: int = 32) -> RolloutPlan:
     weights = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     prompts = [PROMPTS[row // 4 % len(PROMPTS)] for row in range(rows)]
-    return Plan(prompts, weights[torch.arange(rows) % 4], torch.full((rows,), 1.5, dtype=torch.float64))
+    return RolloutPlan(prompts, weights[torch.arange(rows) % 4], torch.full((rows,), 1.5, dtype=torch.float64))
 
 
 def rows_of(shards: Any) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_tilted_rows_are_drawn_from_their_own_distribution_with_its_kl(
 def test_the_reference_is_cut_to_the_candidates_of_later_rounds(
     sampler: VllmSampler, story: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    plan = Plan.reference(PROMPTS * 8, 2)
+    plan = RolloutPlan.reference(PROMPTS * 8, 2)
     rows = rows_of(collect(*story, OBJECTIVES, plan, tmp_path, SETTINGS, truncate_reference=True, sampler=sampler))
     for row in rows:
         plain = exact_logprobs(story[0], None, row["prompt_ids"], row["response_ids"], None, 1.25).double()
@@ -108,7 +108,7 @@ def test_whole_rows_have_no_kl_and_end_as_those_of_generate_do(
     policy.generation_config.eos_token_id = list(often)
     try:
         rows = rows_of(
-            collect(*story, OBJECTIVES, Plan.reference(PROMPTS * 16, 2), tmp_path, settings, sampler=sampler)
+            collect(*story, OBJECTIVES, RolloutPlan.reference(PROMPTS * 16, 2), tmp_path, settings, sampler=sampler)
         )
     finally:
         policy.generation_config.eos_token_id = before
@@ -153,7 +153,7 @@ def test_what_is_learnt_and_other_policies_reach_the_engine(story: tuple[Any, An
     critic = build_critic(policy, ("good", "short"))
     settings = RolloutSettings(max_new_tokens=1, top_k=None, shard_size=8)
     weights = torch.tensor([[1.0, 0.0]] * 8, dtype=torch.float64)
-    plan = Plan(["Once"] * 8, weights, torch.ones(8, dtype=torch.float64))
+    plan = RolloutPlan(["Once"] * 8, weights, torch.ones(8, dtype=torch.float64))
     drawn = []
     with VllmSampler(**OPTIONS) as sampler:
         for sign in (1, -1):  # a tilt so strong that one token is left
@@ -174,7 +174,7 @@ def test_what_is_learnt_and_other_policies_reach_the_engine(story: tuple[Any, An
 def test_a_folder_of_generates_rollouts_is_not_gone_on_with(
     sampler: VllmSampler, story: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    plan = Plan.reference(PROMPTS, 2)
+    plan = RolloutPlan.reference(PROMPTS, 2)
     list(collect(*story, OBJECTIVES, plan, tmp_path, SETTINGS))
     with pytest.raises(MavisError, match="sampler"):
         list(collect(*story, OBJECTIVES, plan, tmp_path, SETTINGS, sampler=sampler))
