@@ -26,7 +26,7 @@ from mavis.decoding.settings import (
 from mavis.decoding.weights import Weights, lambda_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
 from mavis.math.kl import step_kl
-from mavis.math.tilt import candidates, tilted_logprobs
+from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.policies.call_stack import assistance
 
 
@@ -178,7 +178,7 @@ class MavisTilt(LogitsProcessor):
                 if self.record_kl:
                     generation.kl.append(torch.zeros(len(scores)))
                 return scores
-        logits, ids = candidates(precise, top_k) if top_k is not None else (precise, None)
+        logits, ids = top_candidates(precise, top_k) if top_k is not None else (precise, None)
         tilt = critic.tilt(input_ids, ids, spread.lam)
         logprobs = tilted_logprobs(logits, tilt.to(logits.device), temperature)
         if self.record_kl:

@@ -1,11 +1,11 @@
-"""What a user's choices between two responses tell of the user's preference weights, and which choice would tell most.
+"""Bayesian inference of preference weights from choices between two responses.
 
-A user with weights w is taken to choose at random, the more surely the further apart the weighted rewards are:
+A user with weights w chooses at random, the more reliably the further apart the weighted rewards are:
 
     P(chosen ≻ rejected) = σ(w · d),   d = R(chosen) − R(rejected)
 
-so w comes in logits per unit of reward and holds two things: what the user cares for, its direction, and how decisive
-the user is, its length. Nobody knows the second beforehand, so the prior is a mixture over `SPREADS`:
+so w is in logits per unit of reward. Its direction says what the user cares about, its length how decisive the user is.
+The length is unknown beforehand, so the prior is a mixture over `SPREADS`:
 
     p(w) = mean over s in SPREADS of N(w; 0, s² I)
 """
@@ -19,25 +19,25 @@ from torch.nn import functional as F
 from mavis.errors import PreferenceError
 
 SPREADS = (0.5, 1.0, 2.0, 4.0)
-"""How far a user's weights may spread about 0, in logits per unit of reward, all equally likely beforehand.
+"""Standard deviations of the prior's components, in logits per unit of reward, equally likely.
 
-At a weight of ½ a response that is one unit better is chosen in six cases of ten, at 4 in 98 of a hundred.
+At a weight of ½ a response that is one unit better is chosen 62 % of the time, at 4, 98 %.
 """
 
 _DRAWS = 4096
-_ENOUGH = 2048  # effective draws; the mean is then off by a fiftieth of the posterior's own spread
-_LEAST = 400  # below which means and intervals would rest on a few draws
-_MOST = 64  # times as many draws at most; a dozen objectives and ten pairs take that many
-_LARGEST = 1e6  # of numbers in standard deviations, far beyond any that is meant
-_FREEDOM = 4  # of the proposal's Student tails: heavier than any posterior's, which are those of a normal distribution
+_ENOUGH = 2048  # effective draws; the mean is then off by a fiftieth of the posterior's standard deviation
+_LEAST = 400  # effective draws; with fewer, means and intervals would rest on a few
+_MOST = 64  # the largest multiple of _DRAWS to propose; a dozen objectives and ten pairs need that many
+_LARGEST = 1e6  # reward differences are in standard deviations, so anything beyond is a mistake
+_FREEDOM = 4  # degrees of freedom of the proposal, whose tails must be heavier than the posterior's normal ones
 
 
 def map_weights(differences: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-    """Find the likeliest weights under a normal prior of one spread, and Laplace's covariance about them.
+    """Find the maximum a posteriori weights under one normal prior, and their Laplace covariance.
 
         ŵ = argmin_w  Σ_n log(1 + exp(−w · d_n)) + |w|² / (2 s²),   Σ = (Σ_n p_n (1 − p_n) d_n d_nᵀ + I / s²)⁻¹
 
-    The sum is strictly convex, so there is one minimum, and Newton's method with halved steps reaches it.
+    The objective is strictly convex, so there is one minimum, and Newton's method with step halving reaches it.
 
     Args:
         differences: (N, M) finite, R(chosen) − R(rejected), one row per choice; N may be 0.
@@ -50,23 +50,30 @@ def map_weights(differences: Tensor, spread: float) -> tuple[Tensor, Tensor]:
         PreferenceError: if `differences` is not (N, M) and finite.
 
     Source: Bradley & Terry 1952; MacKay 1992, "The Evidence Framework Applied to Classification Networks".
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import map_weights
+        >>> weights, covariance = map_weights(torch.tensor([[1.0, 0.0]]), spread=1.0)  # ŵ = σ(−ŵ)
+        >>> [round(weight, 3) for weight in weights.tolist()], round(covariance[0, 0].item(), 3)
+        ([0.401, 0.0], 0.806)
     """
-    rows = _checked("differences", differences)
+    rows = _check_matrix("differences", differences)
     precision = torch.eye(rows.shape[1], dtype=torch.float64) / spread**2
 
     def loss(weights: Tensor) -> Tensor:
         return F.softplus(-rows @ weights).sum() + weights @ precision @ weights / 2
 
     def hessian(weights: Tensor) -> Tensor:
-        chance = torch.sigmoid(rows @ weights)
-        return rows.T @ (rows * (chance * (1 - chance))[:, None]) + precision
+        probability = torch.sigmoid(rows @ weights)
+        return rows.T @ (rows * (probability * (1 - probability))[:, None]) + precision
 
     weights = torch.zeros(rows.shape[1], dtype=torch.float64)
     for _ in range(100):
         gradient = precision @ weights - rows.T @ torch.sigmoid(-rows @ weights)
         step = torch.linalg.solve(hessian(weights), gradient)
         slope = gradient @ step
-        if slope > 1e-14:  # else the full step is the last, and what is left after it is rounding
+        if slope > 1e-14:  # else the full step is the last: what remains is rounding
             while loss(weights - step) > loss(weights) - slope / 4:
                 step, slope = step / 2, slope / 2
             weights = weights - step
@@ -77,39 +84,46 @@ def map_weights(differences: Tensor, spread: float) -> tuple[Tensor, Tensor]:
 
 
 def posterior_draws(differences: Tensor) -> Tensor:
-    """Draw weights from what is known of them after some choices.
+    """Draw weights from their posterior distribution given choices.
 
         p(w | choices) ∝ p(w) · Π_n σ(w · d_n)
 
-    by importance sampling from Student distributions about `map_weights` of every spread, and resampling. Laplace's
-    normal approximation alone has intervals that are too narrow after a handful of choices: such posteriors are skew.
+    by importance sampling from Student distributions about the `map_weights` of every spread, and resampling. After a
+    handful of choices the posterior is skewed, and the Laplace approximation alone gives intervals that are too narrow.
 
     Args:
         differences: (N, M) finite, R(chosen) − R(rejected), one row per choice; N = 0 draws from the prior.
 
     Returns:
-        (4096, M) float64, equally likely; the same for the same choices.
+        (4096, M) float64, equally likely; deterministic given the choices.
 
     Raises:
-        PreferenceError: if `differences` is not (N, M) and finite, or there are too many objectives to draw for: with
-            ten choices that can be so from about 16 on.
+        PreferenceError: if `differences` is not (N, M) and finite, or there are too many objectives to sample: with ten
+            choices, from about 16 on.
 
     Source: Rubin 1988, "Using the SIR Algorithm to Simulate Posterior Distributions".
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import posterior_draws
+        >>> draws = posterior_draws(torch.tensor([[2.0, 0.0]] * 5))  # five times the better of the first objective
+        >>> draws.shape, bool(draws[:, 0].mean() > 1.0), bool(draws[:, 1].mean().abs() < 0.2)
+        (torch.Size([4096, 2]), True, True)
     """
-    rows = _checked("differences", differences)
+    rows = _check_matrix("differences", differences)
     modes = [map_weights(rows, spread) for spread in SPREADS]
-    draws, times = _DRAWS, 1
+    draws, multiple = _DRAWS, 1
     while True:
-        weights, log_density = _proposed(modes, draws * times)
-        surprise = torch.cat([F.softplus(-rows @ part.T).sum(0) for part in weights.split(_DRAWS)])
-        shares = torch.softmax(_log_prior(weights) - surprise - log_density, dim=0)
+        weights, log_density = _propose(modes, draws * multiple)
+        negative_log_likelihood = torch.cat([F.softplus(-rows @ part.T).sum(0) for part in weights.split(_DRAWS)])
+        shares = torch.softmax(_log_prior(weights) - negative_log_likelihood - log_density, dim=0)
         effective = float(1 / shares.square().sum())
-        if times >= _MOST or effective >= _ENOUGH:
+        if multiple >= _MOST or effective >= _ENOUGH:
             break
-        times *= 2
+        multiple *= 2
     if effective < _LEAST:
         raise PreferenceError(
-            f"differences has {rows.shape[1]} objectives, of whose weights only {effective:.0f} effective draws were "
+            f"differences has {rows.shape[1]} objectives, for whose weights only {effective:.0f} effective draws were "
             f"found, expected at least {_LEAST}.",
             "give fewer objectives.",
         )
@@ -118,48 +132,55 @@ def posterior_draws(differences: Tensor) -> Tensor:
 
 
 def information_gain(candidates: Tensor, draws: Tensor) -> Tensor:
-    """Compute how much the answer to each candidate pair is expected to tell of the weights.
+    """Compute the expected information about the weights in the answer to each candidate pair.
 
         I(answer; w) = H(E_w[p]) − E_w[H(p)],   p = σ(w · d),   H(p) = −p log p − (1 − p) log(1 − p)
 
-    It is small where the answer is known beforehand, and where it is a coin toss whatever the weights.
+    It is small where the answer is known beforehand and where it is a coin toss under any weights.
 
     Args:
-        candidates: (P, M) finite, reward differences of the pairs; which of the two comes first does not matter.
+        candidates: (P, M) finite, reward differences of the pairs; the order within a pair does not matter.
         draws: (S, M) finite, weights from `posterior_draws`.
 
     Returns:
         (P,) float64 in nats, from 0 to log 2 up to rounding.
 
     Raises:
-        PreferenceError: if one of them is not a finite matrix, or they disagree about M.
+        PreferenceError: if one of them is not a finite matrix, or they differ in M.
 
     Source: Houlsby et al. 2011, "Bayesian Active Learning for Classification and Preference Learning".
+
+    Examples:
+        >>> import math, torch
+        >>> from mavis.math import information_gain
+        >>> draws = torch.tensor([[math.log(3.0), 0.0], [-math.log(3.0), 0.0]])  # p is ¾ or ¼ for the first pair
+        >>> [round(gain, 3) for gain in information_gain(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), draws).tolist()]
+        [0.131, 0.0]
     """
-    rows, weights = _checked("candidates", candidates), _checked("draws", draws)
+    rows, weights = _check_matrix("candidates", candidates), _check_matrix("draws", draws)
     if rows.shape[1] != weights.shape[1]:
         raise PreferenceError(
             f"candidates has {rows.shape[1]} columns, but the weights are of {weights.shape[1]} objectives.",
             "give a reward difference for every objective, in the order of the weights.",
         )
     gains = []
-    for part in rows.split(32):  # of which a table by all draws fits the processor's cache: three times as fast
+    for part in rows.split(32):  # 32 rows by all draws fit the processor's cache: three times as fast
         logits = part @ weights.T
-        chance = torch.sigmoid(logits)
-        mean = chance.mean(1)
+        probability = torch.sigmoid(logits)
+        mean = probability.mean(1)
         entropy_of_mean = -torch.xlogy(mean, mean) - torch.xlogy(1 - mean, 1 - mean)
-        gains.append(entropy_of_mean - (F.softplus(logits) - logits * chance).mean(1))
+        gains.append(entropy_of_mean - (F.softplus(logits) - logits * probability).mean(1))
     return torch.cat(gains)
 
 
 def _log_prior(weights: Tensor) -> Tensor:
-    """log p(w) of rows (S, M), up to a constant."""
+    """Compute log p(w) of rows (S, M), up to a constant."""
     spreads = torch.tensor(SPREADS, dtype=torch.float64)
     squares = weights.square().sum(1, keepdim=True)
     return torch.logsumexp(-squares / (2 * spreads**2) - weights.shape[1] * spreads.log(), dim=1)
 
 
-def _proposed(modes: list[tuple[Tensor, Tensor]], draws: int) -> tuple[Tensor, Tensor]:
+def _propose(modes: list[tuple[Tensor, Tensor]], draws: int) -> tuple[Tensor, Tensor]:
     """Draw equally often from a Student distribution about each mode; returns (S, M) and the log density (S,)."""
     size = len(modes[0][0])
     each = draws // len(modes)
@@ -179,7 +200,8 @@ def _proposed(modes: list[tuple[Tensor, Tensor]], draws: int) -> tuple[Tensor, T
     return weights, torch.logsumexp(torch.stack(densities), dim=0)
 
 
-def _checked(name: str, rows: Tensor) -> Tensor:
+def _check_matrix(name: str, rows: Tensor) -> Tensor:
+    """Return `rows` as a finite float64 matrix on the CPU, or raise."""
     if rows.dim() != 2 or not rows.shape[1]:
         raise PreferenceError(
             f"{name} has shape {tuple(rows.shape)}, expected one row per pair and one column per objective.",

@@ -1,4 +1,4 @@
-"""Exact KL divergence of one step to the reference policy."""
+"""The exact KL divergence of one decoding step to the reference policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def step_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Measure how far one step's distribution is from the reference.
+    """Compute the KL divergence of one step's distribution to the reference.
 
         KL(π ‖ π_ref) = Σ_{a: π(a) > 0} π(a) · (log π(a) − log π_ref(a))
 
@@ -18,7 +18,13 @@ def step_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
     Returns:
         (...,), in nats, ≥ 0.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import step_kl
+        >>> step_kl(torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log())
+        tensor(0.1308)
     """
     difference = torch.where(logprobs == -torch.inf, 0.0, logprobs - reference_logprobs)
-    # Rounding can leave −1e-8 where the two distributions agree; a divergence is never negative.
+    # Rounding can give −1e-8 where the two distributions agree; a divergence is never negative.
     return (logprobs.exp() * difference).sum(-1).clamp_min(0.0)

@@ -1,4 +1,4 @@
-"""What the rest of a response earns, seen from each of its tokens."""
+"""Returns: what the rest of a response earns, seen from each of its tokens."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ from torch import Tensor
 
 
 def reverse_cumsum_exclusive(steps: Tensor) -> Tensor:
-    """Sum what comes strictly after each step.
+    """Sum the entries strictly after each time step.
 
-        later_t = Σ_{t' > t} x_{t'}
+        y_t = Σ_{t' = t + 1}^{T − 1} x_{t'},   t = 0, ..., T − 1
+
+    that is y_{T−1} = 0 and y_t = y_{t+1} + x_{t+1}.
 
     Args:
-        steps: (B, T) or (B, T, M), zero after a response's end.
+        steps: x, (B, T) or (B, T, M), zero after a response's end.
 
     Returns:
-        The same shape; the last step's entry is 0.
+        y, the same shape.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import reverse_cumsum_exclusive
+        >>> reverse_cumsum_exclusive(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[5., 3., 0.]])
     """
     return steps.flip(1).cumsum(1).flip(1) - steps
 
 
 def soft_returns(rewards: Tensor, kl: Tensor, zeta: Tensor | float) -> Tensor:
-    """Compute what an action is worth once the KL still to come is paid for.
+    """Compute each action's return: the reward less the price of the KL still to come.
 
-        G_{t,m} = R_m − ζ · Σ_{t' > t} KL_{t'}
+        G_{t,m} = R_m − ζ · Σ_{t' = t + 1}^{T − 1} KL_{t'},   t = 0, ..., T − 1
+
+    Only later steps count: a value is asked for at a step whose own KL is already known.
 
     Args:
         rewards: (B, M), normalised reward of each response.
@@ -32,8 +42,13 @@ def soft_returns(rewards: Tensor, kl: Tensor, zeta: Tensor | float) -> Tensor:
     Returns:
         (B, T, M).
 
-    Source: MAVIS, arXiv 2508.13415 (KL-regularised policy improvement). Only later steps count, because the value
-    of an action is asked for when the price of the present step is known.
+    Source: MAVIS, arXiv 2508.13415 (KL-regularised policy improvement).
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import soft_returns
+        >>> soft_returns(torch.tensor([[2.0]]), torch.tensor([[0.5, 1.0, 0.25]]), zeta=2.0)[..., 0]
+        tensor([[-0.5000,  1.5000,  2.0000]])
     """
     if isinstance(zeta, Tensor):
         zeta = zeta[:, None, None]

@@ -8,8 +8,8 @@ from torch import Tensor
 from mavis.errors import DecodingError
 
 
-def candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the top-k tokens of every row, exactly, in no particular order.
+def top_candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Find the top-k tokens of every row, in no particular order.
 
     Args:
         scores: (B, V), floating; may hold −inf.
@@ -20,6 +20,13 @@ def candidates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         DecodingError: if `top_k` is not between 1 and V.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import top_candidates
+        >>> scores, ids = top_candidates(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2)
+        >>> sorted(ids[0].tolist())
+        [1, 2]
     """
     vocabulary = scores.shape[1]
     if not 1 <= top_k <= vocabulary:
@@ -45,5 +52,11 @@ def tilted_logprobs(logits: Tensor, tilt: Tensor, temperature: float = 1.0) -> T
         (..., K), the log-probabilities of the candidates under the tilted policy.
 
     Source: MAVIS, arXiv 2508.13415 (the tilting function of its decoding rule, added after the division by T).
+
+    Examples:
+        >>> import math, torch
+        >>> from mavis.math import tilted_logprobs
+        >>> tilted_logprobs(torch.zeros(2), torch.tensor([math.log(3.0), 0.0])).exp()
+        tensor([0.7500, 0.2500])
     """
     return torch.log_softmax(logits / temperature + tilt if temperature != 1.0 else logits + tilt, dim=-1)

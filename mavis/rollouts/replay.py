@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.math.kl import step_kl
-from mavis.math.tilt import candidates, tilted_logprobs
+from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.policies.devices import states_device
 from mavis.policies.state_capture import forward_states
 
@@ -180,7 +180,7 @@ def _figures(
     scaled = logits / temperature if temperature != 1.0 else logits
     whole = torch.logsumexp(scaled, dim=-1, keepdim=True)
     taken = (scaled.gather(1, action_ids[:, None]) - whole)[:, 0]
-    kept, kept_ids = candidates(scaled, top_k) if top_k is not None else (scaled, None)
+    kept, kept_ids = top_candidates(scaled, top_k) if top_k is not None else (scaled, None)
     if critic is None:
         logprobs = torch.log_softmax(kept, dim=-1)
     else:

@@ -1,3 +1,5 @@
+"""Grids of weights on the simplex, against lists written by hand."""
+
 from __future__ import annotations
 
 import math
@@ -41,5 +43,6 @@ def test_counts_sums_corners_and_no_row_twice(objectives: int, divisions: int) -
 
 @pytest.mark.parametrize(("objectives", "divisions"), [(0, 3), (2, 0), (-1, 1)])
 def test_nothing_to_divide_is_refused(objectives: int, divisions: int) -> None:
-    with pytest.raises(WeightsError, match=f"{objectives} and {divisions}"):
+    wrong = f"objectives is {objectives}" if objectives < 1 else f"divisions is {divisions}"
+    with pytest.raises(WeightsError, match=f"{wrong}, expected a whole number ≥ 1"):
         simplex_grid(objectives, divisions)

@@ -15,7 +15,7 @@ from tests.critics.test_prefix_reader import FAMILIES
 from torch import Tensor
 
 from mavis.errors import CriticError, DecodingError
-from mavis.math.tilt import candidates, tilted_logprobs
+from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.vllm.batch import Row, TiltedBatch
 from mavis.vllm.recurrent_rows import Parked
 from mavis.vllm.request_arguments import Tilt
@@ -25,7 +25,7 @@ VOCABULARY, HIDDEN = 61, 32
 
 def expected(critic: Any, logits: Tensor, inputs: Tensor, tilt: Tilt) -> Tensor:
     """One row as `MavisTilt` makes it: log π over the candidates, −inf elsewhere (V,)."""
-    values, ids = candidates(logits[None], tilt.top_k) if tilt.top_k else (logits[None], None)
+    values, ids = top_candidates(logits[None], tilt.top_k) if tilt.top_k else (logits[None], None)
     logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs[None], ids, tilt.lam[None]), tilt.temperature)
     return torch.full_like(logits, -torch.inf).scatter_(0, ids[0], logprobs[0]) if ids is not None else logprobs[0]
 

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 from mavis.critics import Critic
 from mavis.distributed import SINGLE_PROCESS, ProcessGroup
 from mavis.errors import DataError
-from mavis.math.tilt import candidates
+from mavis.math.tilt import top_candidates
 from mavis.rollouts.collect import RolloutPlan
 from mavis.rollouts.replay import Sequences
 from mavis.rollouts.sampling import RolloutSettings, sample, shard_seed
@@ -112,7 +112,7 @@ class _Recorder(LogitsProcessor):
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits, ids = candidates(scores.float(), self._top_k)
+        logits, ids = top_candidates(scores.float(), self._top_k)
         logprobs = torch.log_softmax(logits / self._temperature, dim=-1)
         self._steps.append((ids, logprobs, self._critic.values(input_ids, ids)))
         return scores

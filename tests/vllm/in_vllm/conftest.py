@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, Qwen2Config
 
 from mavis import MavisTilt, ValueModelCritic, embedded
-from mavis.math.tilt import candidates, tilted_logprobs
+from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.policies.state_capture import forward_states
 from mavis.vllm.request_arguments import read_tilt
 
@@ -203,7 +203,7 @@ def exact_logprobs(
         inputs = critic.inputs_of_rollouts(ids, torch.ones_like(ids, dtype=torch.bool), states[..., :0])[0]
     else:
         inputs = critic.inputs_of_responses(states)[0]
-    values, ids = candidates(logits, tilt.top_k) if tilt.top_k else (logits, None)
+    values, ids = top_candidates(logits, tilt.top_k) if tilt.top_k else (logits, None)
     lam = tilt.lam.expand(len(inputs), -1)
     logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs, ids, lam), temperature)
     return torch.full_like(logits, -torch.inf).scatter_(1, ids, logprobs) if ids is not None else logprobs
