@@ -347,7 +347,7 @@ def main() -> None:
     folder = Path(arguments.folder)
     claim = {name: value for name, value in vars(arguments).items() if name not in ("policy", "folder", "name")}
     claim["speeds"] = "steps in turn"
-    if not matches_manifest(folder / "bench.json", claim, "a benchmark with other"):
+    if not matches_manifest(folder / "bench.json", claim, "a benchmark with different"):
         write_json(folder / "bench.json", claim)
     rows = []
     for name in arguments.policy:

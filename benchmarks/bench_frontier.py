@@ -29,7 +29,8 @@ from mavis import HiddenStateCritic, MavisTilt, embedded
 from mavis.critics import Critic, ValueModelCritic
 from mavis.evaluation import EvaluationSettings, evaluate
 from mavis.evaluation.speed import compare_speed
-from mavis.evaluation.sweep import efficiency_at, reference_rollouts, untilted_rollouts
+from mavis.evaluation.efficiency import efficiency_at
+from mavis.evaluation.sweep_rollouts import reference_rollouts, truncated_rollouts
 from mavis.math.best_of_n import best_of_n
 from mavis.rewards import Dialogue, Positive
 from mavis.rollouts import RolloutSettings, load_prompts
@@ -180,7 +181,7 @@ def cut_kl(name: str, method: str, seed: int, arguments: argparse.Namespace) -> 
     policy, tokenizer = load(name)
     settings = evaluation(seed, METHODS[method]["top_k"], arguments)
     folder = place_of(name, method, seed, arguments) / "evaluation"
-    _, kl = earned_and_spent(untilted_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings))
+    _, kl = earned_and_spent(truncated_rollouts(policy, tokenizer, OBJECTIVES, PROMPTS, folder, settings))
     return float(kl.mean())
 
 
@@ -242,19 +243,20 @@ def measure(
     settings, place = evaluation(seed, METHODS[method]["top_k"], arguments), place_of(name, method, seed, arguments)
     limit = limit_of(name, seed, arguments)
     report = evaluate(policy, tokenizer, critic, OBJECTIVES, PROMPTS, place / "evaluation", settings, reference=limit)
+    assert report is not None  # one process
     rewards = critic.normalise(reference_rewards(name, policy, tokenizer, seed, arguments))
     entries, best = [], []
-    for entry in report["efficiency"]:
-        weights = list(entry["weights"].values())
+    for entry in report.efficiency:
+        weights = list(entry.weights.values())
         weighted = rewards @ torch.tensor(weights, dtype=torch.float64)
-        if entry["kl"] == TARGETS[0]:  # once for each choice of weights
+        if entry.kl == TARGETS[0]:  # once for each choice of weights
             of_n = {n: best_of_n(weighted, n) for n in ASKED_N}
             best += [
                 {"n": n, "weights": weights, "kl": of_n[n][1], "efficiency": efficiency_at(weighted, *of_n[n])}
                 for n in SHOWN_N
             ]
-        matched = as_best_of({n: reward for n, (reward, _) in of_n.items()}, entry["reward"])
-        entries.append(entry | {"weights": weights, "as_best_of": matched})
+        matched = as_best_of({n: reward for n, (reward, _) in of_n.items()}, entry.reward)
+        entries.append(asdict(entry) | {"weights": weights, "as_best_of": matched})
     return entries, best
 
 

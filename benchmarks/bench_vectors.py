@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from mavis import HiddenStateCritic, embedded
-from mavis.evaluation.sweep import efficiency_at
+from mavis.evaluation.efficiency import efficiency_at
 from mavis.math.frontier import reward_at
 from mavis.math.kl import step_kl
 from mavis.rewards import Readability
@@ -147,7 +147,7 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         Path(arguments.folder) / f"seed-{seed}.json",
         Path(arguments.folder) / f"seed-{seed}" / "bench.json",
     )
-    if not matches_manifest(claimer, claim, "a benchmark with other"):
+    if not matches_manifest(claimer, claim, "a benchmark with different"):
         write_json(claimer, claim)
     elif place.is_file():
         found: list[dict[str, Any]] = json.loads(place.read_text())

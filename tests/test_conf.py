@@ -17,7 +17,7 @@ from mavis.cli.app import sampling_settings
 from mavis.cli.conf_dir import conf_dir
 from mavis.cli.distill import distillation_settings
 from mavis.cli.evaluate import evaluation_settings
-from mavis.evaluation.sweep import EvaluationSettings
+from mavis.evaluation import EvaluationSettings
 from mavis.rollouts import RolloutSettings
 from mavis.training.alignment.settings import AlignSettings
 from mavis.training.distillation.loop import DistillSettings

@@ -21,7 +21,7 @@ def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from mavis.evaluation.report import write_report
+    from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     evaluation_settings(config)  # a mistake in what is needed last is found first
@@ -38,12 +38,13 @@ def _run(config: Any) -> None:
     critic = train(config, policy, tokenizer, folder)
     helper.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
+    assert report is not None  # one process
 
     critic.save_pretrained(folder / "critic")  # its card now tells the efficiency
-    paths = write_report(folder, {"seconds": time.perf_counter() - _STARTED} | report)
+    paths = write_report(folder, report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
     _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])
-    write_json(folder / "report.json", {"seconds": time.perf_counter() - _STARTED} | report)
+    write_json(folder / "report.json", {"seconds": time.perf_counter() - _STARTED} | report.to_json())
 
 
 def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_overrides: list[str]) -> None:
@@ -79,7 +80,7 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
 def _draw_reference(plain_config: dict[str, Any], folder: str) -> None:
     from omegaconf import OmegaConf
 
-    from mavis.evaluation.sweep import reference_rollouts
+    from mavis.evaluation.sweep_rollouts import reference_rollouts
 
     config = OmegaConf.create(plain_config)
     prepare(config)

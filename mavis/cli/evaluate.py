@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mavis.cli.app import (
     check_objectives_manifest,
@@ -18,10 +18,13 @@ from mavis.cli.app import (
 )
 from mavis.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mavis.evaluation import EvaluationReport
+
 
 def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
     """Build the settings of a sweep from the `evaluation` and `decoding` groups and the seed."""
-    from mavis.evaluation.sweep import EvaluationSettings
+    from mavis.evaluation import EvaluationSettings
 
     options = config.evaluation
     return EvaluationSettings(
@@ -38,7 +41,7 @@ def evaluation_settings(config: Any, critic: Any | None = None) -> Any:
 
 def evaluate(
     config: Any, policy: Any, tokenizer: Any, critic: Any, folder: Path, *, reference: Path | None = None
-) -> dict[str, Any]:
+) -> EvaluationReport | None:
     """Sweep as a config says, show the result and return the report.
 
     Args:
@@ -49,7 +52,7 @@ def evaluate(
         folder: where the rollouts go.
         reference: where reference rollouts lie that several evaluations share.
     """
-    from mavis.evaluation.sweep import evaluate as run_evaluation
+    from mavis.evaluation import evaluate as run_evaluation
 
     held_out = config.evaluation.held_out
     objectives = make_objectives(config, critic.objectives)
@@ -67,7 +70,7 @@ def evaluate(
             reference=reference,
             progress=progress,
         )
-    if report:
+    if report is not None:
         _show(report)
     return report
 
@@ -87,38 +90,38 @@ def unseen_prompts(data: Any) -> list[str]:
     return prompts
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(report: EvaluationReport) -> None:
     show_table(
         "sweep on the evaluation prompts; rewards in standard deviations of the reference policy",
         [
             {
-                "weights": row["weights"] if row["beta"] else "(reference)",
-                "beta": row["beta"],
-                **{f"{name}": value for name, value in row["rewards"].items()},
-                "KL": row["kl"],
-                "efficiency": row["efficiency"],
-                "tokens": row["length"],
-                "distinct-2": row["distinct_2"],
-                "perplexity": row["perplexity"],
-                **row.get("held_out", {}),
+                "weights": row.weights if row.beta else "(reference)",
+                "beta": row.beta,
+                **{f"{name}": value for name, value in row.rewards.items()},
+                "KL": row.kl,
+                "efficiency": row.efficiency,
+                "tokens": row.length,
+                "distinct-2": row.distinct_2,
+                "perplexity": row.perplexity,
+                **(row.held_out or {}),
             }
-            for row in report["rows"]
+            for row in report.rows
         ],
     )
     show_table(
         "frontier efficiency: share of the reward gain that is possible at a KL",
         [
             {
-                "weights": entry["weights"],
-                "KL": entry["kl"],
-                "reward": entry["reward"],
-                "efficiency": entry["efficiency"],
+                "weights": entry.weights,
+                "KL": entry.kl,
+                "reward": entry.reward,
+                "efficiency": entry.efficiency,
             }
-            for entry in report["efficiency"]
+            for entry in report.efficiency
         ],
     )
-    if report["speed"]:
-        tilted = report["speed"]["tilted"]
+    if report.speed:
+        tilted = report.speed["tilted"]
         print(f"tilted decoding: {tilted['tokens_per_second']:.0f} tokens/s, {tilted['ratio']:.2f} of plain decoding")
 
 
@@ -126,13 +129,13 @@ def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from mavis.critics import Critic
-    from mavis.evaluation.report import write_report
+    from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     critic = Critic.from_pretrained(config.checkpoint)
     policy, tokenizer = load_policy(config.policy)
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
-    if report:  # of several processes only the main one has it
+    if report is not None:  # of several processes only the main one has it
         _note_efficiency(critic, Path(config.checkpoint))
         for path in write_report(folder, report):
             print(path)

@@ -19,7 +19,7 @@ from mavis.cli.search_space import as_it_is, search_space
 from mavis.cli.train import train
 from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence, import_optional
 from mavis.utils.files import read_json, write_json
-from mavis.utils.optuna_study import open_study, quietly, sampler_of_trial
+from mavis.utils.optuna_study import open_study, quiet_optuna, trial_sampler
 
 FIGURES = ("efficiency", "seconds")
 """What a trial is measured by: mean frontier efficiency, and the seconds that its training took."""
@@ -81,12 +81,12 @@ def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
         "directions": directions,
         "seed": config.seed,
     }
-    with quietly():
+    with quiet_optuna():
         study = open_study(
             folder / "study.jsonl",
             claim,
             directions=list(directions.values()),
-            differs="settings, space or figures",
+            holds="a search with different settings, space or metrics",
             error=ConfigError,
         )
         if not study.get_trials(deepcopy=False):
@@ -168,7 +168,7 @@ def _take(study: Any, number: int, space: dict[str, Any], seed: int, together: b
     begun = next((trial for trial in running if trial.user_attrs.get("number") == number), None)
     if begun is not None:
         return begun
-    study.sampler = sampler_of_trial(seed, number, constant_liar=together)
+    study.sampler = trial_sampler(seed, number, constant_liar=together)
     asked = study.ask(fixed_distributions=space)
     asked.set_user_attr("number", number)
     return study.get_trials(deepcopy=False)[asked.number]
@@ -222,8 +222,7 @@ def _run(config: Any) -> dict[str, float | None]:
     """Run one trial and return its figures."""
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.evaluation.report import write_report
-    from mavis.evaluation.sweeps.runs import mean_efficiency
+    from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "figures.json").is_file():  # of a batch that was broken off while others were at work
@@ -234,8 +233,9 @@ def _run(config: Any) -> dict[str, float | None]:
         critic = train(config, policy, tokenizer, folder)
     place = _reference(config, policy, tokenizer, Path(HydraConfig.get().sweep.dir))
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation", reference=place)
+    assert report is not None  # one process
     write_report(folder, report)
-    figures = {"efficiency": mean_efficiency(report), "seconds": read_json(folder / "seconds.json")["seconds"]}
+    figures = {"efficiency": report.mean_efficiency(), "seconds": read_json(folder / "seconds.json")["seconds"]}
     write_json(folder / "figures.json", figures)
     return figures
 
@@ -256,7 +256,7 @@ def _reference(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Path:
     from filelock import FileLock
     from omegaconf import OmegaConf
 
-    from mavis.evaluation.sweep import reference_rollouts
+    from mavis.evaluation.sweep_rollouts import reference_rollouts
 
     made_of = [
         OmegaConf.to_container(config[group], resolve=True) for group in ("policy", "objectives", "data", "decoding")

@@ -1,4 +1,4 @@
-"""The processes of one job: what they share, and how they find each other."""
+"""The processes of one job: joining them, and communication between them."""
 
 from mavis.distributed.launch import join_processes, launcher_rank, launcher_world_size, leave_process_group
 from mavis.distributed.process_group import SINGLE_PROCESS, ProcessGroup

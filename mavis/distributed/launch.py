@@ -1,4 +1,4 @@
-"""Joining the processes that a launcher (`accelerate launch`, `torchrun`, MPI) started together."""
+"""Joins the processes that a launcher (`accelerate launch`, `torchrun`, MPI) started."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import torch
 from mavis.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from mavis.errors import ConfigError
 
-# How long a process waits for the others. One that has died is noticed at once; this is for one that hangs, and must be
-# longer than the slowest process may be behind with its share of the rollouts, of which all are cut in advance.
-_PATIENCE = timedelta(days=1)
+# How long a process waits for the others. A process that dies is noticed at once; this limit is for one that hangs. It
+# must exceed the time by which the slowest process can lag behind with its shards of rollouts.
+_TIMEOUT = timedelta(days=1)
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def join_processes(device: torch.device | str | None = None) -> ProcessGroup:
-    """Join the processes that `accelerate launch`, `torchrun` or MPI has started with this one.
+    """Join the processes that `accelerate launch`, `torchrun` or MPI started with this one.
 
-    The group is made once and stays for the life of the process. A process that was started alone stays alone, and
-    nothing global is touched.
+    The group is created once and lasts as long as the process. In a process that was started alone, nothing global is
+    touched.
 
     Args:
-        device: where this process's policy is, which decides what the processes talk over: NCCL between accelerators,
-            gloo between CPUs; None only looks whether they have been joined already.
+        device: where this process's policy is, which selects the backend: NCCL between accelerators, gloo between
+            CPUs; None returns a group that has been joined already and joins none.
 
     Returns:
-        The processes; one if this one is alone.
+        The group, of one process if this one is alone.
 
     Raises:
         ConfigError: if the policies of two processes are on one accelerator, or not where the processes were joined; or
-            if several processes were asked for and one was started.
+            if several processes were requested and one was started.
     """
     started = launcher_world_size()
     if started == 1:
@@ -51,64 +51,66 @@ def join_processes(device: torch.device | str | None = None) -> ProcessGroup:
     if device is None:
         device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"
     where = torch.device(device)
-    ours, fresh = not torch.distributed.is_initialized(), PartialState._shared_state == {}
-    state = PartialState(cpu=where.type == "cpu", timeout=_PATIENCE) if fresh else PartialState()
-    together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else started
-    if together != state.num_processes:
+    starts_group, fresh = not torch.distributed.is_initialized(), PartialState._shared_state == {}
+    state = PartialState(cpu=where.type == "cpu", timeout=_TIMEOUT) if fresh else PartialState()
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else started
+    if world_size != state.num_processes:
         raise ConfigError(
-            f"there are {together} processes, but Accelerate takes this one to be alone.",
-            "build its Accelerator with cpu=True where there are only CPUs, or leave that to mavis.",
+            f"there are {world_size} processes, but Accelerate runs this one alone.",
+            "build the Accelerator with cpu=True where there are only CPUs, or leave it to mavis.",
         )
-    if ours and state.backend == "gloo":  # which aborts about every second process that ends without parting
-        atexit.register(leave_process_group)  # not so NCCL, where one that has failed would wait here for the others
+    # gloo aborts about half of the processes that exit without leaving their group. With NCCL a process that has failed
+    # would wait there for the others.
+    if starts_group and state.backend == "gloo":
+        atexit.register(leave_process_group)
     if state.num_processes > 1:
-        _check_place(where, state)
+        _check_device(where, state)
     return ProcessGroup(state.process_index, state.num_processes, state.device)
 
 
 def launcher_world_size() -> int:
-    """Count the processes that the launcher of this one says it has started; 1 without one."""
+    """Read the number of processes from the launcher's environment variables; 1 without a launcher."""
     launched = "LOCAL_RANK" in os.environ
     return max(1, *(int(os.environ.get(name) or 1) for name in (*_MPI_SIZES, *(["WORLD_SIZE"] if launched else []))))
 
 
 def launcher_rank() -> int:
-    """Tell this process's number among them, as its launcher says."""
+    """Read the rank of this process from the launcher's environment variables; 0 without a launcher."""
     if launcher_world_size() == 1:
         return 0
     return next((int(os.environ[name]) for name in ("RANK", *_MPI_RANKS) if os.environ.get(name)), 0)
 
 
 def leave_process_group() -> None:
-    """Part from the other processes at the end of a job that has come to its end in all of them."""
+    """Leave the process group; call it at the end of a job that has ended in all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # what has been thrown away can hold groups, and gloo aborts where one is left
-        keeps_groups: Any = sys.modules.get("deepspeed.comm")
-        own = keeps_groups is not None and keeps_groups.is_initialized()
-        (keeps_groups if own else torch.distributed).destroy_process_group()
+        gc.collect()  # garbage can hold groups, and gloo aborts if one is left
+        deepspeed_comm: Any = sys.modules.get("deepspeed.comm")
+        uses_deepspeed = deepspeed_comm is not None and deepspeed_comm.is_initialized()
+        (deepspeed_comm if uses_deepspeed else torch.distributed).destroy_process_group()
 
 
 def _refuse_lone_start() -> None:
-    """Refuse what `accelerate launch --cpu --num_processes 2` does: it starts one and tells it of no other."""
-    marks = ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT")
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and all(mark in os.environ for mark in marks)
-    if asked and "LOCAL_RANK" not in os.environ:
+    """Refuse a start by `accelerate launch --cpu --num_processes 2`, which silently starts one process."""
+    variables = ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and all(name in os.environ for name in variables) and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            "several processes were asked for, but `accelerate launch --cpu` starts only one.",
-            "start them by `accelerate launch --multi_gpu --num_processes 2 ...`, on CPUs too, or by torchrun.",
+            "several processes were requested, but `accelerate launch --cpu` starts only one.",
+            "start them by `accelerate launch --multi_gpu --num_processes 2 ...`, on CPUs too, or torchrun.",
         )
 
 
-def _check_place(where: torch.device, state: Any) -> None:
+def _check_device(where: torch.device, state: Any) -> None:
     if where.type != state.device.type:
         raise ConfigError(
             f"the policy is on {str(where)!r}, but the {state.num_processes} processes were joined on "
             f"{state.device.type!r}.",
-            "train on one kind of device in one job.",
+            "use one kind of device in one job.",
         )
     if where.index not in (None, state.device.index):
         raise ConfigError(
             f"process {state.process_index} has its policy on {str(where)!r}, but works on {str(state.device)!r}.",
-            "put each process's policy on its own (policy.device=cuda does); a policy that is spread over several "
-            "accelerators is for one process.",
+            "put each process's policy on its own device (policy.device=cuda does); a policy that is spread over "
+            "several accelerators needs a single process.",
         )

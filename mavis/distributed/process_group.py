@@ -1,4 +1,4 @@
-"""The processes that a launcher started together, and the place of this one among them."""
+"""A group of processes, and the collective operations between them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one job, which share a folder and nothing else.
+    """The processes of one job, which share an output folder.
 
     Args:
-        rank: of this process, 0 ≤ rank < world_size; process 0 is the main one, which alone writes and speaks.
+        rank: of this process, 0 ≤ rank < world_size; process 0 is the main one, which alone writes results and reports.
         world_size: number of processes.
-        device: where tensors are sent from and arrive.
+        device: holds the tensors that are sent and received.
+
+    Examples:
+        >>> from mavis.distributed import ProcessGroup
+        >>> ProcessGroup(rank=1, world_size=3).shard(["a", "b", "c", "d", "e"])
+        ['b', 'e']
     """
 
     rank: int = 0
@@ -38,31 +43,32 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard(self, items: Sequence[Item], before: int = 0) -> Sequence[Item]:
-        """Take this process's share: every `world_size`-th item. All shares together hold each item once.
+        """Select this process's items; the shards of all processes hold each item once.
+
+            item i goes to the process of rank (before + i) mod world_size
 
         Args:
-            items: the same in every process; item i of them is number before + i of all, and goes to the process whose
-                index that is modulo `world_size`.
-            before: how many items earlier calls have shared out.
+            items: the same in every process.
+            before: the number of items that earlier calls distributed.
         """
         return items[(self.rank - before) % self.world_size :: self.world_size]
 
     def barrier(self) -> None:
-        """Wait until every process has come here.
+        """Wait until every process has reached this call.
 
         Raises:
-            ProcessError: if one has stopped instead.
+            ProcessError: if another process has stopped.
         """
         self.all_reduce_sum(torch.zeros(1))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Add up what every process gives, Σ_r values_r.
+        """Sum over all processes, Σ_r values_r.
 
         Args:
             values: of one shape in every process, on any device.
 
         Returns:
-            The same sum in every process, where `values` are.
+            The same sum in every process, on the device of `values`.
 
         Raises:
             ProcessError: if another process has stopped.
@@ -76,7 +82,7 @@ class ProcessGroup:
         return summed
 
     def broadcast_from_main(self, values: Tensor) -> Tensor:
-        """Take the main process's word for something that may look different here, such as what is on disk.
+        """Return the main process's values in every process, such as what it sees on disk.
 
         Args:
             values: of one shape in every process.
@@ -86,8 +92,8 @@ class ProcessGroup:
         """
         return self.all_reduce_sum(values if self.is_main else torch.zeros_like(values))
 
-    def check_sees(self, path: Path) -> None:
-        """Refuse a disk that this process does not share with the main one, which has written a file there.
+    def check_shared_path(self, path: Path) -> None:
+        """Check that this process sees a file that the main one has written.
 
         Raises:
             ProcessError: if the file is not there.
@@ -99,14 +105,14 @@ class ProcessGroup:
             )
 
     def check_agreement(self, what: str, content: Any) -> None:
-        """Refuse to go on unless every process is about to do the same.
+        """Check that `content` is the same in every process.
 
         Args:
-            what: it is about, for the error.
-            content: plain data.
+            what: the name of the content in the error.
+            content: JSON-serialisable.
 
         Raises:
-            ProcessError: if another process's content differs, in every process; or if one has stopped.
+            ProcessError: in every process, if the content of any differs; or if one has stopped.
         """
         if self.world_size == 1:
             return
@@ -117,27 +123,27 @@ class ProcessGroup:
         others = self.all_reduce_sum(differs).nonzero()[:, 0].tolist()
         if others:
             raise ProcessError(
-                f"process {others[0]} has another {what} than process 0.",
+                f"process {others[0]} has a different {what} than process 0.",
                 "start all processes with the same arguments, on machines that see the same files.",
             )
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Say in one line that another process has stopped, should the talk between them in this block break off.
+        """Turn a communication failure within the block into an error of one line.
 
         Raises:
-            ProcessError: if it does.
+            ProcessError: if another process has stopped.
         """
         try:
             yield
         except RuntimeError as error:
             if self.world_size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
                 raise ProcessError(
-                    f"process {self.rank} of {self.world_size} has lost another one, which stopped or hangs.",
-                    "that one's own message says why; what is finished is kept, so repeat the command to go on.",
+                    f"process {self.rank} of {self.world_size} lost another process, which stopped or hangs.",
+                    "that process's own message says why; finished work is kept, so rerun the command to resume.",
                 ) from error
             raise
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""A process that was started alone."""
+"""The group of a process that was started alone."""

@@ -1,81 +1,29 @@
-"""A sweep over weights and β on prompts that were not trained on, and what it shows."""
+"""Evaluation of a critic: a sweep over weights and β on held-out prompts, measured against the optimal frontier."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mavis.critics.head_critic import HeadCritic
-from mavis.decoding import MavisTilt
 from mavis.distributed import join_processes
-from mavis.errors import ConfigError, DataError, EvaluationError
-from mavis.evaluation.pareto import hypervolume, non_dominated
-from mavis.evaluation.speed import compare_speed
-from mavis.evaluation.sweep_row import RowMaker
+from mavis.errors import ConfigError, DataError
+from mavis.evaluation.efficiency import efficiency_at, reward_limits, target_efficiencies
+from mavis.evaluation.pareto import pareto_front
+from mavis.evaluation.report import EvaluationReport
+from mavis.evaluation.settings import EvaluationSettings
+from mavis.evaluation.speed import measure_speed
+from mavis.evaluation.sweep_rollouts import gather_columns, reference_rollouts, tilted_rollouts, truncated_rollouts
+from mavis.evaluation.sweep_row import RowBuilder
 from mavis.evaluation.value_calibration import value_calibration
-from mavis.math.best_of_n import best_of_n
-from mavis.math.frontier import frontier_efficiency, optimal_frontier, optimal_reward_at, reward_at
 from mavis.math.simplex import simplex_grid
 from mavis.policies.devices import states_device
 from mavis.rewards import Objective
-from mavis.rollouts.collect import RolloutPlan, collect
-from mavis.rollouts.sampling import RolloutSettings
-
-LIMIT_BETAS = torch.logspace(-2, 2, 81, dtype=torch.float64)
-"""Where the optimal frontier is drawn; 0 is put before it."""
-
-BEST_OF = (2, 4, 8, 16)
-"""For how many responses best-of-n is told beside it; n times the forward passes of one."""
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What is swept and how well.
-
-    Args:
-        divisions: d ≥ 1 of the simplex grid of weights; 4 gives five points for two objectives.
-        betas: tilt strengths, > 0, in 1 / reward.
-        samples: responses per prompt, weights and β, ≥ 1.
-        reference_samples: N ≥ 2 reference rollouts per prompt, which the optimal frontier is computed from.
-        target_kls: where the frontier efficiency is read, nats per sequence, > 0.
-        speed_batch: rows of the speed measurement, ≥ 1.
-        speed_repeats: rounds of the speed measurement; 0 leaves it out.
-        sampling: of the responses.
-
-    Raises:
-        ConfigError: if a number is out of range.
-    """
-
-    divisions: int = 4
-    betas: Sequence[float] = (1.0, 2.0, 3.0, 4.0)
-    samples: int = 32
-    reference_samples: int = 1024
-    target_kls: Sequence[float] = (1.0, 2.0)
-    speed_batch: int = 8
-    speed_repeats: int = 5
-    sampling: RolloutSettings = field(default_factory=RolloutSettings)
-
-    def __post_init__(self) -> None:
-        if not self.betas or not all(0 < beta < math.inf for beta in self.betas):
-            raise ConfigError(f"betas is {list(self.betas)}, expected numbers > 0.", "β = 0 is always measured.")
-        if not all(0 < kl < math.inf for kl in self.target_kls):
-            raise ConfigError(f"target_kls is {list(self.target_kls)}, expected numbers > 0.", "1 and 2 are common.")
-        if self.samples < 1 or self.reference_samples < 2:
-            raise ConfigError(
-                f"samples is {self.samples} and reference_samples {self.reference_samples}; expected ≥ 1 and ≥ 2.",
-                "32 and 1024 are good numbers.",
-            )
-        if self.speed_repeats > 0 and self.speed_batch < 1:
-            raise ConfigError(f"speed_batch is {self.speed_batch}, expected ≥ 1.", "speed_repeats=0 leaves it out.")
 
 
 def evaluate(
@@ -90,326 +38,131 @@ def evaluate(
     held_out: Mapping[str, Objective] | None = None,
     reference: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure what a critic's tilt earns, what it costs, and how far it is from the best that is possible.
+) -> EvaluationReport | None:
+    """Measure what a critic's tilt earns, what it costs, and how close it comes to the best that is possible.
 
-    Several processes share out the sampling, which is most of the work; the main one alone does the rest.
+    Several processes share the sampling, which is most of the work; the main process does the rest. Interrupted runs
+    resume when rerun.
 
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: to be evaluated; attached as it is needed and detached at the end. If it is saved or uploaded after
-            this, its card tells the efficiency.
+        critic: to evaluate; attached as needed and detached at the end. When it is saved or uploaded afterwards, its
+            model card reports the efficiency.
         objectives: by name, in the critic's order.
         prompts: P prompts that the critic was not trained on.
-        folder: where the rollouts go; a repeated call goes on where it stopped.
-        settings: how.
-        held_out: objectives that nobody optimised, to see whether the tilt over-optimises.
+        folder: where the rollouts are written.
+        settings: what is swept and how much is sampled.
+        held_out: objectives that were not optimised, to see whether the tilt over-optimises.
         reference: the folder of `reference_rollouts` that several evaluations share; None is `folder`.
-        progress: told how far each stage is.
+        progress: called with the stage, the number of units done and their total.
 
     Returns:
-        Plain data: `rows`, one per weights and β (β = 0 first, the reference policy), with rewards on the normalised
-        scale and their standard errors, KL, the frontier efficiency at the row's own KL, length in tokens,
-        distinct-2, perplexity under the reference policy, held-out objectives and tokens per second; `efficiency` at
-        the target KLs by weights; `cut`, the row of the reference policy cut to the tilt's candidates, None if they are
-        all tokens; `limits`, the optimal frontier and best-of-n by weights; `front`; `values`, the calibration of the
-        heads; `speed`. Nothing in processes other than the main one.
+        The report; None in processes other than the main one.
 
     Raises:
         ConfigError: if a setting is out of range or the objectives are not the critic's.
         DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
+
+    Examples:
+        A real evaluation takes the default settings; this one is cut short:
+
+        >>> import tempfile
+        >>> import mavis
+        >>> from mavis.evaluation import EvaluationSettings
+        >>> from mavis.rewards import Dialogue, Positive
+        >>> from mavis.rollouts import RolloutSettings
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
+        >>> objectives = {"positive": Positive(), "dialogue": Dialogue()}
+        >>> sampling = RolloutSettings(max_new_tokens=8, top_k=None)
+        >>> settings = EvaluationSettings(1, (1.0,), samples=2, reference_samples=4, speed_repeats=0, sampling=sampling)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = mavis.evaluate(policy, tokenizer, critic, objectives, ["The dog"], folder, settings)
+        >>> [(row.weights, row.beta) for row in report.rows[1:]]
+        [({'positive': 1.0, 'dialogue': 0.0}, 1.0), ({'positive': 0.0, 'dialogue': 1.0}, 1.0)]
+        >>> report.rows[0].kl, all(row.kl > 0 for row in report.rows[1:])
+        (0.0, True)
     """
     _check(prompts, critic, objectives)
     settings.sampling.check(policy)
     processes = join_processes(states_device(policy))
-    say = (progress if processes.is_main else None) or (lambda stage, done, total: None)
-    place = Path(folder)
+    report_progress = (progress if processes.is_main else None) or (lambda stage, done, total: None)
     grid = simplex_grid(len(objectives), settings.divisions)
+    common = (objectives, prompts)
 
-    plain = _gather(
+    plain = gather_columns(
         reference_rollouts(
             policy,
             tokenizer,
-            objectives,
-            prompts,
-            reference or place,
+            *common,
+            reference or folder,
             settings,
-            progress=partial(say, "reference rollouts"),
+            progress=partial(report_progress, "reference rollouts"),
         )
     )
-    plan = _sweep_plan(prompts, grid, settings)
-    sweep = _gather(
-        collect(
+    tilted = gather_columns(
+        tilted_rollouts(
             policy,
             tokenizer,
-            objectives,
-            plan,
-            place / "sweep",
-            _sweep_sampling(settings),
-            critic=critic,
-            progress=partial(say, "sweep"),
+            critic,
+            *common,
+            grid,
+            folder,
+            settings,
+            progress=partial(report_progress, "sweep"),
         )
     )
-    cut = _gather(untilted_rollouts(policy, tokenizer, objectives, prompts, place, settings))
+    truncated = gather_columns(truncated_rollouts(policy, tokenizer, *common, folder, settings))
     if not processes.is_main:
-        return {}
-    speed = _speed(policy, tokenizer, critic, prompts, settings)
-    scored = RowMaker(
+        return None
+
+    speed = measure_speed(policy, tokenizer, critic, prompts, settings)
+    builder = RowBuilder(
         policy,
         critic,
-        dict(held_out or {}),
+        held_out or {},
         prompts=len(prompts),
         samples=settings.samples,
         temperature=settings.sampling.temperature,
     )
-    normalised = critic.normalise(torch.tensor(plain["rewards"], dtype=torch.float64))
-    per_prompt = normalised.view(len(prompts), settings.reference_samples, -1)
-
+    rewards = critic.normalise(torch.tensor(plain["rewards"], dtype=torch.float64))
+    rewards = rewards.view(len(prompts), settings.reference_samples, -1)
     points = [(weights, beta) for weights in grid for beta in settings.betas]
-    say("scoring", 0, len(points))
-    rows = [scored.row(plain, slice(None), None, 0.0, speed)]
-    floor = scored.row(cut, slice(None), None, 0.0, {}) if cut else None
+    report_progress("scoring", 0, len(points))
+    rows = [builder.build(plain, speed=speed)]
+    cut = builder.build(truncated) if truncated else None
     size = len(prompts) * settings.samples
     for index, (weights, beta) in enumerate(points):
-        rows.append(scored.row(sweep, slice(index * size, (index + 1) * size), weights, beta, speed))
-        rows[-1]["efficiency"] = efficiency_at(
-            per_prompt @ weights, _weighted(rows[-1], weights, critic), rows[-1]["kl"]
-        )
-        say("scoring", index + 1, len(points))
-    efficiency = _efficiencies(rows, floor or rows[0], per_prompt, grid, critic, settings)
-    critic.about["efficiency"] = [{name: one[name] for name in ("weights", "kl", "efficiency")} for one in efficiency]
-    return {
-        "objectives": list(critic.objectives),
-        "prompts": list(prompts),
-        "settings": asdict(settings) | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
-        "normalisation": {
+        row = builder.build(tilted, slice(index * size, (index + 1) * size), weights, beta, speed)
+        efficiency = efficiency_at(rewards @ weights, row.weighted_reward(weights.tolist()), row.kl)
+        rows.append(replace(row, efficiency=efficiency))
+        report_progress("scoring", index + 1, len(points))
+
+    # Each sweep over β begins with the policy that is truncated but not tilted.
+    starts = range(1, len(rows), len(settings.betas))
+    sweeps = [[cut or rows[0], *rows[start : start + len(settings.betas)]] for start in starts]
+    efficiencies = target_efficiencies(sweeps, rewards, grid, critic.objectives, settings.target_kls)
+    critic.about["efficiency"] = [{"weights": e.weights, "kl": e.kl, "efficiency": e.efficiency} for e in efficiencies]
+    return EvaluationReport(
+        objectives=list(critic.objectives),
+        prompts=list(prompts),
+        settings=asdict(settings) | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
+        normalisation={
             name: {"mean": float(mean), "std": float(std)}
             for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)
         },
-        "rows": rows,
-        "cut": floor,
-        "efficiency": efficiency,
-        "limits": _limits(per_prompt, grid, critic),
-        "front": _front(rows, critic),
-        "values": value_calibration(policy, critic, plain, sweep, settings.sampling),
-        "speed": speed,
-    }
-
-
-def reference_rollouts(
-    policy: Any,
-    tokenizer: Any,
-    objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
-    folder: str | os.PathLike[str],
-    settings: EvaluationSettings,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Any]:
-    """Sample what the optimal frontier is computed from; it needs no critic, so it can be done before there is one.
-
-    Args:
-        policy: the reference policy.
-        tokenizer: its tokenizer.
-        objectives: by name, in the critic's order.
-        prompts: the evaluation prompts.
-        folder: the one that `evaluate` will be given, as `folder` or as `reference`; it takes the rollouts from there.
-        settings: the same as for `evaluate`.
-        progress: see `collect`.
-
-    Yields:
-        Shards, see `collect`.
-    """
-    repeated = [prompt for prompt in prompts for _ in range(settings.reference_samples)]
-    plan = RolloutPlan.reference(repeated, len(objectives))
-    sampling = replace(settings.sampling, top_k=None)  # the limit is that of the whole policy
-    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "reference", sampling, progress=progress)
-
-
-def untilted_rollouts(
-    policy: Any,
-    tokenizer: Any,
-    objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
-    folder: str | os.PathLike[str],
-    settings: EvaluationSettings,
-) -> Iterator[Any]:
-    """Sample the reference policy cut to the tilt's candidates, where every sweep begins; nothing if it is uncut.
-
-    Args:
-        policy: the reference policy.
-        tokenizer: its tokenizer.
-        objectives: by name, in the critic's order.
-        prompts: the evaluation prompts.
-        folder: the one that `evaluate` will be given; it takes the rollouts from there.
-        settings: the same as for `evaluate`.
-
-    Yields:
-        Shards, see `collect`.
-    """
-    if settings.sampling.top_k is None:
-        return
-    plan = RolloutPlan.reference([prompt for prompt in prompts for _ in range(settings.samples)], len(objectives))
-    sampling = _sweep_sampling(settings)
-    yield from collect(policy, tokenizer, objectives, plan, Path(folder) / "cut", sampling, truncate_reference=True)
-
-
-def _sweep_sampling(settings: EvaluationSettings) -> RolloutSettings:
-    return replace(settings.sampling, seed=settings.sampling.seed + 1)
-
-
-def _sweep_plan(prompts: Sequence[str], grid: Tensor, settings: EvaluationSettings) -> RolloutPlan:
-    rows = [
-        (prompt, weights, beta)
-        for weights in grid
-        for beta in settings.betas
-        for prompt in prompts
-        for _ in range(settings.samples)
-    ]
-    return RolloutPlan(
-        prompts=[prompt for prompt, _, _ in rows],
-        weights=torch.stack([weights for _, weights, _ in rows]),
-        betas=torch.tensor([beta for _, _, beta in rows], dtype=torch.float64),
+        rows=rows,
+        cut=cut,
+        efficiency=efficiencies,
+        limits=reward_limits(rewards, grid, critic.objectives),
+        front=pareto_front([row.rewards for row in rows]),
+        values=value_calibration(policy, critic, plain, tilted, settings.sampling),
+        speed=speed,
     )
 
 
-def _gather(shards: Iterator[Any]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    for shard in shards:
-        for name, values in shard[:].items():
-            columns.setdefault(name, []).extend(values)
-    return columns
-
-
-def _weighted(row: dict[str, Any], weights: Tensor, critic: HeadCritic) -> float:
-    return float(sum(w * row["rewards"][name] for w, name in zip(weights.tolist(), critic.objectives, strict=True)))
-
-
-def efficiency_at(rewards: Tensor, ours: float | None, kl: float) -> float | None:
-    """Compute the frontier efficiency at one KL.
-
-    Args:
-        rewards: (P, N) rewards w·R of reference rollouts.
-        ours: the reward that is reached at this KL, or None.
-        kl: in nats per response.
-
-    Returns:
-        The efficiency; None where nothing is reached or the limit cannot be trusted.
-    """
-    if ours is None:
-        return None
-    try:
-        return frontier_efficiency(ours, float(rewards.mean()), optimal_reward_at(rewards, kl))
-    except EvaluationError:
-        return None
-
-
-def _efficiencies(
-    rows: list[dict[str, Any]],
-    untilted: dict[str, Any],
-    per_prompt: Tensor,
-    grid: Tensor,
-    critic: HeadCritic,
-    settings: EvaluationSettings,
-) -> list[dict[str, Any]]:
-    """Read each weight's sweep over β at the target KLs; it begins with the policy that is not tilted, only cut."""
-    found = []
-    per_weight = len(settings.betas)
-    for index, weights in enumerate(grid):
-        sweep = [untilted, *rows[1 + index * per_weight : 1 + (index + 1) * per_weight]]
-        rewards = per_prompt @ weights
-        kl = torch.tensor([row["kl"] for row in sweep], dtype=torch.float64)
-        ours = torch.tensor([_weighted(row, weights, critic) for row in sweep], dtype=torch.float64)
-        for target in settings.target_kls:
-            reached = reward_at(kl, ours, target)
-            found.append(
-                {
-                    "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
-                    "kl": float(target),
-                    "reward": reached,
-                    "efficiency": efficiency_at(rewards, reached, target),
-                }
-            )
-    return found
-
-
-def _limits(per_prompt: Tensor, grid: Tensor, critic: HeadCritic) -> list[dict[str, Any]]:
-    limits = []
-    for weights in grid:
-        frontier = optimal_frontier(per_prompt @ weights, torch.cat([torch.zeros(1, dtype=torch.float64), LIMIT_BETAS]))
-        limits.append(
-            {
-                "weights": dict(zip(critic.objectives, weights.tolist(), strict=True)),
-                "kl": frontier.kl.tolist(),
-                "reward": frontier.reward.tolist(),
-                "effective_sample_size": frontier.effective_sample_size.tolist(),
-                "best_of_n": [
-                    dict(zip(("n", "reward", "kl"), (n, *best_of_n(per_prompt @ weights, n)), strict=True))
-                    for n in BEST_OF
-                    if n <= per_prompt.shape[1]
-                ],
-            }
-        )
-    return limits
-
-
-def _front(rows: list[dict[str, Any]], critic: HeadCritic) -> dict[str, Any]:
-    """The non-dominated rows and their volume above one standard deviation below the reference policy's mean."""
-    rewards = np.array([[row["rewards"][name] for name in critic.objectives] for row in rows])
-    reference_point = [-1.0] * len(critic.objectives)
-    return {
-        "reference_point": dict(zip(critic.objectives, reference_point, strict=True)),
-        "hypervolume": hypervolume(rewards, reference_point),
-        "non_dominated": [bool(flag) for flag in non_dominated(rewards)],
-    }
-
-
-def _speed(
-    policy: Any,
-    tokenizer: Any,
-    critic: HeadCritic,
-    prompts: Sequence[str],
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    if settings.speed_repeats < 1:
-        return {}
-    texts = [prompts[i % len(prompts)] for i in range(settings.speed_batch)]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    device = states_device(policy)
-    inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-    equal = [1 / len(critic.objectives)] * len(critic.objectives)
-    # Its hooks are no part of plain decoding's cost; but a critic that the caller attached stays attached.
-    ours = critic.attached_policy is None
-
-    def plain() -> None:
-        if ours:
-            critic.detach()
-
-    def tilted() -> MavisTilt:
-        if ours:
-            critic.detach()
-            critic.attach(policy)
-        return MavisTilt(equal, critic, beta=1.0, top_k=settings.sampling.top_k)
-
-    try:
-        speeds = compare_speed(
-            policy,
-            inputs,
-            {"plain": plain, "tilted": tilted},
-            new_tokens=settings.sampling.max_new_tokens,
-            repeats=settings.speed_repeats,
-        )
-    finally:
-        plain()
-    return {**speeds, "batch": settings.speed_batch}
-
-
-def _check(
-    prompts: Sequence[str],
-    critic: HeadCritic,
-    objectives: Mapping[str, Objective],
-) -> None:
+def _check(prompts: Sequence[str], critic: HeadCritic, objectives: Mapping[str, Objective]) -> None:
     if tuple(objectives) != critic.objectives:
         raise ConfigError(
             f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",

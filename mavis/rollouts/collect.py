@@ -124,10 +124,10 @@ def collect(
         **sampler_identity(sampler),
     }
     processes.check_agreement("plan of rollouts", claim)
-    if processes.is_main and not matches_manifest(target / "plan.json", claim, "rollouts of another run: different"):
+    if processes.is_main and not matches_manifest(target / "plan.json", claim, "rollouts with different"):
         write_json(target / "plan.json", claim)
     processes.barrier()
-    processes.check_sees(target / "plan.json")
+    processes.check_shared_path(target / "plan.json")
     shards = plan.shards(settings.shard_size)
     paths = [target / f"shard-{index:05d}" for index in range(len(shards))]
 

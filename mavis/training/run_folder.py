@@ -57,11 +57,11 @@ def open_run(
         **more,
     }
     processes.check_agreement("run", claim)
-    if processes.is_main and not matches_manifest(folder / "run.json", claim, "a run with other"):
+    if processes.is_main and not matches_manifest(folder / "run.json", claim, "a run with different"):
         critic.save_pretrained(folder / "start")
         write_json(folder / "run.json", claim)
     processes.barrier()
-    processes.check_sees(folder / "run.json")
+    processes.check_shared_path(folder / "run.json")
     load_weights(critic, folder / "start")
 
 

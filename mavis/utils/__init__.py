@@ -1,1 +1,1 @@
-"""Files, Markdown and Optuna studies: what any floor may use."""
+"""Files, Markdown tables and Optuna studies, for use on every floor."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes, JSON, and the manifests that keep different runs out of one folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mavis.errors import DataError
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends without an exception."""
+    """Yield a temporary path that replaces `path` when the block ends without an exception."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
@@ -25,7 +25,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        _to_disk(temporary)
+        _sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,9 +33,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place when the block ends without an exception.
+    """Yield a temporary folder that replaces `path` when the block ends without an exception.
 
-    A folder already at `path` is moved aside first and removed last; what breaks in between puts it back.
+    A folder already at `path` is moved aside first and removed last; a failure in between restores it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
-                _to_disk(file)
+                _sync(file)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
         try:
             if target.exists():
@@ -61,8 +61,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
-    """Have a file's content written out: some disks say only now that they are full, and it is not renamed yet."""
+def _sync(path: Path) -> None:
+    """Flush a file to disk before it is renamed: some disks report only then that they are full."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,30 +70,18 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _differing(found: Mapping[str, Any], claim: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name the entries that differ, those of nested mappings by their path."""
-    names: list[str] = []
-    for name in {**found, **claim}:
-        one, other = found.get(name), claim.get(name)
-        if isinstance(one, dict) and isinstance(other, Mapping):
-            names += _differing(one, other, f"{prefix}{name}.")
-        elif one != other:
-            names.append(f"{prefix}{name}")
-    return names
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+"""Suffixes of files that may be pickles, which are never read."""
 
 
-PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
-"""The endings of files that may be pickles, which are never read."""
-
-
-def pickles_in(folder: Path) -> str:
-    """Say that a folder without the wanted file holds pickles; nothing if it holds none."""
-    found = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES))
+def describe_pickles(folder: Path) -> str:
+    """Describe the pickles in a folder, to go on an error about a missing file; empty if there are none."""
+    found = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES))
     return f"; it holds {found}, which is never read because loading a pickle can run code" if found else ""
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all; NaN and infinities are refused."""
+    """Write `content` as indented JSON atomically; NaN and infinities raise ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -104,28 +92,39 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def matches_manifest(marker: str | os.PathLike[str], claim: Mapping[str, Any], holds: str) -> bool:
-    """Tell whether a folder's marker makes the same claim, so that two different runs never mix in one folder.
+def matches_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any], holds: str) -> bool:
+    """Compare a folder's manifest with that of the run that wants to use it, so that two runs never mix in one folder.
 
     Args:
-        marker: a JSON file in the folder; it is not written here.
-        claim: what the run that wants to use the folder is made of, plain data.
-        holds: what the folder is said to hold where the claims differ, such as `a run with other`.
+        path: the manifest, a JSON file in the folder; it is not written here.
+        manifest: identifies the run, JSON-serialisable.
+        holds: what the folder holds if they differ, up to the names of the keys, such as `a run with different`.
 
     Returns:
-        False if there is no marker yet.
+        True if they are equal, False if there is no manifest yet.
 
     Raises:
-        DataError: if the marker claims something else; names the parts that differ.
+        DataError: if they differ; names the keys.
     """
-    path = Path(marker)
+    path = Path(path)
     if not path.is_file():
         return False
     found = read_json(path)
-    if found != claim:
-        other = ", ".join(_differing(found, claim))
+    if found != manifest:
         raise DataError(
-            f"folder {str(path.parent)!r} holds {holds} {other}.",
+            f"folder {str(path.parent)!r} holds {holds} {', '.join(_differing_keys(found, manifest))}.",
             "name a new output folder, or repeat the command exactly to resume.",
         )
     return True
+
+
+def _differing_keys(found: Mapping[str, Any], manifest: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the keys whose values differ, with dotted paths for nested mappings."""
+    keys: list[str] = []
+    for key in {**found, **manifest}:
+        one, other = found.get(key), manifest.get(key)
+        if isinstance(one, dict) and isinstance(other, Mapping):
+            keys += _differing_keys(one, other, f"{prefix}{key}.")
+        elif one != other:
+            keys.append(f"{prefix}{key}")
+    return keys

@@ -1,4 +1,4 @@
-"""Studies of optuna that a file keeps, so that a search goes on where it was broken off."""
+"""Optuna studies stored in a file, so that interrupted searches resume."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mavis.errors import MavisError, first_sentence
 
 def open_study(
     storage: str | os.PathLike[str] | None,
-    claim: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     *,
     directions: Sequence[str] = ("maximize",),
-    differs: str,
+    holds: str,
     error: type[MavisError],
 ) -> Any:
-    """Open the study that a file keeps, or begin one; optuna must be installed.
+    """Open the study in a file, or create one; optuna must be installed.
 
     Args:
-        storage: a file of JSON lines, made if it does not exist; None keeps the study in memory alone.
-        claim: what the search is made of, plain data; a file serves one search.
+        storage: a journal of JSON lines, created if it does not exist; None keeps the study in memory.
+        manifest: identifies the search, JSON-serialisable; a file serves one search.
         directions: `maximize` or `minimize` for each value of a trial.
-        differs: what of a claim can differ, for the message.
-        error: what to raise.
+        holds: what the file holds if the manifests differ, such as `a search with different seed`.
+        error: the class to raise.
 
     Returns:
         The `optuna.study.Study`.
 
     Raises:
-        MavisError: of the kind of `error`, if the file keeps another search, none, or cannot be written.
+        MavisError: of class `error`, if the file holds another search or none, or cannot be written.
     """
     optuna = importlib.import_module("optuna")
     if storage is None:
@@ -44,30 +44,32 @@ def open_study(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
-        kept = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
-        study = optuna.create_study(directions=list(directions), storage=kept, study_name="mavis", load_if_exists=True)
-        kept_claim = study.user_attrs.get("search")
-        if kept_claim is None:
-            study.set_user_attr("search", dict(claim))
+        backend = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
+        study = optuna.create_study(
+            directions=list(directions), storage=backend, study_name="mavis", load_if_exists=True
+        )
+        found = study.user_attrs.get("search")
+        if found is None:
+            study.set_user_attr("search", dict(manifest))
     except (OSError, json.JSONDecodeError, KeyError, ValueError, TypeError) as problem:
         raise error(
-            f"storage is {str(storage)!r}, which keeps no search: {first_sentence(problem)}.", "name a new file."
+            f"storage is {str(storage)!r}, which holds no search: {first_sentence(problem)}.", "name a new file."
         ) from problem
-    if kept_claim not in (None, claim):
+    if found not in (None, manifest):
         raise error(
-            f"storage is {str(storage)!r}, which keeps a search with other {differs}.",
+            f"storage is {str(storage)!r}, which holds {holds}.",
             "name a new file, or repeat the search exactly to resume.",
         )
     return study
 
 
-def sampler_of_trial(seed: int, number: int, *, constant_liar: bool = False) -> Any:
-    """Make the sampler of one trial: one each, so that a search that goes on draws what an undisturbed one would draw.
+def trial_sampler(seed: int, number: int, *, constant_liar: bool = False) -> Any:
+    """Create the sampler of one trial, with a seed of its own so that resumed searches match uninterrupted ones.
 
     Args:
         seed: of the search.
         number: of the trial.
-        constant_liar: whether trials that still run count as bad ones, which keeps those that run together apart.
+        constant_liar: whether running trials count as bad ones, which keeps concurrent trials apart.
 
     Source: tree-structured Parzen estimators, Bergstra et al. (NeurIPS 2011), as in optuna.
     """
@@ -76,8 +78,8 @@ def sampler_of_trial(seed: int, number: int, *, constant_liar: bool = False) -> 
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Keep optuna from telling of every trial."""
+def quiet_optuna() -> Iterator[None]:
+    """Silence optuna's log line for every trial."""
     logging = importlib.import_module("optuna.logging")
     before = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
@@ -88,11 +90,11 @@ def quietly() -> Iterator[None]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Drop what was being written when a search was killed: optuna would write on behind it, and read neither."""
+    """Drop a line that was cut short when a search was killed: optuna would append to it and could not read either."""
     if not path.is_file():
         return
     with path.open("r+b") as file:
         lines = file.read()
-        # Only where it is a journal: no other file is touched.
+        # Only in a journal: no other file is changed.
         if lines.startswith(b'{"op_code"') and not lines.endswith(b"\n"):
             file.truncate(lines.rfind(b"\n") + 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mavis.errors import VectorError, closest, import_optional
-from mavis.utils.optuna_study import open_study, quietly, sampler_of_trial
+from mavis.utils.optuna_study import open_study, quiet_optuna, trial_sampler
 from mavis.vectors.vector import finite
 
 Bounds = tuple[float, float]
@@ -67,11 +67,11 @@ def search_coefficients(
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise VectorError(f"trials is {trials!r}, expected an integer ≥ 1.", "trials=50 is a start for two names.")
     optuna = import_optional("optuna", "search_coefficients", "vectors")
-    with quietly():
+    with quiet_optuna():
         study = open_study(
             storage,
             {"bounds": {n: list(b) for n, b in limits.items()}, "seed": seed},
-            differs="names, bounds or seed",
+            holds="a search with different names, bounds or seed",
             error=VectorError,
         )
         states = optuna.trial.TrialState
@@ -80,7 +80,7 @@ def search_coefficients(
             if number == 0:
                 start = {name: min(max(0.0, low), high) for name, (low, high) in limits.items()}
                 study.enqueue_trial(start)
-            study.sampler = sampler_of_trial(seed, number)
+            study.sampler = trial_sampler(seed, number)
             trial = study.ask()
             found = _number(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
             if math.isfinite(found):

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from mavis.errors import VectorError
-from mavis.utils.files import PICKLES, atomic_folder
+from mavis.utils.files import PICKLE_SUFFIXES, atomic_folder
 from mavis.vectors.applying import add_to
 from mavis.vectors.model_tensors import ModelTensors, tensors_of
 from mavis.vectors.tensor_files import INDEX, new_folder, writing
 from mavis.vectors.vector import AlignmentVector
 
-_WEIGHTS = {*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}
+_WEIGHTS = {*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
 def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: str | os.PathLike[str]) -> Path:
@@ -51,7 +51,7 @@ def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: 
 
 def _is_of_the_base_alone(file: Path) -> bool:
     """Weights in whatever format, the index of a format that is left out, and the model card."""
-    index = file.name.endswith(".json") and any(part in PICKLES for part in Path(file.stem).suffixes)
+    index = file.name.endswith(".json") and any(part in PICKLE_SUFFIXES for part in Path(file.stem).suffixes)
     return file.suffix in _WEIGHTS or index or file.name.startswith(".") or file.name == "README.md"
 
 

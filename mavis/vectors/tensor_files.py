@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mavis.errors import VectorError, first_sentence
-from mavis.utils.files import pickles_in, read_json, write_json
+from mavis.utils.files import describe_pickles, read_json, write_json
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The precisions of weights that are not quantised."""
@@ -116,7 +116,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def _absent(self, file: Path) -> VectorError:
         return VectorError(
-            f"folder {str(self.folder)!r} has no {file.name}{pickles_in(self.folder)}.",
+            f"folder {str(self.folder)!r} has no {file.name}{describe_pickles(self.folder)}.",
             "save the weights as safetensors, e.g. by save_pretrained.",
         )
 

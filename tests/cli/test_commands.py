@@ -65,7 +65,7 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     shutil.copytree(trained.parent, tmp_path / "run")
     ran = mavis("train", *small, "output=run", "beta=2")
-    assert_refused(ran, "holds a run with other settings.beta, settings.zeta. Hint: name a new output folder")
+    assert_refused(ran, "holds a run with different settings.beta, settings.zeta. Hint: name a new output folder")
 
 
 def test_other_options_of_an_objective_in_the_same_folder_are_refused(
@@ -277,7 +277,7 @@ def test_aligning_ends_in_a_policy_and_a_table(mavis: Any, tmp_path: Path) -> No
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
     again = mavis(*ALIGN, "weights={brevity: 1.0}")
     assert again.out.splitlines()[-1] == ran.out.splitlines()[-1]
-    assert_refused(mavis(*ALIGN), "holds an alignment with other weights.brevity, weights.positive.")
+    assert_refused(mavis(*ALIGN), "holds an alignment with different weights.brevity, weights.positive.")
 
 
 @pytest.mark.parametrize(

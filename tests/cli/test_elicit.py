@@ -151,7 +151,7 @@ def test_when_there_is_nothing_left_to_ask_it_says_so(mavis: Any, trained: Path)
 def test_other_settings_in_the_same_folder_are_refused(mavis: Any, trained: Path) -> None:
     base = ("elicit", *ROOM, f"checkpoint={trained}", "output=out", "prompts=2", "questions=3")
     assert mavis(*base, stdin="1\n").code == 0
-    assert_refused(mavis(*base, "seed=1", stdin="1\n"), "holds rollouts of another run: different settings.seed")
+    assert_refused(mavis(*base, "seed=1", stdin="1\n"), "holds rollouts with different settings.seed")
     assert_refused(mavis(*base, "objectives.brevity.scale=7", stdin="1\n"), "whose objectives are configured otherwise")
 
 

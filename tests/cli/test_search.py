@@ -245,7 +245,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, capsys: py
     for other in ("critic.rank=8", "search.minimise=[seconds]", "seed=1"):
         with pytest.raises(SystemExit):
             searched(tmp_path, Launched(measured, tmp_path), other, trials=3)
-        assert "keeps a search with other settings, space or figures" in capsys.readouterr().err
+        assert "holds a search with different settings, space or metrics" in capsys.readouterr().err
     searched(tmp_path, Launched(measured, tmp_path), "threads=2", "hydra/launcher=joblib", trials=3)
 
 

@@ -216,7 +216,7 @@ def work(policy_folder: Path, out: Path) -> None:
             divisions=1, betas=(1.0,), samples=3, reference_samples=4, speed_repeats=0, sampling=SAMPLING
         ),
     )
-    facts["measured"] = measured.get("rows")
+    facts["measured"] = None if measured is None else measured.to_json()["rows"]
     student = HiddenStateCritic.for_policy(
         policy, list(OBJECTIVES), hidden=8, rank=4, composition="independent", seed=1
     )

@@ -43,7 +43,7 @@ def test_a_process_alone_is_the_main_one_has_all_and_touches_nothing_global() ->
     assert found.is_main
     assert found.shard([1, 2, 3]) == [1, 2, 3]
     values = torch.tensor([1.0])
-    assert found.total(values) is values
+    assert found.all_reduce_sum(values) is values
     found.barrier()
     found.check_agreement("nothing", {"a": 1})
     assert not torch.distributed.is_initialized()
@@ -65,11 +65,11 @@ def test_fewer_rollouts_than_processes_are_refused() -> None:
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match="process 1 does not see .*, which process 0 has written. Hint: put the out"):
-        ProcessGroup(1, 2).check_sees(tmp_path / "run.json")
+        ProcessGroup(1, 2).check_shared_path(tmp_path / "run.json")
 
 
 def test_what_gloo_says_of_a_lost_process_is_one_line_and_other_errors_are_their_own() -> None:
-    with pytest.raises(ProcessError, match="process 0 of 2 has lost another one"), ProcessGroup(0, 2).collective():
+    with pytest.raises(ProcessError, match="process 0 of 2 lost another process"), ProcessGroup(0, 2).collective():
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     for processes in (ProcessGroup(), ProcessGroup(0, 2)):
         with pytest.raises(RuntimeError, match="^shapes$"), processes.collective():
@@ -138,9 +138,7 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch: pyt
     try:
         for name, value in {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "RANK": "1"}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(
-            ConfigError, match="there are 2 processes, but Accelerate takes this one to be alone. Hint:"
-        ):
+        with pytest.raises(ConfigError, match="there are 2 processes, but Accelerate runs this one alone. Hint:"):
             join_processes("cpu")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -160,6 +158,6 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_found_ou
         return
     with pytest.raises(
         ConfigError,
-        match="several processes were asked for, but `accelerate launch --cpu` starts only one. Hint: start",
+        match="several processes were requested, but `accelerate launch --cpu` starts only one. Hint: start",
     ):
         join_processes("cpu")

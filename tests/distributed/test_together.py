@@ -72,7 +72,9 @@ def test_sums_and_shares_and_the_main_ones_word_are_the_same_everywhere(together
 
 def test_processes_that_are_about_to_do_different_things_are_refused_everywhere(together: Job, alone: Job) -> None:
     for facts in together.facts:
-        assert facts["words"]["disagreement"].startswith("process 1 has another number than process 0. Hint: start all")
+        assert facts["words"]["disagreement"].startswith(
+            "process 1 has a different number than process 0. Hint: start all"
+        )
     assert "disagreement" not in alone.facts[0]["words"]
 
 

@@ -498,5 +498,5 @@ def test_objectives_that_are_not_the_critics_are_refused(
 
 def test_a_folder_of_another_critics_sweep_is_refused(measure: Any, make_tiny_critic: Any) -> None:
     measure(make_tiny_critic())
-    with pytest.raises(DataError, match="holds rollouts of another run: different critic"):
+    with pytest.raises(DataError, match="holds rollouts with different critic"):
         measure(make_tiny_critic(seed=1))

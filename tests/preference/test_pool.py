@@ -54,7 +54,7 @@ def test_it_is_sampled_once_and_is_the_same_every_time(
     assert first.pairs == again.pairs == kept.pairs
     assert torch.equal(first.differences, again.differences)
     assert torch.equal(first.differences, kept.differences)
-    with pytest.raises(DataError, match="holds rollouts of another run: different plan"):
+    with pytest.raises(DataError, match="holds rollouts with different plan"):
         candidate_pairs(*parts, PROMPTS, tmp_path / "a", SETTINGS, beta=3.0)
 
 

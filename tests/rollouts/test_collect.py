@@ -339,7 +339,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
     arguments: dict[str, Any] = {"plan": RolloutPlan.reference(PROMPTS, 2), "settings": SETTINGS}
     before = columns(run(**arguments, folder=tmp_path))
     with pytest.raises(
-        DataError, match=rf"holds rollouts of another run: different {re.escape(named)}\. Hint: name a new output"
+        DataError, match=rf"holds rollouts with different {re.escape(named)}\. Hint: name a new output"
     ):
         list(run(**(arguments | change), folder=tmp_path))
     assert columns(run(**arguments, folder=tmp_path)) == before
@@ -347,13 +347,13 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
 
 def test_a_folder_of_another_critic_is_refused(run: Any, make_tiny_critic: MakeCritic, tmp_path: Path) -> None:
     list(run(tilted_plan(), tmp_path, critic=make_tiny_critic()))
-    with pytest.raises(DataError, match="holds rollouts of another run: different critic"):
+    with pytest.raises(DataError, match="holds rollouts with different critic"):
         list(run(tilted_plan(), tmp_path, critic=make_tiny_critic(seed=1)))
 
 
 def test_a_folder_of_another_policy_is_refused(run: Any, make_other_policy: Any, tmp_path: Path) -> None:
     list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path))
-    with pytest.raises(DataError, match="holds rollouts of another run: different policy"):
+    with pytest.raises(DataError, match="holds rollouts with different policy"):
         list(run(RolloutPlan.reference(PROMPTS, 2), tmp_path, policy=make_other_policy()))
 
 

@@ -108,10 +108,12 @@ def test_storage_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytes
     storage = tmp_path / "search.jsonl"
     search_coefficients(quadratic, NAMES, trials=2, storage=storage)
     for other in ({"seed": 1}, {"bounds": (0, 1)}):
-        with pytest.raises(VectorError, match="keeps a search with other names, bounds or seed. Hint: name a new file"):
+        with pytest.raises(
+            VectorError, match="holds a search with different names, bounds or seed. Hint: name a new file"
+        ):
             search_coefficients(quadratic, NAMES, trials=2, storage=storage, **other)  # type: ignore[arg-type]
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
-    with pytest.raises(VectorError, match="which keeps no search"):
+    with pytest.raises(VectorError, match="which holds no search"):
         search_coefficients(quadratic, NAMES, trials=2, storage=tmp_path / "notes.txt")
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingPackageError, match="search_coefficients needs optuna, which is not installed"):
@@ -128,14 +130,14 @@ def test_a_last_line_that_was_torn_loses_nothing_before_it(tmp_path: Path) -> No
         assert search_coefficients(quadratic, NAMES, trials=8, storage=storage) == whole
     notes = tmp_path / "notes.txt"
     notes.write_text("hello\nworld")
-    with pytest.raises(VectorError, match="which keeps no search"):
+    with pytest.raises(VectorError, match="which holds no search"):
         search_coefficients(quadratic, NAMES, trials=2, storage=notes)
     assert notes.read_text().startswith("hello\nworld")
 
 
 def test_storage_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(VectorError, match="which keeps no search"):
+    with pytest.raises(VectorError, match="which holds no search"):
         search_coefficients(quadratic, NAMES, trials=2, storage=tmp_path / "file" / "search.jsonl")
 
 

@@ -19,7 +19,7 @@ from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.names import is_hub_id
-from mavis.utils.files import pickles_in
+from mavis.utils.files import describe_pickles
 
 Kinds = Mapping[str, Callable[..., Any]]
 """The classes of critics by what `kind` in a configuration calls them."""
@@ -111,7 +111,7 @@ def _check_weights_exist(path: Path) -> None:
     """Refuse a folder without weights."""
     if not (path / WEIGHTS).is_file():
         raise CriticError(
-            f"folder {str(path)!r} has no {WEIGHTS}{pickles_in(path)}.",
+            f"folder {str(path)!r} has no {WEIGHTS}{describe_pickles(path)}.",
             "save the critic again with Critic.save_pretrained.",
         )
 

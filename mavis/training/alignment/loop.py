@@ -85,7 +85,7 @@ def align(
         "prompts": RolloutPlan.reference(prompts, 0).digest(),
         "evaluation_prompts": RolloutPlan.reference(evaluation_prompts or (), 0).digest(),
     }
-    goes_on = matches_manifest(run / "run.json", claim, "an alignment with other")
+    goes_on = matches_manifest(run / "run.json", claim, "an alignment with different")
     if goes_on and (run / "report.json").is_file():
         return AlignReport(**read_json(run / "report.json"))
     try:

@@ -280,7 +280,7 @@ def test_another_run_in_the_same_folder_is_refused(
         "weights": {"good": 1.0, "brevity": 0.1},
         "evaluation_prompts": ["a cat", "they saw the old house"],
     }
-    with pytest.raises(DataError, match=f"holds an alignment with other {named}. Hint: name a new output folder"):
+    with pytest.raises(DataError, match=f"holds an alignment with different {named}. Hint: name a new output folder"):
         start(unbroken[1], **(same | other))
 
 

@@ -327,7 +327,9 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
 ) -> None:
     seed, student = change.pop("teachers", 0), make(memory=change.pop("memory", 4))
     others = [talkative(make("good"), seed), teachers[1]]
-    with pytest.raises(DataError, match=rf"holds a run with other {re.escape(named)}\. Hint: name a new output folder"):
+    with pytest.raises(
+        DataError, match=rf"holds a run with different {re.escape(named)}\. Hint: name a new output folder"
+    ):
         run(student, others, unbroken[2], **change)
 
 

@@ -124,7 +124,8 @@ def test_a_quantised_policy_is_trained_on_like_any(
         divisions=1, betas=(1.0,), samples=2, reference_samples=4, speed_repeats=1, sampling=SETTINGS.sampling
     )
     measured = evaluate(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS[:2], tmp_path / "measured", settings)
-    assert measured["speed"]["tilted"]["ratio"] > 0
+    assert measured is not None
+    assert measured.speed["tilted"]["ratio"] > 0
 
 
 def test_one_report_per_iteration(unbroken: Any) -> None:
@@ -515,7 +516,9 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
     critic = HiddenStateCritic.for_policy(
         tiny_policy, ("good", "brevity"), hidden=hidden, rank=4, composition="independent"
     )
-    with pytest.raises(DataError, match=rf"holds a run with other {re.escape(named)}\. Hint: name a new output folder"):
+    with pytest.raises(
+        DataError, match=rf"holds a run with different {re.escape(named)}\. Hint: name a new output folder"
+    ):
         next(start(critic, unbroken[2], **change))
 
 
@@ -524,7 +527,7 @@ def test_a_folder_of_another_policy_is_refused(
 ) -> None:
     policy = make_other_policy()
     critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
-    with pytest.raises(DataError, match="holds a run with other policy"):
+    with pytest.raises(DataError, match="holds a run with different policy"):
         next(improve(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, unbroken[2], SETTINGS))
 
 
