@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -28,8 +29,8 @@ from transformers.utils import logging
 from mavis import HiddenStateCritic, MavisTilt, embedded
 from mavis.critics import Critic, ValueModelCritic
 from mavis.evaluation import EvaluationSettings, evaluate
-from mavis.evaluation.speed import compare_speed
 from mavis.evaluation.efficiency import efficiency_at
+from mavis.evaluation.speed import compare_speed
 from mavis.evaluation.sweep_rollouts import reference_rollouts, truncated_rollouts
 from mavis.math.best_of_n import best_of_n
 from mavis.rewards import Dialogue, Positive

@@ -74,7 +74,7 @@ def plot_frontier(
     rows: Sequence[Row],
     limits: Sequence[Row],
     min_effective_sample_size: float = 50.0,
-    cut: Row | None = None,
+    truncated: Row | None = None,
 ) -> Figure:
     """Draw the reward w·R against the KL to the reference policy, under the optimal frontier.
 
@@ -87,7 +87,8 @@ def plot_frontier(
             what the best of n responses earns, the KL at which the frontier efficiency was read, and its value, None
             where it could not be.
         min_effective_sample_size: below it the limit is drawn dashed, for it hangs on few rollouts.
-        cut: the row of the reference policy cut to candidates, where the sweep begins; None if it is not cut.
+        truncated: the row of the reference policy truncated to the candidates, where each sweep begins; None if every
+            token is a candidate.
 
     Returns:
         The figure that was written: a panel per choice of weights, whose title names the efficiency.
@@ -107,7 +108,7 @@ def plot_frontier(
     for panel, (key, sweep) in zip(panels, sweeps.items(), strict=False):
         title = ", ".join(f"{name} {weight:.3g}" for name, weight in sweep[0]["weights"].items() if weight)
         panel.set_title(textwrap.fill(title, characters), fontsize=9, color=INK, loc="left")
-        _draw_panel(panel, sweep, betas, limit_of.get(key), reference, cut, min_effective_sample_size)
+        _draw_panel(panel, sweep, betas, limit_of.get(key), reference, truncated, min_effective_sample_size)
     figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9, color=INK)
     figure.supylabel("reward w·R (normalised)", fontsize=9, color=INK)
     named: dict[str, Any] = {}
@@ -125,7 +126,7 @@ def _draw_panel(
     betas: str,
     limit: Row | None,
     reference: Row | None,
-    cut: Row | None,
+    truncated: Row | None,
     min_effective_sample_size: float,
 ) -> None:
     """Draw one sweep over β, its limit and the reference policy."""
@@ -137,7 +138,7 @@ def _draw_panel(
     shown = [reward - error, reward + error]
     if reference is not None:
         base = _weighted(reference, weights)[0]
-        start = [0.0, base] if cut is None else [_number(cut, "kl"), _weighted(cut, weights)[0]]
+        start = [0.0, base] if truncated is None else [_number(truncated, "kl"), _weighted(truncated, weights)[0]]
         line = np.vstack([start, line])
         shown.append(np.array([base]))
         axes.axhline(base, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from mavis.critics import HiddenStateCritic
 from mavis.errors import ConfigError, DataError, WeightsError
-from mavis.evaluation.report import write_report
-from mavis.evaluation.sweep import EvaluationSettings, evaluate, reference_rollouts
-from mavis.evaluation.sweeps.runs import mean_efficiency
+from mavis.evaluation import EvaluationReport, EvaluationSettings, evaluate, write_report
+from mavis.evaluation.sweep_rollouts import reference_rollouts
 from mavis.rollouts import RolloutSettings
 
 PROMPTS = ["once upon a time", "the dog", "she said"]
@@ -82,10 +81,12 @@ def exact(tiny_policy: Any, tiny_tokenizer: Any, tables: Tensor) -> tuple[Hidden
 @pytest.fixture(scope="session")
 def one_token(
     tiny_policy: Any, tiny_tokenizer: Any, exact: Any, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+) -> EvaluationReport:
     critic, objectives = exact
     folder = tmp_path_factory.mktemp("one_token")
-    return evaluate(tiny_policy, tiny_tokenizer, critic, objectives, PROMPTS, folder, ONE_TOKEN)
+    report = evaluate(tiny_policy, tiny_tokenizer, critic, objectives, PROMPTS, folder, ONE_TOKEN)
+    assert report is not None
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -105,12 +106,14 @@ def best(reference_logprobs: Tensor, rewards: Tensor, beta: float) -> tuple[Tens
 @pytest.fixture
 def measure(
     tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
-) -> Callable[..., dict[str, Any]]:
-    def run(critic: HiddenStateCritic, settings: EvaluationSettings = SHORT, **options: Any) -> dict[str, Any]:
+) -> Callable[..., EvaluationReport]:
+    def run(critic: HiddenStateCritic, settings: EvaluationSettings = SHORT, **options: Any) -> EvaluationReport:
         objectives = options.pop("objectives", None) or {name: tiny_objectives[name] for name in critic.objectives}
         prompts = options.pop("prompts", PROMPTS)
         folder = options.pop("folder", tmp_path / "rollouts")
-        return evaluate(tiny_policy, tiny_tokenizer, critic, objectives, prompts, folder, settings, **options)
+        report = evaluate(tiny_policy, tiny_tokenizer, critic, objectives, prompts, folder, settings, **options)
+        assert report is not None
+        return report
 
     return run
 
@@ -118,105 +121,105 @@ def measure(
 # In the exact world
 
 
-def weights_of(entry: Mapping[str, Any]) -> Tensor:
-    return torch.tensor(list(entry["weights"].values()), dtype=torch.float64)
+def weights_of(entry: Any) -> Tensor:
+    return torch.tensor(list(entry.weights.values()), dtype=torch.float64)
 
 
 def test_the_first_row_is_the_reference_policy(
-    one_token: dict[str, Any], reference_logprobs: Tensor, tables: Tensor
+    one_token: EvaluationReport, reference_logprobs: Tensor, tables: Tensor
 ) -> None:
-    row = one_token["rows"][0]
-    assert row["beta"] == 0.0
-    assert row["weights"] == {"first": 0.0, "second": 0.0}
-    assert (row["kl"], row["kl_stderr"]) == (0.0, 0.0)
-    assert row["efficiency"] is None
-    assert row["responses"] == len(PROMPTS) * ONE_TOKEN.reference_samples
+    row = one_token.rows[0]
+    assert row.beta == 0.0
+    assert row.weights == {"first": 0.0, "second": 0.0}
+    assert (row.kl, row.kl_stderr) == (0.0, 0.0)
+    assert row.efficiency is None
+    assert row.responses == len(PROMPTS) * ONE_TOKEN.reference_samples
     for name, table in zip(("first", "second"), tables, strict=True):
         mean = float((reference_logprobs.exp() * table).sum(-1).mean())
-        spread = 4 * float((reference_logprobs.exp() * table.square()).sum(-1).mean() / row["responses"]) ** 0.5
-        assert row["rewards"][name] == pytest.approx(mean, abs=spread)
+        spread = 4 * float((reference_logprobs.exp() * table.square()).sum(-1).mean() / row.responses) ** 0.5
+        assert row.rewards[name] == pytest.approx(mean, abs=spread)
 
 
-def test_there_is_a_row_for_every_weight_and_beta_in_their_order(one_token: dict[str, Any]) -> None:
-    rows = one_token["rows"][1:]
-    found = [(*row["weights"].values(), row["beta"]) for row in rows]
+def test_there_is_a_row_for_every_weight_and_beta_in_their_order(one_token: EvaluationReport) -> None:
+    rows = one_token.rows[1:]
+    found = [(*row.weights.values(), row.beta) for row in rows]
     assert found == [(w, 1 - w, beta) for w in (1.0, 0.5, 0.0) for beta in (0.5, 1.0, 2.0)]
-    assert {row["responses"] for row in rows} == {len(PROMPTS) * ONE_TOKEN.samples}
+    assert {row.responses for row in rows} == {len(PROMPTS) * ONE_TOKEN.samples}
 
 
 def test_rewards_and_kl_are_the_tilted_policys_own(
-    one_token: dict[str, Any], reference_logprobs: Tensor, tables: Tensor
+    one_token: EvaluationReport, reference_logprobs: Tensor, tables: Tensor
 ) -> None:
-    for row in one_token["rows"][1:]:
-        logprobs, kl = best(reference_logprobs, weights_of(row) @ tables, row["beta"])
+    for row in one_token.rows[1:]:
+        logprobs, kl = best(reference_logprobs, weights_of(row) @ tables, row.beta)
         # The KL of a step is exact and there is one step, so it has no sampling error at all.
-        assert row["kl"] == pytest.approx(kl, abs=1e-5)
+        assert row.kl == pytest.approx(kl, abs=1e-5)
         for name, table in zip(("first", "second"), tables, strict=True):
             mean = float((logprobs.exp() * table).sum(-1).mean())
-            spread = 4.5 * float((logprobs.exp() * table.square()).sum(-1).mean() / row["responses"]) ** 0.5
-            assert row["rewards"][name] == pytest.approx(mean, abs=spread)
+            spread = 4.5 * float((logprobs.exp() * table.square()).sum(-1).mean() / row.responses) ** 0.5
+            assert row.rewards[name] == pytest.approx(mean, abs=spread)
 
 
-def test_the_best_policy_there_is_has_an_efficiency_of_one(one_token: dict[str, Any]) -> None:
-    known = [row["efficiency"] for row in one_token["rows"][1:] if row["efficiency"] is not None]
+def test_the_best_policy_there_is_has_an_efficiency_of_one(one_token: EvaluationReport) -> None:
+    known = [row.efficiency for row in one_token.rows[1:] if row.efficiency is not None]
     assert len(known) >= 6
     assert known == pytest.approx([1.0] * len(known), abs=0.25)
-    read = [entry["efficiency"] for entry in one_token["efficiency"] if entry["kl"] < 1]
+    read = [entry.efficiency for entry in one_token.efficiency if entry.kl < 1]
     assert len(read) == 6
     # Read between two points of the sweep, on the chord below the frontier.
     assert all(0.7 < efficiency < 1.15 for efficiency in read)
 
 
-def test_the_reward_at_a_kl_is_read_between_the_neighbours_in_the_sweep(one_token: dict[str, Any]) -> None:
-    reference = one_token["rows"][0]
-    for entry in one_token["efficiency"]:
+def test_the_reward_at_a_kl_is_read_between_the_neighbours_in_the_sweep(one_token: EvaluationReport) -> None:
+    reference = one_token.rows[0]
+    for entry in one_token.efficiency:
         weights = weights_of(entry)
-        sweep = [reference] + [row for row in one_token["rows"][1:] if row["weights"] == entry["weights"]]
-        rewards = [float(weights @ torch.tensor(list(row["rewards"].values()), dtype=torch.float64)) for row in sweep]
-        if entry["kl"] < 1:
-            expected = numpy.interp(entry["kl"], [row["kl"] for row in sweep], rewards)
-            assert entry["reward"] == pytest.approx(float(expected))
-            limit = next(limit for limit in one_token["limits"] if limit["weights"] == entry["weights"])
-            best = numpy.interp(entry["kl"], limit["kl"], limit["reward"])
-            efficiency = (entry["reward"] - rewards[0]) / (best - rewards[0])
-            assert entry["efficiency"] == pytest.approx(efficiency, abs=0.01)  # the limit's own points lie close
+        sweep = [reference] + [row for row in one_token.rows[1:] if row.weights == entry.weights]
+        rewards = [float(weights @ torch.tensor(list(row.rewards.values()), dtype=torch.float64)) for row in sweep]
+        if entry.kl < 1:
+            expected = numpy.interp(entry.kl, [row.kl for row in sweep], rewards)
+            assert entry.reward == pytest.approx(float(expected))
+            limit = next(limit for limit in one_token.limits if limit.weights == entry.weights)
+            best = numpy.interp(entry.kl, limit.kl, limit.reward)
+            efficiency = (entry.reward - rewards[0]) / (best - rewards[0])
+            assert entry.efficiency == pytest.approx(efficiency, abs=0.01)  # the limit's own points lie close
 
 
-def test_nothing_is_extrapolated(one_token: dict[str, Any]) -> None:
-    beyond = [entry for entry in one_token["efficiency"] if entry["kl"] == 50.0]
+def test_nothing_is_extrapolated(one_token: EvaluationReport) -> None:
+    beyond = [entry for entry in one_token.efficiency if entry.kl == 50.0]
     assert len(beyond) == 3
-    assert all(entry["reward"] is None and entry["efficiency"] is None for entry in beyond)
+    assert all(entry.reward is None and entry.efficiency is None for entry in beyond)
 
 
 def test_the_limits_are_the_best_reward_at_each_kl(
-    one_token: dict[str, Any], reference_logprobs: Tensor, tables: Tensor
+    one_token: EvaluationReport, reference_logprobs: Tensor, tables: Tensor
 ) -> None:
-    assert len(one_token["limits"]) == 3
-    for limit in one_token["limits"]:
-        assert limit["kl"][0] == 0.0
-        assert limit["effective_sample_size"][0] == ONE_TOKEN.reference_samples
-        assert limit["kl"] == sorted(limit["kl"])
-        assert limit["reward"] == sorted(limit["reward"])
+    assert len(one_token.limits) == 3
+    for limit in one_token.limits:
+        assert limit.kl[0] == 0.0
+        assert limit.effective_sample_size[0] == ONE_TOKEN.reference_samples
+        assert limit.kl == sorted(limit.kl)
+        assert limit.reward == sorted(limit.reward)
         rewards = weights_of(limit) @ tables
         logprobs, kl = best(reference_logprobs, rewards, 1.0)
-        at_one = min(range(len(limit["kl"])), key=lambda i: abs(limit["kl"][i] - kl))
-        assert limit["reward"][at_one] == pytest.approx(float((logprobs.exp() * rewards).sum(-1).mean()), abs=0.15)
-        below = [limit["reward"][0]]
-        for entry, n in zip(limit["best_of_n"], (2, 4, 8, 16), strict=True):
-            assert entry["n"] == n
-            assert 0 < entry["kl"] <= math.log(n) - (n - 1) / n + 1e-6  # less where rewards are equal
-            assert entry["reward"] > below[-1]
-            below.append(entry["reward"])
+        at_one = min(range(len(limit.kl)), key=lambda i: abs(limit.kl[i] - kl))
+        assert limit.reward[at_one] == pytest.approx(float((logprobs.exp() * rewards).sum(-1).mean()), abs=0.15)
+        below = [limit.reward[0]]
+        for entry, n in zip(limit.best_of_n, (2, 4, 8, 16), strict=True):
+            assert entry.n == n
+            assert 0 < entry.kl <= math.log(n) - (n - 1) / n + 1e-6  # less where rewards are equal
+            assert entry.reward > below[-1]
+            below.append(entry.reward)
 
 
-def test_values_that_are_known_come_true(one_token: dict[str, Any]) -> None:
-    found = [(entry["objective"], entry["beta"]) for entry in one_token["values"]]
+def test_values_that_are_known_come_true(one_token: EvaluationReport) -> None:
+    found = [(entry.objective, entry.beta) for entry in one_token.values]
     assert found == [(name, beta) for name in ("first", "second") for beta in (0.0, 0.5, 1.0, 2.0)]
-    for entry in one_token["values"]:
-        assert entry["slope"] == pytest.approx(1.0, abs=1e-4)
-        assert entry["intercept"] == pytest.approx(0.0, abs=1e-4)
-        assert entry["r_squared"] == pytest.approx(1.0, abs=1e-4)
-        assert sum(row["count"] for row in entry["rows"]) > 200
+    for entry in one_token.values:
+        assert entry.slope == pytest.approx(1.0, abs=1e-4)
+        assert entry.intercept == pytest.approx(0.0, abs=1e-4)
+        assert entry.r_squared == pytest.approx(1.0, abs=1e-4)
+        assert sum(row.count for row in entry.rows) > 200
 
 
 def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, measure: Any, tiny_policy: Any) -> None:
@@ -228,28 +231,28 @@ def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, mea
         loud.heads.bias[:, -1] = 1.0
     settings = replace(ONE_TOKEN, divisions=1, betas=(1.0,), samples=20, reference_samples=100)
     report = measure(loud, settings, objectives=objectives)
-    for entry in report["values"]:
-        assert entry["slope"] == pytest.approx(0.5, abs=1e-4)
-        assert entry["intercept"] == pytest.approx(-0.5, abs=1e-4)
-        assert entry["r_squared"] < 0
+    for entry in report.values:
+        assert entry.slope == pytest.approx(0.5, abs=1e-4)
+        assert entry.intercept == pytest.approx(-0.5, abs=1e-4)
+        assert entry.r_squared < 0
 
 
-def test_the_scale_of_the_rewards_is_told(one_token: dict[str, Any]) -> None:
-    assert one_token["normalisation"] == {name: {"mean": 10.0, "std": 4.0} for name in ("first", "second")}
+def test_the_scale_of_the_rewards_is_told(one_token: EvaluationReport) -> None:
+    assert one_token.normalisation == {name: {"mean": 10.0, "std": 4.0} for name in ("first", "second")}
 
 
-def test_the_front_is_measured_from_its_reference_point(one_token: dict[str, Any]) -> None:
-    front = one_token["front"]
-    assert front["reference_point"] == {"first": -1.0, "second": -1.0}
-    assert len(front["non_dominated"]) == len(one_token["rows"])
-    assert not front["non_dominated"][0]
-    points = [tuple(row["rewards"].values()) for row in one_token["rows"]]
-    front_points = sorted(point for point, kept in zip(points, front["non_dominated"], strict=True) if kept)
+def test_the_front_is_measured_from_its_reference_point(one_token: EvaluationReport) -> None:
+    front = one_token.front
+    assert front.reference_point == {"first": -1.0, "second": -1.0}
+    assert len(front.non_dominated) == len(one_token.rows)
+    assert not front.non_dominated[0]
+    points = [tuple(row.rewards.values()) for row in one_token.rows]
+    front_points = sorted(point for point, kept in zip(points, front.non_dominated, strict=True) if kept)
     left, volume = -1.0, 0.0
     for first, second in front_points:
         volume += (first - left) * (second + 1.0)
         left = first
-    assert front["hypervolume"] == pytest.approx(volume)
+    assert front.hypervolume == pytest.approx(volume)
 
 
 # On the tiny policy
@@ -262,24 +265,27 @@ def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidat
     """No β leads from the one to the other, so a line between them would be no measurement."""
     sampling = replace(SHORT.sampling, top_k=top_k)
     report = measure(make_tiny_critic(), replace(SHORT, betas=(0.1, 3.0), target_kls=(1e-6, 1.0), sampling=sampling))
-    floor = report["cut"]["kl"] if top_k else 0.0
-    assert (report["cut"] is not None) == (top_k is not None)
+    floor = report.cut.kl if top_k else 0.0
+    assert (report.cut is not None) == (top_k is not None)
     assert (floor > 0.1) == (top_k is not None)
-    for entry in report["efficiency"]:
-        swept = [row["kl"] for row in report["rows"][1:] if row["weights"] == entry["weights"]]
-        assert (entry["reward"] is not None) == (min(floor, *swept) <= entry["kl"] <= max(swept))
+    for entry in report.efficiency:
+        swept = [row.kl for row in report.rows[1:] if row.weights == entry.weights]
+        assert (entry.reward is not None) == (min(floor, *swept) <= entry.kl <= max(swept))
     # What no tilt can reach is no critic's fault: were it counted, the first target would halve the mean.
-    trusted = {**report, "efficiency": [entry | {"efficiency": None} for entry in report["efficiency"]]}
-    trusted["limits"] = [limit | {"effective_sample_size": [99.0] * len(limit["kl"])} for limit in report["limits"]]
-    assert mean_efficiency(trusted, kl=1e-6) == (None if top_k else 0.0)
+    trusted = replace(
+        report,
+        efficiency=[replace(entry, efficiency=None) for entry in report.efficiency],
+        limits=[replace(limit, effective_sample_size=[99.0] * len(limit.kl)) for limit in report.limits],
+    )
+    assert trusted.mean_efficiency(kl=1e-6) == (None if top_k else 0.0)
 
 
 def test_a_limit_that_hangs_on_few_rollouts_gives_no_efficiency(measure: Any, make_tiny_critic: Any) -> None:
     whole = replace(SHORT.sampling, top_k=None)
     report = measure(make_tiny_critic(), replace(SHORT, sampling=whole))  # 6 reference rollouts per prompt
-    assert all(row["efficiency"] is None for row in report["rows"])
-    assert all(entry["efficiency"] is None for entry in report["efficiency"])
-    assert any(entry["reward"] is not None for entry in report["efficiency"])
+    assert all(row.efficiency is None for row in report.rows)
+    assert all(entry.efficiency is None for entry in report.efficiency)
+    assert any(entry.reward is not None for entry in report.efficiency)
 
 
 def test_the_figures_of_a_row_are_those_of_its_responses(
@@ -294,8 +300,8 @@ def test_the_figures_of_a_row_are_those_of_its_responses(
     report = measure(critic, held_out=vowels)
     shards = [datasets.load_from_disk(str(path)) for path in sorted((tmp_path / "rollouts" / "sweep").glob("shard-*"))]
     responses = datasets.concatenate_datasets(shards)[:]
-    row, where = report["rows"][3], slice(2 * 12, 3 * 12)  # weights (½, ½), β = 1; 3 prompts × 4 samples
-    assert row["weights"] == {"good": 0.5, "brevity": 0.5}
+    row, where = report.rows[3], slice(2 * 12, 3 * 12)  # weights (½, ½), β = 1; 3 prompts × 4 samples
+    assert row.weights == {"good": 0.5, "brevity": 0.5}
     assert responses["weights"][where] == [[0.5, 0.5]] * 12
     assert responses["prompt"][where] == [prompt for prompt in PROMPTS for _ in range(4)]
 
@@ -306,14 +312,14 @@ def test_the_figures_of_a_row_are_those_of_its_responses(
     raw = responses["rewards"][where]
     for column, (name, mean, std) in enumerate((("good", 0.5, 0.7), ("brevity", -4.0, 1.5))):
         figures = by_prompt([(reward[column] - mean) / std for reward in raw])
-        assert (row["rewards"][name], row["rewards_stderr"][name]) == pytest.approx(figures)
-    assert (row["kl"], row["kl_stderr"]) == pytest.approx(by_prompt([sum(kl) for kl in responses["kl"][where]]))
-    assert row["length"] == pytest.approx(sum(map(len, responses["response_ids"][where])) / 12)
+        assert (row.rewards[name], row.rewards_stderr[name]) == pytest.approx(figures)
+    assert (row.kl, row.kl_stderr) == pytest.approx(by_prompt([sum(kl) for kl in responses["kl"][where]]))
+    assert row.length == pytest.approx(sum(map(len, responses["response_ids"][where])) / 12)
     texts = responses["response"][where]
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    assert row["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
+    assert row.distinct_2 == pytest.approx(len(set(pairs)) / len(pairs))
     counts = by_prompt([text.count("a") for text in texts])
-    assert (row["held_out"]["vowels"], row["held_out_stderr"]["vowels"]) == pytest.approx(counts)
+    assert (row.held_out["vowels"], row.held_out_stderr["vowels"]) == pytest.approx(counts)
 
     total, tokens = 0.0, 0
     for prompt, ids in zip(responses["prompt_ids"][where], responses["response_ids"][where], strict=True):
@@ -322,15 +328,15 @@ def test_the_figures_of_a_row_are_those_of_its_responses(
         logprobs = torch.log_softmax(logits.double(), dim=-1)
         total += float(logprobs[torch.arange(len(ids)), torch.tensor(ids)].sum())
         tokens += len(ids)
-    assert row["perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+    assert row.perplexity == pytest.approx(math.exp(-total / tokens), rel=1e-4)
 
 
 def test_speed_is_told_beside_plain_decoding(measure: Any, make_tiny_critic: Any) -> None:
     report = measure(make_tiny_critic())
-    speed = report["speed"]
+    speed = report.speed
     assert speed["batch"] == 2
-    assert report["rows"][0]["tokens_per_second"] == speed["plain"]["tokens_per_second"] > 0
-    assert {row["tokens_per_second"] for row in report["rows"][1:]} == {speed["tilted"]["tokens_per_second"]}
+    assert report.rows[0].tokens_per_second == speed["plain"]["tokens_per_second"] > 0
+    assert {row.tokens_per_second for row in report.rows[1:]} == {speed["tilted"]["tokens_per_second"]}
     assert speed["plain"]["ratio"] == 1.0
 
 
@@ -394,13 +400,13 @@ def test_the_critic_is_left_as_it_was_attached_or_not(measure: Any, make_tiny_cr
     with critic.attach(tiny_policy):
         attached = measure(critic)
         assert critic.attached_policy is tiny_policy
-    assert attached["values"] == detached["values"]
+    assert attached.values == detached.values
 
 
 def test_one_objective_and_one_prompt_are_enough(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     report = measure(make_tiny_critic("good"), prompts=PROMPTS[:1])
-    assert [row["weights"] for row in report["rows"]] == [{"good": 0.0}, {"good": 1.0}, {"good": 1.0}]
-    assert report["rows"][1]["rewards_stderr"]["good"] > 0  # of the sampling; prompts are given
+    assert [row.weights for row in report.rows] == [{"good": 0.0}, {"good": 1.0}, {"good": 1.0}]
+    assert report.rows[1].rewards_stderr["good"] > 0  # of the sampling; prompts are given
     assert [path.name for path in write_report(tmp_path / "report", report)] == [
         "report.json",
         "report.csv",
@@ -421,18 +427,20 @@ def test_the_report_is_json_and_csv_and_two_plots(measure: Any, make_tiny_critic
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    assert json.loads(paths[0].read_text(encoding="utf-8"), parse_constant=refuse) == json.loads(json.dumps(report))
+    assert json.loads(paths[0].read_text(encoding="utf-8"), parse_constant=refuse) == json.loads(
+        json.dumps(report.to_json())
+    )
     with paths[1].open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(report["rows"]) == 7
+    assert len(rows) == len(report.rows) == 7
     assert {
         *("weights.good", "weights.brevity", "beta", "rewards.good", "rewards.brevity"),
         *("rewards_stderr.good", "rewards_stderr.brevity", "kl", "kl_stderr", "efficiency", "responses", "length"),
         *("distinct_2", "perplexity", "tokens_per_second", "held_out.vowels", "held_out_stderr.vowels"),
     } == set(rows[0])
-    for written, row in zip(rows, report["rows"], strict=True):
-        assert float(written["kl"]) == row["kl"]
-        assert float(written["rewards.good"]) == row["rewards"]["good"]
+    for written, row in zip(rows, report.rows, strict=True):
+        assert float(written["kl"]) == row.kl
+        assert float(written["rewards.good"]) == row.rewards["good"]
         assert written["efficiency"] == ""
     for path in paths[2:]:
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
@@ -460,7 +468,7 @@ def test_an_older_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp_pa
         ({"target_kls": (0.0,)}, "target_kls is"),
         ({"target_kls": (float("nan"),)}, "target_kls is"),
         ({"samples": 0}, "samples is 0"),
-        ({"reference_samples": 1}, "reference_samples 1"),
+        ({"reference_samples": 1}, "reference_samples is 1"),
         ({"speed_batch": 0}, "speed_batch is 0"),
     ],
 )

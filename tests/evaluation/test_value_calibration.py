@@ -62,20 +62,19 @@ def test_one_step_of_each_response_is_held_against_the_return_from_there(
     reference = columns([0.0, 0.0], 0.0)
     sweep = joined(columns([1.0, 0.0], BETA), columns([0.0, 1.0], BETA, rows=30))
     found = value_calibration(tiny_policy, critic, reference, sweep, SAMPLING)
-    assert [(entry["objective"], entry["beta"]) for entry in found] == [
+    assert [(entry.objective, entry.beta) for entry in found] == [
         ("up", 0.0),
         ("up", BETA),
         ("down", 0.0),
         ("down", BETA),
     ]
     for entry, responses in zip(found, (40, 40, 40, 30), strict=True):
-        assert set(entry) == {"objective", "beta", "rows", "slope", "intercept", "r_squared"}
-        assert entry["slope"] == pytest.approx(1.0, abs=1e-4)
-        assert entry["intercept"] == pytest.approx(0.0, abs=1e-4)
-        assert entry["r_squared"] == pytest.approx(1.0, abs=1e-4)
-        assert sum(row["count"] for row in entry["rows"]) == responses
-        for row in entry["rows"]:
-            assert row["predicted"] == pytest.approx(row["observed"], abs=1e-4)
+        assert entry.slope == pytest.approx(1.0, abs=1e-4)
+        assert entry.intercept == pytest.approx(0.0, abs=1e-4)
+        assert entry.r_squared == pytest.approx(1.0, abs=1e-4)
+        assert sum(row.count for row in entry.rows) == responses
+        for row in entry.rows:
+            assert row.predicted == pytest.approx(row.observed, abs=1e-4)
 
 
 def test_only_responses_that_were_tilted_to_the_objective_alone_are_read(
@@ -86,20 +85,20 @@ def test_only_responses_that_were_tilted_to_the_objective_alone_are_read(
         strange["rewards"] = [[1e3, 1e3]] * len(strange["rewards"])
     sweep = joined(mixed, columns([1.0, 0.0], BETA), double, columns([1.0, 0.0], 1.0))
     found = value_calibration(tiny_policy, critic, columns([0.0, 0.0], 0.0), sweep, SAMPLING)
-    assert [(entry["objective"], entry["beta"]) for entry in found] == [
+    assert [(entry.objective, entry.beta) for entry in found] == [
         ("up", 0.0),
         ("up", 1.0),
         ("up", BETA),
         ("down", 0.0),
     ]
-    assert all(entry["r_squared"] == pytest.approx(1.0, abs=1e-4) for entry in found)
+    assert all(entry.r_squared == pytest.approx(1.0, abs=1e-4) for entry in found)
 
 
-def test_at_most_512_responses_are_read_evenly_spread(
+def test_a_limited_number_of_responses_are_read_evenly_spread(
     tiny_policy: Any, critic: HiddenStateCritic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mavis.evaluation.value_calibration._MOST_RESPONSES", 16)
+    monkeypatch.setattr("mavis.evaluation.value_calibration._MAX_RESPONSES", 16)
     reference = columns([0.0, 0.0], 0.0, rows=47)
     found = value_calibration(tiny_policy, critic, reference, columns([1.0, 0.0], BETA, rows=16), SAMPLING)
-    counts = [sum(row["count"] for row in entry["rows"]) for entry in found]
+    counts = [sum(row.count for row in entry.rows) for entry in found]
     assert counts == [16, 16, 16]  # every third of 47, and all of 16

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mavis.errors import DataError
+from mavis.evaluation.report import mean_efficiency
 from mavis.utils.files import read_json
 
 FINISHED, UNFINISHED, FAILED, NOT_STARTED = "finished", "unfinished", "failed", "not started"
@@ -20,7 +19,6 @@ FINISHED, UNFINISHED, FAILED, NOT_STARTED = "finished", "unfinished", "failed", 
 _LAST = {"train": "critic/config.json", "distill": "critic/config.json"}
 # What says where and how fast a run works, not what it does.
 _ASIDE = ("output", "threads", "launcher", "hydra", "search", "tracking")
-_TRUSTED = 50.0  # effective samples, as in `optimal_reward_at`
 
 
 def gather_runs(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -67,36 +65,6 @@ def gather_runs(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         }
         for path, overrides, found in runs
     ]
-
-
-def mean_efficiency(report: Mapping[str, Any], kl: float | None = None) -> float | None:
-    """Average the frontier efficiency over all weights.
-
-    A target that the critic does not reach counts 0: its strongest tilt spends less. Targets below what the cut to
-    candidates costs by itself are left out, for they are in no critic's reach, and those at which the optimal frontier
-    itself cannot be trusted, whatever the critic does there.
-
-    Args:
-        report: from `evaluate`.
-        kl: the target KL, in nats per response; None takes all.
-
-    Returns:
-        The mean; None where there is no such target.
-    """
-    floor = (report.get("cut") or {"kl": 0.0})["kl"]
-    limits = {_key(limit["weights"]): limit for limit in report["limits"]}
-    shares = []
-    for entry in report["efficiency"]:
-        limit = limits[_key(entry["weights"])]
-        trusted = np.interp(entry["kl"], limit["kl"], limit["effective_sample_size"]) >= _TRUSTED
-        known = entry["efficiency"] is not None or (trusted and entry["kl"] >= floor)
-        if (kl is None or entry["kl"] == kl) and known:
-            shares.append(entry["efficiency"] or 0.0)
-    return float(np.mean(shares)) if shares else None
-
-
-def _key(weights: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted(weights.items()))
 
 
 def _run_folders(place: Path) -> list[Path]:

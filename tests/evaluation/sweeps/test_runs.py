@@ -11,9 +11,10 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from mavis.errors import ConfigError, DataError, EvaluationError
+from mavis.evaluation.report import mean_efficiency
 from mavis.evaluation.sweeps.plots import plot_runs
 from mavis.evaluation.sweeps.report import table_of_runs, write_runs
-from mavis.evaluation.sweeps.runs import gather_runs, mean_efficiency
+from mavis.evaluation.sweeps.runs import gather_runs
 from mavis.utils.files import write_json
 
 ONE, OTHER = {"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}
