@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mavis.errors import DataError, closest
+from mavis.errors import DataError, check_whole, closest
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -31,25 +31,29 @@ def load_prompts(
             a dataset on a hub.
         column: the column that holds the prompts; None takes the only column of text.
         split: of the dataset.
-        first_words: keep so many words of each row, ≥ 1, for corpora whose rows are whole texts; None keeps all.
-        limit: keep so many prompts, ≥ 1; None keeps all.
-        repeated: whether a prompt that comes twice is kept twice.
+        first_words: keep only this many words of each row, ≥ 1, for corpora of whole texts; None keeps all.
+        limit: keep only this many prompts, ≥ 1; None keeps all.
+        repeated: whether duplicates are kept.
 
     Returns:
-        Prompts in their order, without empty ones and, unless asked for, without repetitions.
+        Prompts in their order, without empty ones and, unless `repeated`, without duplicates.
 
     Raises:
         DataError: if the source is missing or unreadable, a column or split is unknown, a number is out of range, or no
             prompt is left.
+
+    Examples:
+        >>> from mavis.rollouts import load_prompts
+        >>> load_prompts(["Once upon a time", "", "The dog ran", "The dog ran"], first_words=2)
+        ['Once upon', 'The dog']
     """
-    for name, value in (("first_words", first_words), ("limit", limit)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}, expected ≥ 1.", "leave it out to keep everything.")
+    given = {name: value for name, value in (("first_words", first_words), ("limit", limit)) if value is not None}
+    check_whole(DataError, "leave it out to keep everything.", **given)
     rows = _rows(source, column, split)
     if first_words is not None:
         rows = [" ".join(row.split()[:first_words]) for row in rows]
-    filled = [row for row in rows if row.strip()]
-    prompts = filled if repeated else list(dict.fromkeys(filled))
+    not_empty = [row for row in rows if row.strip()]
+    prompts = not_empty if repeated else list(dict.fromkeys(not_empty))
     if not prompts:
         shown = "an empty list" if not isinstance(source, str) else repr(source)
         raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")
@@ -57,20 +61,25 @@ def load_prompts(
 
 
 def draw_prompts(prompts: Sequence[str], rows: int, seed: int) -> list[str]:
-    """Draw prompts to sample responses to: all of them in a random order, then all again in another.
+    """Draw prompts in random order, each as often as any other or once more.
 
     Args:
         prompts: at least one.
         rows: how many to draw, ≥ 1.
-        seed: of the orders.
+        seed: of the random orders; each pass over the prompts has its own.
 
     Returns:
-        So many prompts; none comes more than once more often than another.
+        `rows` prompts.
+
+    Examples:
+        >>> from mavis.rollouts import draw_prompts
+        >>> sorted(draw_prompts(["a", "b"], 4, seed=0))
+        ['a', 'a', 'b', 'b']
     """
-    order = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     drawn: list[str] = []
     while len(drawn) < rows:
-        drawn.extend(prompts[i] for i in torch.randperm(len(prompts), generator=order).tolist())
+        drawn.extend(prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist())
     return drawn[:rows]
 
 
@@ -111,14 +120,14 @@ def _dataset(source: str, path: Path, split: str) -> Any:
             builder = _BUILDERS.get(path.suffix)
             if builder is None:
                 raise DataError(
-                    f"prompts come from {source!r}, a kind of file that is not read.",
+                    f"prompts come from {source!r}, which is of an unsupported type.",
                     f"known: {', '.join(_BUILDERS)}.",
                 )
             return datasets.load_dataset(builder, data_files=str(path), split="train")
         return datasets.load_dataset(source, split=split)
     except DataError:
         raise
-    except Exception as error:  # the library raises many kinds; what it says is what helps
+    except Exception as error:  # the library raises many kinds, and its message is what helps
         raise DataError(
             f"prompts come from {source!r}, which the datasets library cannot read: {error}",
             "give a file (.txt, .jsonl, .csv, .parquet), a folder from save_to_disk, or a hub name.",

@@ -1,4 +1,4 @@
-"""A second look at responses: what the policy that sampled them saw and did at every step, in one forward pass."""
+"""Replays responses: the states, distributions and KL of every step, in one forward pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from mavis.policies.devices import states_device
 from mavis.policies.state_capture import forward_states
 
 ROWS_PER_PASS = 32
-"""How many rollouts are read again in one pass of the policy."""
+"""How many rollouts are replayed in one forward pass of the policy."""
 
-# How many logits are worked on at once, on an accelerator and on a CPU: there a few megabytes stay in its cache, and
-# larger temporaries would cost more in fresh memory pages than in arithmetic.
-_LOGITS_AT_ONCE = (1 << 27, 1 << 20)
+# How many logits are processed in one chunk. On a CPU a few megabytes stay in its cache; larger temporaries would cost
+# more in fresh memory pages than in arithmetic.
+_LOGITS_PER_CHUNK = 1 << 27
+_LOGITS_PER_CHUNK_ON_CPU = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sequences:
 
     @classmethod
     def pack(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Sequences:
-        """Lay lists of token ids out as tensors; responses may be empty, prompts may not."""
+        """Pack lists of token ids into tensors; responses may be empty, prompts may not."""
         before, after = max(map(len, prompts)), max(1, *map(len, responses))
         ids = torch.zeros(len(prompts), before + after, dtype=torch.long)
         is_token = torch.zeros(ids.shape, dtype=torch.bool)
@@ -52,20 +53,20 @@ class Sequences:
         return cls(ids, is_token, is_token[:, before:].clone())
 
     def rows(self, rows: slice) -> Sequences:
-        """Take some of them."""
+        """Select some rows."""
         return Sequences(self.ids[rows], self.is_token[rows], self.is_response[rows])
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What was true at each step of B responses.
+class ReplayedSteps:
+    """States, distributions and KL at each step of B responses.
 
     Args:
         states: (B, T, H), the policy's last hidden state from which step t's token was drawn.
-        action_ids: (B, T) integer, the tokens drawn.
+        action_ids: (B, T) integer, the tokens that were drawn.
         expected: (B, T, E) float32, E_{a∼π}[e_a] under the policy that sampled.
         kl: (B, T) float32, KL(π ‖ π_ref) in nats, 0 after a response's end.
-        reference_logprobs: (B, T) float32, log π_ref of the tokens drawn, 0 after a response's end.
+        reference_logprobs: (B, T) float32, log π_ref of those tokens, 0 after a response's end.
         is_response: (B, T) bool.
     """
 
@@ -79,21 +80,21 @@ class Steps:
 
 @torch.no_grad()
 def forward_sequences(policy: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Read finished responses in one forward pass, as `generate` would have step by step.
+    """Run finished responses through a policy in one forward pass, with the positions that `generate` would use.
 
     Args:
         policy: a causal LM.
         sequences: B prompts and responses.
 
     Returns:
-        The last hidden states (B, T, H) and the logits (B, T, V) that each response token is drawn from, on the
-        policy's device.
+        The last hidden states (B, T, H) and logits (B, T, V) from which each response token was drawn, on the policy's
+        device.
     """
     device, length = states_device(policy), sequences.is_response.shape[1]
     ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": is_token.long(), "use_cache": False}
     accepted = inspect.signature(policy.forward).parameters
-    if "position_ids" in accepted:  # as `generate` counts: padding has no position
+    if "position_ids" in accepted:  # counted as by `generate`: padding has no position
         inputs["position_ids"] = (is_token.long().cumsum(1) - 1).clamp_min(0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = length + 1
@@ -101,9 +102,10 @@ def forward_sequences(policy: Any, sequences: Sequences) -> tuple[Tensor, Tensor
     return states[:, -length - 1 : -1], logits[:, -length - 1 : -1]
 
 
-def rows_at_once(device: torch.device, length: int, vocabulary: int) -> int:
-    """Say how many rows' logits (length, vocabulary) are worked on at once, ≥ 1."""
-    return max(1, _LOGITS_AT_ONCE[device.type == "cpu"] // (length * vocabulary))
+def rows_per_chunk(device: torch.device, length: int, vocabulary: int) -> int:
+    """Compute how many rows of logits (length, vocabulary) to process at once, ≥ 1."""
+    logits = _LOGITS_PER_CHUNK_ON_CPU if device.type == "cpu" else _LOGITS_PER_CHUNK
+    return max(1, logits // (length * vocabulary))
 
 
 @torch.no_grad()
@@ -116,17 +118,17 @@ def replay(
     lam: Tensor | None = None,
     top_k: int | None,
     temperature: float = 1.0,
-) -> Steps:
-    """Recompute states, distributions and KL of responses that a tilted or plain policy has sampled.
+) -> ReplayedSteps:
+    """Recompute the states, distributions and KL of responses that a tilted or plain policy has sampled.
 
     Args:
         policy: the reference policy.
-        sequences: what it was asked and what it said.
+        sequences: the prompts and responses.
         embeddings: (V, E) float32 vectors e_a to average.
-        critic: that tilted the policy; None for the reference policy cut to its top-k.
-        lam: (B, M) float32 λ of each row, not zero anywhere in M at once; only with a critic.
-        top_k: candidates the responses were drawn from; None means all.
-        temperature: T they were drawn at.
+        critic: tilted the policy; None for the reference policy truncated to its top-k.
+        lam: (B, M) float32, λ of each row; only with a critic. Rows of zeros are truncated like any other.
+        top_k: number of candidates that the responses were drawn from; None means every token.
+        temperature: T at which they were drawn.
 
     Returns:
         The steps, on the policy's device.
@@ -138,11 +140,11 @@ def replay(
     states, logits = forward_sequences(policy, sequences)
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
-    inputs_of_heads = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
-    at_once = rows_at_once(device, length, logits.shape[2])
+    head_inputs = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
+    chunk = rows_per_chunk(device, length, logits.shape[2])
     parts = [
-        _figures(
-            inputs_of_heads[rows].flatten(0, 1),
+        _step_quantities(
+            head_inputs[rows].flatten(0, 1),
             logits[rows].flatten(0, 1).float(),
             action_ids[rows].flatten(),
             table,
@@ -151,12 +153,12 @@ def replay(
             top_k,
             temperature,
         )
-        for rows in (slice(at, at + at_once) for at in range(0, len(ids), at_once))
+        for rows in (slice(start, start + chunk) for start in range(0, len(ids), chunk))
     ]
     expected, kl, reference_logprobs = (
-        torch.cat(figure).unflatten(0, (-1, length)) for figure in zip(*parts, strict=True)
+        torch.cat(quantity).unflatten(0, (-1, length)) for quantity in zip(*parts, strict=True)
     )
-    return Steps(
+    return ReplayedSteps(
         states=states,
         action_ids=action_ids,
         expected=expected,
@@ -166,7 +168,7 @@ def replay(
     )
 
 
-def _figures(
+def _step_quantities(
     inputs: Tensor,
     logits: Tensor,
     action_ids: Tensor,
@@ -176,10 +178,10 @@ def _figures(
     top_k: int | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute expected embedding (S, E), KL (S,) and log π_ref of the action (S,) for S steps."""
+    """Compute the expected embedding (S, E), the KL (S,) and log π_ref of the action (S,) of S steps."""
     scaled = logits / temperature if temperature != 1.0 else logits
-    whole = torch.logsumexp(scaled, dim=-1, keepdim=True)
-    taken = (scaled.gather(1, action_ids[:, None]) - whole)[:, 0]
+    normaliser = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    action_logprobs = (scaled.gather(1, action_ids[:, None]) - normaliser)[:, 0]
     kept, kept_ids = top_candidates(scaled, top_k) if top_k is not None else (scaled, None)
     if critic is None:
         logprobs = torch.log_softmax(kept, dim=-1)
@@ -192,5 +194,5 @@ def _figures(
     else:
         expected = F.embedding_bag(kept_ids, table, per_sample_weights=probs, mode="sum")
     if critic is None and top_k is None:  # the reference policy itself
-        return expected, torch.zeros_like(taken), taken
-    return expected, step_kl(logprobs, kept - whole), taken
+        return expected, torch.zeros_like(action_logprobs), action_logprobs
+    return expected, step_kl(logprobs, kept - normaliser), action_logprobs

@@ -1,4 +1,4 @@
-"""Who draws the responses of a shard: the policy's own `generate`, unless another sampler is passed."""
+"""The sampler protocol, and the sampler that draws with the policy's own `generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ class SampledResponses:
         prompt_ids: token ids of the prompts, without padding.
         response_ids: token ids of the responses, up to the first end token and with it.
         kl: (B, T) float32, KL(π ‖ π_ref) of each step in nats, T that of the longest response; None if the sampler does
-            not know, and the policy is to read the responses again for it.
+            not know it, so that the responses have to be replayed.
+
+    Examples:
+        >>> from mavis.rollouts import SampledResponses
+        >>> SampledResponses(prompt_ids=[[1, 5]], response_ids=[[7, 2]])
+        SampledResponses(prompt_ids=[[1, 5]], response_ids=[[7, 2]], kl=None)
     """
 
     prompt_ids: list[list[int]]
@@ -30,27 +35,40 @@ class SampledResponses:
 
 
 class Sampler(Protocol):
-    """Draws responses from a policy, plain or tilted; the same call with the same seed draws the same."""
+    """Draws responses from a policy, plain or tilted; equal calls with equal seeds draw the same responses.
+
+    Examples:
+        The default sampler draws with the policy's own `generate`:
+
+        >>> import mavis
+        >>> from mavis.rollouts import RolloutSettings
+        >>> from mavis.rollouts.sampler import GENERATE_SAMPLER
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> settings = RolloutSettings(max_new_tokens=4)
+        >>> drawn = GENERATE_SAMPLER.draw(policy, tokenizer, ["Once upon a time"], settings, seed=0)
+        >>> len(drawn.response_ids[0])
+        4
+    """
 
     @property
     def name(self) -> str:
-        """What a folder of rollouts calls it."""
+        """Identifies the sampler in the manifest of a folder of rollouts."""
         ...
 
     def check(self, policy: Any, critic: Critic | None) -> None:
-        """Refuse what cannot be sampled from, before anything is.
+        """Refuse a policy or critic that cannot be sampled from, before anything is sampled.
 
         Args:
             policy: the reference policy.
-            critic: that is to tilt it, now or once it is trained; None if none is.
+            critic: will tilt it, now or once it is trained; None if none will.
 
         Raises:
-            MavisError: naming what stands in the way.
+            MavisError: naming the obstacle.
         """
         ...
 
     def release(self) -> None:
-        """Give back what is held for drawing, until the next draw: all that were wanted have been drawn."""
+        """Free resources held for drawing; the next draw acquires them again."""
         ...
 
     def draw(
@@ -72,29 +90,30 @@ class Sampler(Protocol):
             tokenizer: its tokenizer.
             prompts: B texts.
             settings: the length, the temperature, and the candidates of tilted rows.
-            seed: of this batch; the random numbers of the process stay as they are.
-            top_k: without a critic, candidates that the reference is cut to; None leaves every token.
+            seed: of this batch; the random state of the process is left alone.
+            top_k: without a critic, the number of candidates that the reference is truncated to; None keeps every
+                token.
             critic: tilts the rows whose λ is not 0.
-            lam: (B, M) float64 λ = β·w; with a critic only.
+            lam: (B, M) float64, λ = β·w; with a critic only.
         """
         ...
 
 
 def sampler_identity(sampler: Sampler) -> dict[str, str]:
-    """Say who draws, for the claim of a folder; nothing of `generate`, which is what a claim without a word means."""
+    """Return what identifies a sampler in a manifest; nothing for `generate`, as manifests without an entry mean it."""
     return {} if isinstance(sampler, GenerateSampler) else {"sampler": sampler.name}
 
 
 class GenerateSampler:
-    """Draws with the policy's own `generate`, and notes the KL of a tilt as it goes."""
+    """Draws with the policy's own `generate`, and records the KL of a tilt meanwhile."""
 
     name = "generate"
 
     def release(self) -> None:
-        """Hold nothing anyway."""
+        """Do nothing: no resources are held."""
 
     def check(self, policy: Any, critic: Critic | None) -> None:
-        """Refuse nothing: whatever the tilt cannot work with refuses by itself."""
+        """Accept everything: the tilt itself refuses what it cannot steer."""
 
     def draw(
         self,
@@ -119,4 +138,4 @@ class GenerateSampler:
 
 
 GENERATE_SAMPLER = GenerateSampler()
-"""The sampler of who names no other."""
+"""The default sampler."""

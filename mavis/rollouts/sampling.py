@@ -1,9 +1,8 @@
-"""Sampling responses: how, and one batch of them."""
+"""Samples one batch of responses."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +10,32 @@ from typing import Any
 import torch
 
 from mavis.critics import TrainedDecoding
-from mavis.errors import ConfigError
+from mavis.errors import ConfigError, check_number, check_whole
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import embedding_shape, output_embedding
 from mavis.policies.generation_config import end_token_ids, neutral_generation_config
 
+_EVERY_TOKEN = "top_k=None makes every token a candidate."
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How responses are sampled.
+    """Settings for sampling responses.
 
     Args:
         max_new_tokens: longest response in tokens, ≥ 1.
         top_k: number of candidates, of plain and tilted rows alike; None means every token.
         temperature: T > 0.
-        shard_size: rows sampled together and written together, ≥ 1.
+        shard_size: how many responses are sampled and written together, ≥ 1.
         seed: of all sampling.
 
     Raises:
         ConfigError: if a number is out of range.
+
+    Examples:
+        >>> from mavis.rollouts import RolloutSettings
+        >>> RolloutSettings(top_k=40)
+        RolloutSettings(max_new_tokens=64, top_k=40, temperature=1.0, shard_size=256, seed=0)
     """
 
     max_new_tokens: int = TrainedDecoding.max_new_tokens
@@ -39,21 +45,19 @@ class RolloutSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.shard_size < 1 or (self.top_k is not None and self.top_k < 1):
-            raise ConfigError(
-                f"max_new_tokens is {self.max_new_tokens}, shard_size is {self.shard_size} and top_k is {self.top_k}; "
-                "expected each ≥ 1.",
-                "top_k=None makes every token a candidate.",
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}, expected a number > 0.", "1.0 changes nothing.")
+        sizes = {"max_new_tokens": self.max_new_tokens, "shard_size": self.shard_size}
+        check_whole(ConfigError, "the defaults are 64 and 256.", **sizes)
+        if self.top_k is not None:
+            check_whole(ConfigError, _EVERY_TOKEN, top_k=self.top_k)
+        hint = "1.0 leaves the policy as it is."
+        check_number(ConfigError, hint, low=0, strict=True, temperature=self.temperature)
 
     def trained_decoding(self) -> TrainedDecoding:
-        """Return what a critic that learns from these rollouts remembers of them."""
+        """Return the settings that a critic trained on these rollouts stores."""
         return TrainedDecoding(self.top_k, self.temperature, self.max_new_tokens)
 
     def check(self, policy: Any) -> None:
-        """Refuse a policy that has fewer tokens than there are to be candidates.
+        """Check that a policy has at least `top_k` tokens.
 
         Raises:
             ConfigError: if `top_k` is larger than the vocabulary.
@@ -62,7 +66,7 @@ class RolloutSettings:
         if self.top_k is not None and self.top_k > vocabulary:
             raise ConfigError(
                 f"top_k is {self.top_k}, but the policy has {vocabulary} tokens.",
-                "top_k=None makes every token a candidate.",
+                _EVERY_TOKEN,
             )
 
 
@@ -82,14 +86,14 @@ def sample(
         policy: the reference policy.
         tokenizer: its tokenizer.
         prompts: B texts.
-        settings: the length and the temperature count here.
-        seed: of this batch; the random numbers of the process stay as they are.
-        top_k: candidates that `generate` cuts to; None leaves every token, or what the processor leaves of them.
-        processor: a logits processor that sees every step.
+        settings: of which the length and the temperature are used.
+        seed: of this batch; the random state of the process is left alone.
+        top_k: the number of candidates that `generate` truncates to; None keeps every token that the processor keeps.
+        processor: a logits processor that is called at every step.
 
     Returns:
-        The token ids of the prompts, without padding, and those of the responses, up to the first end token and with
-        it: choosing to stop is a step like any other.
+        The token ids of the prompts, without padding, and of the responses, up to and including the first end token:
+        choosing to stop is a step like any other.
     """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     device = states_device(policy)
@@ -103,22 +107,44 @@ def sample(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            synced_gpus=False,  # each process samples what is its own, whatever shards the weights of a fit
+            synced_gpus=False,  # each process samples its own shards, even where the weights of a fit are sharded
             logits_processor=[processor] if processor is not None else [],
         )
-    kept = inputs["attention_mask"].bool()
-    prompt_ids = [row[is_token].tolist() for row, is_token in zip(inputs["input_ids"], kept, strict=True)]
-    end = end_token_ids(policy)
-    return prompt_ids, [_until_end(row, end) for row in output[:, ids.shape[1] :].tolist()]
+    is_token = inputs["attention_mask"].bool()
+    prompt_ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], is_token, strict=True)]
+    end_ids = end_token_ids(policy)
+    return prompt_ids, [_until_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
+    """Decode responses in context: decoded alone, a response can lose its leading space.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: B lists of token ids.
+        responses: B lists of token ids, each to the prompt at the same index.
+
+    Returns:
+        B texts, without special tokens.
+    """
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    whole = tokenizer.batch_decode(
+        [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], skip_special_tokens=True
+    )
+    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        text[len(start) :] if text.startswith(start) else other
+        for start, text, other in zip(before, whole, alone, strict=True)
+    ]
 
 
 def shard_seed(seed: int, digest: str, index: int) -> int:
-    """Give each shard of a plan a seed of its own."""
+    """Derive the seed of one shard of a plan."""
     return int(hashlib.sha256(f"{seed}/{digest}/{index}".encode()).hexdigest()[:15], 16)
 
 
-def _until_end(ids: list[int], end: set[int]) -> list[int]:
+def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
     for position, token in enumerate(ids):
-        if token in end:
+        if token in end_ids:
             return ids[: position + 1]
     return ids

@@ -1,55 +1,110 @@
-"""Shards of sampled responses: which are missing, and which process samples which."""
+"""Shards of rollouts on disk: reading and writing one, and having the missing ones written by all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mavis.distributed import ProcessGroup
+from mavis.errors import DataError
+from mavis.utils.files import atomic_folder
 
 
 def store_missing(
     paths: Sequence[Path],
     store: Callable[[int], None],
     processes: ProcessGroup,
-    tell: Callable[[int], None] | None = None,
+    report_progress: Callable[[int], None] | None = None,
 ) -> Iterator[int]:
-    """Have every missing shard stored by one process, and yield the number of each as it is on disk, in order.
+    """Have each missing shard stored by one process, and yield the indices of all shards in order.
 
-    A process alone goes on from one to the next as it is asked. Several share the missing ones out among them and yield
-    nothing until the last is there, for whoever asks wants all of them.
+    A single process stores each shard just before it yields its index. Several processes first store the missing shards
+    between them and then yield all indices.
 
     Args:
-        paths: of the shards, whole where they exist.
-        store: samples the shard of a number and writes it, whole or not at all.
-        processes: that call this together.
-        tell: told how many shards are on disk, as they come.
+        paths: of the shards; a path that exists is complete.
+        store: samples the shard of an index and writes it atomically.
+        processes: the group, all of which make this call.
+        report_progress: called with the number of shards on disk.
 
     Raises:
         ProcessError: if another process has stopped.
     """
-    say = tell or (lambda done: None)
-    # One process looks, before any writes: all shares must be cut from the same list.
-    missing = processes.broadcast_from_main(torch.tensor([not there for there in _on_disk(paths)], dtype=torch.uint8))
-    mine = processes.shard(missing.nonzero()[:, 0].tolist())
-    say(0)
+    report = report_progress or (lambda done: None)
+    # One process looks before any writes: all shares must be taken from the same list.
+    is_missing = torch.tensor([not exists for exists in _exist(paths)], dtype=torch.uint8)
+    missing = processes.broadcast_from_main(is_missing).nonzero()[:, 0].tolist()
+    mine = processes.shard(missing)
+    report(0)
     if processes.world_size > 1:
         for index in mine:
             store(index)
             if processes.is_main:
-                say(sum(_on_disk(paths)))
+                report(sum(_exist(paths)))
         processes.barrier()
         mine = []
     for index in range(len(paths)):
         if index in mine:
             store(index)
         yield index
-        say(index + 1)
+        report(index + 1)
 
 
-def _on_disk(paths: Sequence[Path]) -> list[bool]:
-    """Tell which paths are there, by reading their folders: a disk shared over a network remembers names it lacked."""
-    there = {entry for folder in {path.parent for path in paths} if folder.is_dir() for entry in folder.iterdir()}
-    return [path in there for path in paths]
+def write_shard(path: Path, columns: Mapping[str, list[Any]]) -> None:
+    """Write one shard atomically, as an Arrow dataset."""
+    import datasets
+
+    with atomic_folder(path) as temporary, _hidden_progress_bars():
+        datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
+
+
+def read_shard(path: Path, rows: int) -> Any:
+    """Read one shard into memory.
+
+    Args:
+        path: its folder.
+        rows: how many rows it must have.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        DataError: if it is missing, damaged or has another number of rows.
+    """
+    import datasets
+
+    try:
+        shard = datasets.load_from_disk(str(path), keep_in_memory=True)
+        if len(shard) != rows:
+            raise ValueError(f"it has {len(shard)} rows instead of {rows}.")
+    except Exception as error:  # Arrow raises many kinds for a damaged file, and the remedy is the same
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"shard {str(path)!r} cannot be read: {reason}", "delete that folder; it is sampled again."
+        ) from error
+    return shard
+
+
+def _exist(paths: Sequence[Path]) -> list[bool]:
+    """Look the paths up in listings of their folders: network disks cache that a single path did not exist."""
+    folders = {path.parent for path in paths}
+    entries = {entry for folder in folders if folder.is_dir() for entry in folder.iterdir()}
+    return [path in entries for path in paths]
+
+
+@contextmanager
+def _hidden_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of the datasets library, which would flash up for every shard."""
+    import datasets
+
+    were_enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            datasets.enable_progress_bars()

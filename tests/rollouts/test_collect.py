@@ -338,9 +338,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(
 ) -> None:
     arguments: dict[str, Any] = {"plan": RolloutPlan.reference(PROMPTS, 2), "settings": SETTINGS}
     before = columns(run(**arguments, folder=tmp_path))
-    with pytest.raises(
-        DataError, match=rf"holds rollouts with different {re.escape(named)}\. Hint: name a new output"
-    ):
+    with pytest.raises(DataError, match=rf"holds rollouts with different {re.escape(named)}\. Hint: name a new output"):
         list(run(**(arguments | change), folder=tmp_path))
     assert columns(run(**arguments, folder=tmp_path)) == before
 

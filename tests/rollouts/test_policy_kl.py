@@ -40,7 +40,7 @@ def test_reading_a_few_rows_at_a_time_changes_nothing(
 ) -> None:
     sequences, other = Sequences.pack(PROMPTS, RESPONSES), make_other_policy()
     whole = response_kl(tiny_policy, other, sequences)
-    monkeypatch.setattr("mavis.rollouts.policy_kl.rows_at_once", lambda *_: 3)
+    monkeypatch.setattr("mavis.rollouts.policy_kl.rows_per_chunk", lambda *_: 3)
     torch.testing.assert_close(response_kl(tiny_policy, other, sequences), whole, rtol=1e-5, atol=1e-6)
 
 

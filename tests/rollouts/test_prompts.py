@@ -126,7 +126,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, kind: str) -> None:
 
 def test_a_kind_of_file_that_is_not_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "prompts.docx").write_text("a")
-    with pytest.raises(DataError, match=r"a kind of file that is not read. Hint: known: \.txt"):
+    with pytest.raises(DataError, match=r"which is of an unsupported type. Hint: known: \.txt"):
         load_prompts(str(tmp_path / "prompts.docx"))
 
 
@@ -180,7 +180,7 @@ def test_a_list_of_something_else_is_an_error() -> None:
 @pytest.mark.parametrize("options", [{"first_words": 0}, {"limit": 0}, {"limit": -1}])
 def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
     (name, value), *_ = options.items()
-    with pytest.raises(DataError, match=f"{name} is {value}, expected ≥ 1"):
+    with pytest.raises(DataError, match=f"{name} is {value}, expected a whole number ≥ 1"):
         load_prompts(["a", "b"], **options)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mavis.critics import HiddenStateCritic
 from mavis.decoding import MavisTilt
 from mavis.policies.token_embeddings import token_embeddings
-from mavis.rollouts.replay import Sequences, Steps, replay
+from mavis.rollouts.replay import ReplayedSteps, Sequences, replay
 
 MakeCritic = Callable[..., HiddenStateCritic]
 
@@ -89,7 +89,7 @@ def replayed(
     top_k: int | None,
     temperature: float,
     table: Tensor,
-) -> Steps:
+) -> ReplayedSteps:
     lam = None if critic is None else LAM
     return replay(policy, decoded.sequences, table, critic=critic, lam=lam, top_k=top_k, temperature=temperature)
 
