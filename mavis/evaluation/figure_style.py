@@ -1,4 +1,4 @@
-"""A sheet to draw on, in this house's colours and without pyplot, so that the user's own figures stay as they are."""
+"""The common style of all plots, without pyplot, so that the user's own figures and backend do not change."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 _WIDTH, _DPI = 8.0, 150  # inches and dots per inch: 1200 pixels
 FAINT, SHADE = "#8a8a8a", "#f1f1f1"
-# Okabe and Ito's, which readers with any colour vision can tell apart.
+# The palette of Okabe and Ito, distinguishable with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def new_figure(height: float) -> Figure:
-    """Make an empty figure of the common width.
+    """Create an empty figure of the common width.
 
     Args:
         height: in inches.
@@ -34,13 +34,13 @@ def new_figure(height: float) -> Figure:
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure whole or not at all, in the format that the path's ending names, PNG without one."""
+    """Write a figure atomically, in the format that the path's suffix names; PNG without one."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=_DPI)
 
 
 def style_axes(axes: Axes) -> None:
-    """Take away what draws the eye from the data."""
+    """Mute spines and ticks, so that the data stand out."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(labelsize=8.5, color=FAINT, labelcolor=INK)

@@ -1,4 +1,4 @@
-"""Figures of one set of responses: means and their errors, diversity, and calibration of predicted values."""
+"""Statistics of a set of responses: means and standard errors, diversity, and calibration of predicted values."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def mean_and_stderr(values: ArrayLike) -> tuple[float, float | None]:
 
     Args:
         values: (N,) finite and independent: one per prompt. Responses to the same prompt are not independent,
-            so average them first, else the error comes out too small.
+            so average them first, or the error is underestimated.
 
     Returns:
         The mean and its standard error, in the units of `values`; the error is None for a single value.
 
     Raises:
-        EvaluationError: `values` is empty, not (N,) or not finite.
+        EvaluationError: if `values` is empty, not (N,) or not finite.
 
     Source: definition above.
     """
@@ -36,17 +36,17 @@ def mean_and_stderr(values: ArrayLike) -> tuple[float, float | None]:
 
 
 def distinct_2(responses: Iterable[str]) -> float:
-    """Compute the share of bigrams that are different ones, over all responses together.
+    """Compute the share of distinct bigrams, over all responses together.
 
-        distinct-2 = #different bigrams / #bigrams
+        distinct-2 = #distinct bigrams / #bigrams
 
-    It falls as the text grows, so compare equal numbers of responses of like length.
+    It falls as the text grows, so compare equal numbers of responses of similar length.
 
     Args:
-        responses: texts; words are what whitespace separates, and no bigram crosses from text to text.
+        responses: texts; words are separated by whitespace, and no bigram spans two texts.
 
     Returns:
-        From near 0 (the same words over and over) to 1 (no bigram twice); 0 if there is no bigram at all.
+        From near 0 (the same words over and over) to 1 (no bigram twice); 0 without any bigram.
 
     Source: Li et al. 2016, "A diversity-promoting objective function for neural conversation models", section
     5, with bigrams instead of tokens in the denominator so that 1 can be reached.
@@ -57,11 +57,11 @@ def distinct_2(responses: Iterable[str]) -> float:
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One bin of like predictions.
+    """One bin of similar predictions.
 
     Attributes:
         predicted: mean prediction.
-        observed: mean of what came.
+        observed: mean outcome.
         count: number of predictions, ≥ 1.
     """
 
@@ -72,16 +72,15 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How predicted values compare with what came; `dataclasses.asdict` makes it JSON.
+    """How predicted values compare with outcomes; `dataclasses.asdict` converts it to JSON.
 
     Attributes:
         rows: bins in the order of their predictions.
-        slope: of the least-squares line of observed on predicted; 1 is calibrated, below 1 the predictions
-            spread too far. None if all predictions are equal.
+        slope: of the least-squares line of observed on predicted; 1 is calibrated; below 1 the predictions are
+            overconfident. None if all predictions are equal.
         intercept: of the same line, 0 is calibrated; None if all predictions are equal.
-        r_squared: 1 − Σ (observed − predicted)² / Σ (observed − mean observed)², for the predictions as they
-            are, not the fitted line: negative if the mean would have foretold better. None if all that came
-            is equal.
+        r_squared: 1 − Σ (observed − predicted)² / Σ (observed − mean observed)², of the predictions
+            themselves, not of the fitted line: negative if the mean predicts better. None if all outcomes are equal.
     """
 
     rows: tuple[CalibrationRow, ...]
@@ -91,7 +90,7 @@ class Calibration:
 
 
 def calibration_table(predicted: ArrayLike, observed: ArrayLike, bins: int = 10) -> Calibration:
-    """Compare predicted values with the rewards that came, in bins of like predictions.
+    """Compare predicted values with observed rewards, in bins of similar predictions.
 
     Args:
         predicted: (N,) values, finite.
@@ -103,16 +102,16 @@ def calibration_table(predicted: ArrayLike, observed: ArrayLike, bins: int = 10)
         The bins, and slope, intercept and R² over all N.
 
     Raises:
-        EvaluationError: the shapes differ, are not (N,) or are empty; a number is not finite; `bins` < 1.
+        EvaluationError: if the shapes differ, are not (N,) or are empty, a number is not finite, or `bins` < 1.
 
     Source: definitions in `Calibration`.
     """
     forecasts, outcomes = _checked("predicted", predicted), _checked("observed", observed)
     if forecasts.shape != outcomes.shape or bins < 1:
         raise EvaluationError(
-            f"predicted and observed must be equally many and bins ≥ 1, "
-            f"got {len(forecasts)}, {len(outcomes)} and {bins}.",
-            "Pass one prediction and one outcome for each response.",
+            f"predicted has length {len(forecasts)}, observed {len(outcomes)} and bins is {bins}; "
+            "expected equal lengths and bins ≥ 1.",
+            "pass one prediction and one outcome per response.",
         )
     edges = np.unique(np.quantile(forecasts, np.arange(1, bins) / bins))
     bin_of = np.searchsorted(edges, forecasts, side="right")
@@ -135,8 +134,8 @@ def _checked(name: str, values: ArrayLike) -> NDArray[np.float64]:
     column = np.asarray(values, dtype=np.float64)
     if column.ndim != 1 or len(column) == 0 or not np.isfinite(column).all():
         raise EvaluationError(
-            f"{name} must be a non-empty list of finite numbers, got shape {column.shape} with "
-            f"{int((~np.isfinite(column)).sum())} not finite.",
-            "Drop what could not be measured, and evaluate at least one prompt.",
+            f"{name} has shape {column.shape} with {int((~np.isfinite(column)).sum())} values that are not finite, "
+            "expected a non-empty list of finite numbers.",
+            "drop what could not be measured, and evaluate at least one prompt.",
         )
     return column

@@ -17,14 +17,14 @@ def test_non_dominated_by_hand_with_duplicates() -> None:
         [2.0, 2.0],
         [2.0, 2.0],  # its equal stays too
         [1.0, 3.0],  # best in the second
-        [2.0, 1.0],  # beaten by three
+        [2.0, 1.0],  # dominated by three
         [3.0, 0.0],  # as good in the first, worse in the second
-        [2.0, 1.0],  # equal points go together
+        [2.0, 1.0],  # equal points are marked alike
     ]
     assert non_dominated(rewards).tolist() == [True, True, True, True, False, False, False]
 
 
-def test_non_dominated_of_one_of_none_and_in_one_objective() -> None:
+def test_non_dominated_of_one_point_no_point_and_one_objective() -> None:
     assert non_dominated([[1.0, 2.0, 3.0]]).tolist() == [True]
     assert non_dominated(np.empty((0, 2))).tolist() == []
     assert non_dominated([[1.0], [2.0], [2.0]]).tolist() == [False, True, True]
@@ -43,8 +43,8 @@ coarse_points = st.integers(2, 4).flatmap(
 @given(coarse_points)
 def test_non_dominated_agrees_with_the_definition(rows: list[list[float]]) -> None:
     points = np.array(rows)
-    beaten = [bool(((points >= point).all(1) & (points > point).any(1)).any()) for point in points]
-    assert non_dominated(points).tolist() == [not is_beaten for is_beaten in beaten]
+    dominated = [bool(((points >= point).all(1) & (points > point).any(1)).any()) for point in points]
+    assert non_dominated(points).tolist() == [not is_dominated for is_dominated in dominated]
 
 
 def test_hypervolume_of_three_points_by_hand() -> None:
@@ -61,7 +61,7 @@ def test_hypervolume_of_three_points_in_three_objectives_by_hand() -> None:
     assert hypervolume(points, [0.0, 0.0, 0.0]) == pytest.approx(4.0)
 
 
-def test_dominated_and_equal_points_and_points_below_the_corner_add_nothing() -> None:
+def test_dominated_equal_and_too_low_points_add_no_volume() -> None:
     front = [[1.0, 3.0], [2.0, 2.0]]
     more = [*front, [1.0, 1.0], [2.0, 2.0], [-5.0, 9.0]]
     assert hypervolume(more, [0.0, 0.0]) == hypervolume(front, [0.0, 0.0])
@@ -78,7 +78,7 @@ def test_only_the_front_counts_for_the_hypervolume(rows: list[list[float]]) -> N
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_refused_by_row(bad: float) -> None:
+def test_rewards_that_are_not_finite_are_refused_by_row(bad: float) -> None:
     rewards = [[0.0, 1.0], [bad, 1.0]]
     with pytest.raises(EvaluationError, match="row 1"):
         non_dominated(rewards)

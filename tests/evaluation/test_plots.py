@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def sweep(objectives: list[str], divisions: int = 4, betas: tuple[float, ...] = (1.0, 2.0, 4.0)) -> list[Row]:
-    """Made-up rows: rewards whose gain grows with √KL and leans to the weights, after a reference row."""
+    """Synthetic rows: a reference row, then rewards whose gain grows with √KL in the direction of the weights."""
     rows: list[Row] = [
         {
             "weights": dict.fromkeys(objectives, 0.0),
@@ -50,7 +50,7 @@ def sweep(objectives: list[str], divisions: int = 4, betas: tuple[float, ...] = 
 
 
 def limits(rows: list[Row], efficiency: float | None = 0.62, effective: float = 60.0) -> list[Row]:
-    """A limit for each choice of weights whose effective sample size ends below `effective`'s 60."""
+    """A limit per choice of weights, whose effective sample size falls to `effective`."""
     kl = np.linspace(0.0, 2.0, 20)
     return [
         {
@@ -66,7 +66,7 @@ def limits(rows: list[Row], efficiency: float | None = 0.62, effective: float = 
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height from the header, after decoding the whole picture."""
+    """Width and height from the header, after decoding the whole image."""
     pixels = imread(path)
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert pixels.shape[:2] == (height, width)
@@ -75,7 +75,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of drawn texts of one figure whose boxes share area: titles, labels, ticks and legends."""
+    """Pairs of texts of a figure whose boxes overlap: titles, labels, ticks and legends."""
     texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for axes in figure.axes:
         legend = axes.get_legend()
@@ -91,7 +91,7 @@ def texts_overlap(figure: Figure) -> list[tuple[str, str]]:
             low, high = sorted(axis.get_view_interval())
             ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
             texts += [text for place, text in ticks if low <= place <= high and axis.get_visible()]
-    # An annotation's own extent would count its arrow in.
+    # An annotation's own extent would include its arrow.
     boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts if text.get_text()]
     return [
         (first, second)
@@ -166,20 +166,20 @@ def test_best_of_n_is_drawn_where_the_panel_reaches(tmp_path: Path) -> None:
         assert np.allclose(drawn.get_xydata(), [[0.1, 0.3], [0.2, 0.5]])
 
 
-def test_an_efficiency_that_could_not_be_read_is_not_a_number(tmp_path: Path) -> None:
+def test_an_unknown_efficiency_is_not_a_number(tmp_path: Path) -> None:
     rows = sweep(["a", "b"], 1)
     figure = plot_frontier(tmp_path / "frontier.png", rows, limits(rows, efficiency=None))
     assert figure.axes[0].get_title(loc="left") == "a 1\nefficiency not measured at KL 0.5"
 
 
-def test_long_titles_are_broken_into_lines(tmp_path: Path) -> None:
+def test_long_titles_are_wrapped(tmp_path: Path) -> None:
     rows = sweep(["positive sentiment", "dialogue share", "short sentences"], 2)
     figure = plot_frontier(tmp_path / "frontier.png", rows, limits(rows))
     assert texts_overlap(figure) == []
 
 
 @pytest.mark.parametrize(("effective", "is_dashed"), [(60.0, False), (5.0, True)])
-def test_the_limit_is_dashed_where_few_rollouts_decide(tmp_path: Path, effective: float, is_dashed: bool) -> None:
+def test_the_limit_is_dashed_where_it_rests_on_few_rollouts(tmp_path: Path, effective: float, is_dashed: bool) -> None:
     rows = sweep(["a", "b"], 1, (1.0, 10.0))  # up to KL 2, the end of the limit
     figure = plot_frontier(tmp_path / "frontier.png", rows, limits(rows, effective=effective))
     labels = figure.axes[0].get_legend_handles_labels()[1]
@@ -211,7 +211,7 @@ def test_files_other_than_png(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front", "front.svg"]
 
 
-def test_the_users_matplotlib_is_left_alone(tmp_path: Path) -> None:
+def test_the_users_matplotlib_settings_do_not_change(tmp_path: Path) -> None:
     settings, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
     rows = sweep(["a", "b"], 1)
     plot_front(tmp_path / "front.png", rows, ["a", "b"])
@@ -220,7 +220,7 @@ def test_the_users_matplotlib_is_left_alone(tmp_path: Path) -> None:
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
-def test_what_cannot_be_drawn_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_plotted_are_refused_and_leave_no_file(tmp_path: Path) -> None:
     rows = sweep(["a", "b"], 1)
     with pytest.raises(EvaluationError, match="at least 2 objectives"):
         plot_front(tmp_path / "front.png", rows, ["a"])

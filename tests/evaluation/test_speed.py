@@ -1,4 +1,4 @@
-"""How speeds are compared: between two plain runs, the first round not counted, medians over the rest."""
+"""Speeds are compared between two plain runs; the warm-up is not counted; medians over the rest."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Clock:
 
 
 class Policy:
-    """A stub that takes as long as the script says, call by call, and remembers what it was asked."""
+    """A stub that takes the given seconds, call by call, and records its arguments."""
 
     def __init__(self, clock: Clock, seconds: list[float]) -> None:
-        self.clock, self.seconds, self.asked = clock, iter(seconds), []
+        self.clock, self.seconds, self.calls = clock, iter(seconds), []
 
     def generate(self, **arguments: Any) -> None:
-        self.asked.append(arguments)
+        self.calls.append(arguments)
         self.clock.now += next(self.seconds)
 
 
@@ -41,30 +41,30 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_each_way_is_compared_with_the_plain_runs_before_and_after_it(clock: Clock) -> None:
+def test_each_method_is_compared_with_the_plain_runs_before_and_after_it(clock: Clock) -> None:
     tilt = object()
-    # The machine slows down all the time; the tilted way always takes 1.25 times as long as plain decoding would.
-    rounds = [(100.0, 1.0, 7.0), (1.0, 2.5, 3.0), (4.0, 6.25, 6.0), (8.0, 20.0, 24.0)]
-    policy = Policy(clock, [seconds for runs in rounds for seconds in runs])
+    # The machine slows down all the time; the tilted method always takes 1.25 times as long as plain decoding would.
+    repeats = [(100.0, 1.0, 7.0), (1.0, 2.5, 3.0), (4.0, 6.25, 6.0), (8.0, 20.0, 24.0)]
+    policy = Policy(clock, [seconds for runs in repeats for seconds in runs])
     found = compare_speed(policy, INPUTS, {"tilted": lambda: tilt}, new_tokens=10, repeats=3)  # type: ignore[dict-item]
     assert found == {
         "plain": {"tokens_per_second": pytest.approx(40 / 4.0), "ratio": 1.0},
         "tilted": {"tokens_per_second": pytest.approx(40 / 6.25), "ratio": pytest.approx(0.8)},
     }
-    assert [call["logits_processor"] for call in policy.asked] == [[], tilt, []] * 4
+    assert [call["logits_processor"] for call in policy.calls] == [[], tilt, []] * 4
 
 
-def test_every_way_is_asked_for_the_same_number_of_sampled_tokens(clock: Clock) -> None:
+def test_every_method_samples_the_same_number_of_tokens(clock: Clock) -> None:
     policy = Policy(clock, [1.0] * 10)
     compare_speed(policy, INPUTS, {"a": lambda: None, "b": lambda: None}, new_tokens=7, repeats=1)
-    assert len(policy.asked) == 10
-    for asked in policy.asked:
-        assert (asked["min_new_tokens"], asked["max_new_tokens"]) == (7, 7)
-        assert (asked["do_sample"], asked["top_k"]) == (True, 0)
-        assert asked["input_ids"] is INPUTS["input_ids"]
+    assert len(policy.calls) == 10
+    for call in policy.calls:
+        assert (call["min_new_tokens"], call["max_new_tokens"]) == (7, 7)
+        assert (call["do_sample"], call["top_k"]) == (True, 0)
+        assert call["input_ids"] is INPUTS["input_ids"]
 
 
-def test_each_round_has_a_tilt_of_its_own(clock: Clock) -> None:
+def test_each_repeat_has_its_own_tilt(clock: Clock) -> None:
     made: list[object] = []
 
     def make() -> Any:
@@ -73,5 +73,5 @@ def test_each_round_has_a_tilt_of_its_own(clock: Clock) -> None:
 
     policy = Policy(clock, [1.0] * 9)
     compare_speed(policy, INPUTS, {"tilted": make}, new_tokens=2, repeats=2)
-    assert [call["logits_processor"] for call in policy.asked if call["logits_processor"]] == made
+    assert [call["logits_processor"] for call in policy.calls if call["logits_processor"]] == made
     assert len(set(map(id, made))) == 3

@@ -23,13 +23,13 @@ def test_a_single_value_has_no_error() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [math.nan, 1.0], [[1.0]]])
-def test_values_that_have_no_mean_are_refused(values: list[float]) -> None:
-    with pytest.raises(EvaluationError, match="values must be"):
+def test_values_without_a_mean_are_refused(values: list[float]) -> None:
+    with pytest.raises(EvaluationError, match="values has shape"):
         mean_and_stderr(values)
 
 
 def test_distinct_2_by_hand() -> None:
-    # a-b, b-a, a-b in the first, a-b in the second: two different among four.
+    # a-b, b-a, a-b in the first, a-b in the second: two distinct ones among four.
     assert distinct_2(["a b a b", "a  b\n"]) == pytest.approx(0.5)
     assert distinct_2(["the cat sat", "on the mat"]) == 1.0
 
@@ -49,7 +49,7 @@ def test_calibration_by_hand() -> None:
     assert json.loads(json.dumps(dataclasses.asdict(calibration)))["rows"][0]["count"] == 2
 
 
-def test_a_calibrated_prediction_has_slope_one_and_equally_full_bins() -> None:
+def test_a_calibrated_prediction_has_slope_one_and_equal_bins() -> None:
     generator = np.random.default_rng(0)
     predicted = generator.normal(size=5000)
     calibration = calibration_table(predicted, predicted + generator.normal(size=5000))
@@ -60,7 +60,7 @@ def test_a_calibrated_prediction_has_slope_one_and_equally_full_bins() -> None:
     assert all(row.predicted == pytest.approx(row.observed, abs=0.3) for row in calibration.rows)
 
 
-def test_predictions_that_spread_too_far_show_in_the_slope() -> None:
+def test_overconfident_predictions_show_in_the_slope() -> None:
     truth = np.linspace(-1, 1, 50)
     calibration = calibration_table(2 * truth + 1, truth)
     assert calibration.slope == pytest.approx(0.5)
@@ -78,11 +78,11 @@ def test_equal_predictions_share_a_bin_and_have_no_slope() -> None:
 
 
 @pytest.mark.parametrize(("predicted", "bins"), [([1.0, 2.0, 3.0], 2), ([1.0, 2.0], 0)])
-def test_what_does_not_pair_up_is_refused(predicted: list[float], bins: int) -> None:
-    with pytest.raises(EvaluationError, match="equally many"):
+def test_unequal_lengths_and_no_bins_are_refused(predicted: list[float], bins: int) -> None:
+    with pytest.raises(EvaluationError, match="expected equal lengths and bins"):
         calibration_table(predicted, [1.0, 2.0], bins)
 
 
 def test_nan_is_refused() -> None:
-    with pytest.raises(EvaluationError, match="observed must be"):
+    with pytest.raises(EvaluationError, match="observed has shape"):
         calibration_table([1.0, 2.0], [math.nan, 2.0])

@@ -1,7 +1,6 @@
-"""The sweep, held against a world whose answers are exact: responses of a single token, with rewards by token.
+"""The sweep against an exact world: responses of a single token, with rewards by token.
 
-There Q(s, a) is the reward itself, the tilt by it is the best policy there is, and what a sweep should find can be
-summed over the vocabulary.
+There Q(s, a) is the reward itself, the tilted policy is optimal, and the metrics are sums over the vocabulary.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def tables() -> Tensor:
 
 @pytest.fixture(scope="session")
 def exact(tiny_policy: Any, tiny_tokenizer: Any, tables: Tensor) -> tuple[HiddenStateCritic, dict[str, Any]]:
-    """A critic whose values are the rewards of the tokens, normalised by mean 10 and deviation 4, and the rewards."""
+    """A critic whose values are the rewards of the tokens, normalised by mean 10 and std 4, and its objectives."""
     critic = HiddenStateCritic.for_policy(tiny_policy, ["first", "second"], hidden=4, rank=2, composition="independent")
     critic.reward_mean.fill_(10.0)
     critic.reward_std.fill_(4.0)
@@ -98,7 +97,7 @@ def reference_logprobs(tiny_policy: Any, tiny_tokenizer: Any) -> Tensor:
 
 
 def best(reference_logprobs: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, float]:
-    """(P, V) the best policy's log-probabilities and its mean KL."""
+    """(P, V) log-probabilities of the optimal policy, and its mean KL."""
     logprobs = torch.log_softmax(reference_logprobs + beta * rewards, dim=-1)
     return logprobs, float((logprobs.exp() * (logprobs - reference_logprobs)).sum(-1).mean())
 
@@ -140,19 +139,19 @@ def test_the_first_row_is_the_reference_policy(
         assert row.rewards[name] == pytest.approx(mean, abs=spread)
 
 
-def test_there_is_a_row_for_every_weight_and_beta_in_their_order(one_token: EvaluationReport) -> None:
+def test_there_is_a_row_per_weights_and_beta_in_order(one_token: EvaluationReport) -> None:
     rows = one_token.rows[1:]
     found = [(*row.weights.values(), row.beta) for row in rows]
     assert found == [(w, 1 - w, beta) for w in (1.0, 0.5, 0.0) for beta in (0.5, 1.0, 2.0)]
     assert {row.responses for row in rows} == {len(PROMPTS) * ONE_TOKEN.samples}
 
 
-def test_rewards_and_kl_are_the_tilted_policys_own(
+def test_rewards_and_kl_are_those_of_the_tilted_policy(
     one_token: EvaluationReport, reference_logprobs: Tensor, tables: Tensor
 ) -> None:
     for row in one_token.rows[1:]:
         logprobs, kl = best(reference_logprobs, weights_of(row) @ tables, row.beta)
-        # The KL of a step is exact and there is one step, so it has no sampling error at all.
+        # The KL of a step is exact and there is only one step, so there is no sampling error.
         assert row.kl == pytest.approx(kl, abs=1e-5)
         for name, table in zip(("first", "second"), tables, strict=True):
             mean = float((logprobs.exp() * table).sum(-1).mean())
@@ -160,17 +159,17 @@ def test_rewards_and_kl_are_the_tilted_policys_own(
             assert row.rewards[name] == pytest.approx(mean, abs=spread)
 
 
-def test_the_best_policy_there_is_has_an_efficiency_of_one(one_token: EvaluationReport) -> None:
+def test_the_optimal_policy_has_an_efficiency_of_one(one_token: EvaluationReport) -> None:
     known = [row.efficiency for row in one_token.rows[1:] if row.efficiency is not None]
     assert len(known) >= 6
     assert known == pytest.approx([1.0] * len(known), abs=0.25)
     read = [entry.efficiency for entry in one_token.efficiency if entry.kl < 1]
     assert len(read) == 6
-    # Read between two points of the sweep, on the chord below the frontier.
+    # Interpolated between two points of the sweep, on the chord below the frontier.
     assert all(0.7 < efficiency < 1.15 for efficiency in read)
 
 
-def test_the_reward_at_a_kl_is_read_between_the_neighbours_in_the_sweep(one_token: EvaluationReport) -> None:
+def test_the_reward_at_a_kl_is_interpolated_between_neighbours_in_the_sweep(one_token: EvaluationReport) -> None:
     reference = one_token.rows[0]
     for entry in one_token.efficiency:
         weights = weights_of(entry)
@@ -207,12 +206,12 @@ def test_the_limits_are_the_best_reward_at_each_kl(
         below = [limit.reward[0]]
         for entry, n in zip(limit.best_of_n, (2, 4, 8, 16), strict=True):
             assert entry.n == n
-            assert 0 < entry.kl <= math.log(n) - (n - 1) / n + 1e-6  # less where rewards are equal
+            assert 0 < entry.kl <= math.log(n) - (n - 1) / n + 1e-6  # less where rewards tie
             assert entry.reward > below[-1]
             below.append(entry.reward)
 
 
-def test_values_that_are_known_come_true(one_token: EvaluationReport) -> None:
+def test_exact_values_are_calibrated(one_token: EvaluationReport) -> None:
     found = [(entry.objective, entry.beta) for entry in one_token.values]
     assert found == [(name, beta) for name in ("first", "second") for beta in (0.0, 0.5, 1.0, 2.0)]
     for entry in one_token.values:
@@ -222,7 +221,7 @@ def test_values_that_are_known_come_true(one_token: EvaluationReport) -> None:
         assert sum(row.count for row in entry.rows) > 200
 
 
-def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, measure: Any, tiny_policy: Any) -> None:
+def test_values_twice_too_large_have_a_slope_of_a_half(exact: Any, measure: Any, tiny_policy: Any) -> None:
     critic, objectives = exact
     loud = HiddenStateCritic.for_policy(tiny_policy, critic.objectives, hidden=4, rank=2, composition="independent")
     loud.load_state_dict(critic.state_dict())
@@ -237,7 +236,7 @@ def test_values_that_spread_twice_too_far_have_a_slope_of_a_half(exact: Any, mea
         assert entry.r_squared < 0
 
 
-def test_the_scale_of_the_rewards_is_told(one_token: EvaluationReport) -> None:
+def test_the_normalisation_is_reported(one_token: EvaluationReport) -> None:
     assert one_token.normalisation == {name: {"mean": 10.0, "std": 4.0} for name in ("first", "second")}
 
 
@@ -259,10 +258,10 @@ def test_the_front_is_measured_from_its_reference_point(one_token: EvaluationRep
 
 
 @pytest.mark.parametrize("top_k", [20, None])
-def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidates_costs(
+def test_nothing_is_interpolated_below_the_kl_that_truncation_costs(
     measure: Any, make_tiny_critic: Any, top_k: int | None
 ) -> None:
-    """No β leads from the one to the other, so a line between them would be no measurement."""
+    """No β leads there from the reference policy, so a line from it would not be a measurement."""
     sampling = replace(SHORT.sampling, top_k=top_k)
     report = measure(make_tiny_critic(), replace(SHORT, betas=(0.1, 3.0), target_kls=(1e-6, 1.0), sampling=sampling))
     floor = report.cut.kl if top_k else 0.0
@@ -271,7 +270,7 @@ def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidat
     for entry in report.efficiency:
         swept = [row.kl for row in report.rows[1:] if row.weights == entry.weights]
         assert (entry.reward is not None) == (min(floor, *swept) <= entry.kl <= max(swept))
-    # What no tilt can reach is no critic's fault: were it counted, the first target would halve the mean.
+    # A target that no tilt can reach is not counted; otherwise the first target would halve the mean.
     trusted = replace(
         report,
         efficiency=[replace(entry, efficiency=None) for entry in report.efficiency],
@@ -280,7 +279,7 @@ def test_nothing_is_read_between_the_reference_policy_and_what_a_cut_to_candidat
     assert trusted.mean_efficiency(kl=1e-6) == (None if top_k else 0.0)
 
 
-def test_a_limit_that_hangs_on_few_rollouts_gives_no_efficiency(measure: Any, make_tiny_critic: Any) -> None:
+def test_a_limit_that_rests_on_few_rollouts_gives_no_efficiency(measure: Any, make_tiny_critic: Any) -> None:
     whole = replace(SHORT.sampling, top_k=None)
     report = measure(make_tiny_critic(), replace(SHORT, sampling=whole))  # 6 reference rollouts per prompt
     assert all(row.efficiency is None for row in report.rows)
@@ -288,7 +287,7 @@ def test_a_limit_that_hangs_on_few_rollouts_gives_no_efficiency(measure: Any, ma
     assert any(entry.reward is not None for entry in report.efficiency)
 
 
-def test_the_figures_of_a_row_are_those_of_its_responses(
+def test_the_metrics_of_a_row_are_those_of_its_responses(
     measure: Any, make_tiny_critic: Any, tiny_policy: Any, tmp_path: Path
 ) -> None:
     import datasets
@@ -311,8 +310,8 @@ def test_the_figures_of_a_row_are_those_of_its_responses(
 
     raw = responses["rewards"][where]
     for column, (name, mean, std) in enumerate((("good", 0.5, 0.7), ("brevity", -4.0, 1.5))):
-        figures = by_prompt([(reward[column] - mean) / std for reward in raw])
-        assert (row.rewards[name], row.rewards_stderr[name]) == pytest.approx(figures)
+        expected = by_prompt([(reward[column] - mean) / std for reward in raw])
+        assert (row.rewards[name], row.rewards_stderr[name]) == pytest.approx(expected)
     assert (row.kl, row.kl_stderr) == pytest.approx(by_prompt([sum(kl) for kl in responses["kl"][where]]))
     assert row.length == pytest.approx(sum(map(len, responses["response_ids"][where])) / 12)
     texts = responses["response"][where]
@@ -331,7 +330,7 @@ def test_the_figures_of_a_row_are_those_of_its_responses(
     assert row.perplexity == pytest.approx(math.exp(-total / tokens), rel=1e-4)
 
 
-def test_speed_is_told_beside_plain_decoding(measure: Any, make_tiny_critic: Any) -> None:
+def test_speed_is_reported_next_to_plain_decoding(measure: Any, make_tiny_critic: Any) -> None:
     report = measure(make_tiny_critic())
     speed = report.speed
     assert speed["batch"] == 2
@@ -340,7 +339,7 @@ def test_speed_is_told_beside_plain_decoding(measure: Any, make_tiny_critic: Any
     assert speed["plain"]["ratio"] == 1.0
 
 
-def test_a_second_call_samples_nothing_and_reports_the_same(
+def test_a_second_call_samples_nothing_and_returns_the_same_report(
     measure: Any, make_tiny_critic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_policy: Any
 ) -> None:
     critic, settings = make_tiny_critic(), replace(SHORT, speed_repeats=0)
@@ -353,7 +352,7 @@ def test_a_second_call_samples_nothing_and_reports_the_same(
     assert measure(critic, settings) == first
 
 
-def test_reference_rollouts_can_be_drawn_before_there_is_a_critic(
+def test_reference_rollouts_can_be_sampled_without_a_critic(
     measure: Any,
     make_tiny_critic: Any,
     tiny_policy: Any,
@@ -364,13 +363,13 @@ def test_reference_rollouts_can_be_drawn_before_there_is_a_critic(
     arguments = (tiny_policy, tiny_tokenizer, tiny_objectives, PROMPTS, tmp_path / "before", SHORT)
     drawn = sum(len(shard) for shard in reference_rollouts(*arguments))
     assert drawn == len(PROMPTS) * SHORT.reference_samples
-    marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "before" / "reference").rglob("*")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "before" / "reference").rglob("*")}
     critic, settings = make_tiny_critic(), replace(SHORT, speed_repeats=0)
     assert measure(critic, settings, folder=tmp_path / "before") == measure(critic, settings)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "before" / "reference").rglob("*")} == marks
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "before" / "reference").rglob("*")} == times
 
 
-def test_broken_off_at_every_word_of_progress_it_reports_the_same_in_the_end(
+def test_interrupted_at_every_progress_report_it_returns_the_same_in_the_end(
     measure: Any, make_tiny_critic: Any, tmp_path: Path
 ) -> None:
     class Stop(Exception):
@@ -378,14 +377,14 @@ def test_broken_off_at_every_word_of_progress_it_reports_the_same_in_the_end(
 
     critic, settings, seen = make_tiny_critic(), replace(SHORT, speed_repeats=0), set()
 
-    def stop_at_news(*news: object) -> None:
-        if news not in seen:
-            seen.add(news)
+    def stop_once(*event: object) -> None:
+        if event not in seen:
+            seen.add(event)
             raise Stop
 
     for _ in range(30):
         try:
-            report = measure(critic, settings, folder=tmp_path / "broken", progress=stop_at_news)
+            report = measure(critic, settings, folder=tmp_path / "interrupted", progress=stop_once)
             break
         except Stop:
             assert critic.attached_policy is None
@@ -393,7 +392,7 @@ def test_broken_off_at_every_word_of_progress_it_reports_the_same_in_the_end(
     assert ("scoring", 6, 6) in seen
 
 
-def test_the_critic_is_left_as_it_was_attached_or_not(measure: Any, make_tiny_critic: Any, tiny_policy: Any) -> None:
+def test_the_critic_stays_attached_or_detached(measure: Any, make_tiny_critic: Any, tiny_policy: Any) -> None:
     critic = make_tiny_critic()
     detached = measure(critic)
     assert critic.attached_policy is None
@@ -406,7 +405,7 @@ def test_the_critic_is_left_as_it_was_attached_or_not(measure: Any, make_tiny_cr
 def test_one_objective_and_one_prompt_are_enough(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     report = measure(make_tiny_critic("good"), prompts=PROMPTS[:1])
     assert [row.weights for row in report.rows] == [{"good": 0.0}, {"good": 1.0}, {"good": 1.0}]
-    assert report.rows[1].rewards_stderr["good"] > 0  # of the sampling; prompts are given
+    assert report.rows[1].rewards_stderr["good"] > 0  # of the sampling; the prompts are fixed
     assert [path.name for path in write_report(tmp_path / "report", report)] == [
         "report.json",
         "report.csv",
@@ -417,7 +416,7 @@ def test_one_objective_and_one_prompt_are_enough(measure: Any, make_tiny_critic:
 # On disk
 
 
-def test_the_report_is_json_and_csv_and_two_plots(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_the_report_is_written_as_json_csv_and_two_plots(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     vowels = {"vowels": lambda prompts, responses: [float(r.count("a")) for r in responses]}
     report = measure(make_tiny_critic(), held_out=vowels)
     paths = write_report(tmp_path / "report", report)
@@ -446,7 +445,7 @@ def test_the_report_is_json_and_csv_and_two_plots(measure: Any, make_tiny_critic
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_an_older_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_an_existing_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     report = measure(make_tiny_critic())
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("old")
@@ -455,7 +454,7 @@ def test_an_older_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp_pa
     assert not [path for path in (tmp_path / "report").iterdir() if path.name.startswith(".")]
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -490,13 +489,13 @@ def test_a_grid_without_divisions_is_refused(measure: Any, make_tiny_critic: Any
         measure(make_tiny_critic(), replace(SHORT, divisions=0))
 
 
-def test_no_prompt_is_an_error(measure: Any, make_tiny_critic: Any) -> None:
+def test_no_prompts_is_an_error(measure: Any, make_tiny_critic: Any) -> None:
     with pytest.raises(DataError, match="prompts is empty"):
         measure(make_tiny_critic(), prompts=[])
 
 
 @pytest.mark.parametrize("names", [("brevity", "good"), ("good",), ("good", "short")])
-def test_objectives_that_are_not_the_critics_are_refused(
+def test_objectives_other_than_the_critics_are_refused(
     measure: Any, make_tiny_critic: Any, names: tuple[str, ...]
 ) -> None:
     objectives = {name: lambda prompts, responses: [0.0] * len(responses) for name in names}
@@ -504,7 +503,7 @@ def test_objectives_that_are_not_the_critics_are_refused(
         measure(make_tiny_critic(), objectives=objectives)
 
 
-def test_a_folder_of_another_critics_sweep_is_refused(measure: Any, make_tiny_critic: Any) -> None:
+def test_a_folder_with_the_sweep_of_another_critic_is_refused(measure: Any, make_tiny_critic: Any) -> None:
     measure(make_tiny_critic())
     with pytest.raises(DataError, match="holds rollouts with different critic"):
         measure(make_tiny_critic(seed=1))

@@ -1,4 +1,4 @@
-"""Predicted values against returns that are made to follow from them."""
+"""Predicted values against returns that are constructed from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BETA = 2.5
 
 @pytest.fixture
 def critic(tiny_policy: Any) -> HiddenStateCritic:
-    """Two objectives whose values depend on the token alone: its number, in tenths, and the opposite."""
+    """Two objectives whose values depend on the token alone: a tenth of its id, and the negative."""
     critic = HiddenStateCritic.for_policy(tiny_policy, ["up", "down"], hidden=4, rank=1, composition="independent")
     with torch.no_grad():
         critic.heads.bias[:, :-1] = torch.tensor([[1.0], [-1.0]])
@@ -28,35 +28,35 @@ def critic(tiny_policy: Any) -> HiddenStateCritic:
 
 
 def columns(weights: list[float], beta: float, rows: int = 40) -> dict[str, list[Any]]:
-    """Make responses whose return is the value at the step that is looked at, and somewhere else is not.
+    """Create responses whose return equals the value at the step that is compared, and only there.
 
-    That is the step a quarter, a half and three quarters of the way from the first token to the last, in turn.
+    That step is a quarter, a half and three quarters of the way from the first token to the last, in turn.
     """
     generator = torch.Generator().manual_seed(int(beta * 10) + int(weights[0]))
-    made: dict[str, list[Any]] = {
+    result: dict[str, list[Any]] = {
         name: [] for name in ("prompt_ids", "response_ids", "kl", "rewards", "weights", "beta")
     }
     for row in range(rows):
         length = int(torch.randint(1, 13, (), generator=generator))
         ids = torch.randint(4, 61, (length,), generator=generator)
         kl = torch.rand(length, generator=generator) if beta else torch.zeros(length)
-        looked_at = (length - 1) * (row % 3 + 1) // 4
-        price = float(kl[looked_at + 1 :].sum()) / beta if beta else 0.0
-        up, down = float(ids[looked_at]) / 10 + price, -float(ids[looked_at]) / 10 + price
-        made["prompt_ids"].append([5] * (1 + row % 4))
-        made["response_ids"].append(ids.tolist())
-        made["kl"].append(kl.tolist())
-        made["rewards"].append([2.0 * up + 5.0, 0.5 * down - 3.0])
-        made["weights"].append(weights)
-        made["beta"].append(beta)
-    return made
+        compared = (length - 1) * (row % 3 + 1) // 4
+        later_kl = float(kl[compared + 1 :].sum()) / beta if beta else 0.0
+        up, down = float(ids[compared]) / 10 + later_kl, -float(ids[compared]) / 10 + later_kl
+        result["prompt_ids"].append([5] * (1 + row % 4))
+        result["response_ids"].append(ids.tolist())
+        result["kl"].append(kl.tolist())
+        result["rewards"].append([2.0 * up + 5.0, 0.5 * down - 3.0])
+        result["weights"].append(weights)
+        result["beta"].append(beta)
+    return result
 
 
 def joined(*parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
-def test_one_step_of_each_response_is_held_against_the_return_from_there(
+def test_one_step_per_response_is_compared_with_the_return_from_there(
     tiny_policy: Any, critic: HiddenStateCritic
 ) -> None:
     reference = columns([0.0, 0.0], 0.0)
@@ -77,12 +77,10 @@ def test_one_step_of_each_response_is_held_against_the_return_from_there(
             assert row.predicted == pytest.approx(row.observed, abs=1e-4)
 
 
-def test_only_responses_that_were_tilted_to_the_objective_alone_are_read(
-    tiny_policy: Any, critic: HiddenStateCritic
-) -> None:
+def test_only_responses_tilted_to_the_objective_alone_are_compared(tiny_policy: Any, critic: HiddenStateCritic) -> None:
     mixed, double = columns([0.5, 0.5], BETA), columns([2.0, 0.0], BETA)
-    for strange in (mixed, double):
-        strange["rewards"] = [[1e3, 1e3]] * len(strange["rewards"])
+    for other in (mixed, double):
+        other["rewards"] = [[1e3, 1e3]] * len(other["rewards"])
     sweep = joined(mixed, columns([1.0, 0.0], BETA), double, columns([1.0, 0.0], 1.0))
     found = value_calibration(tiny_policy, critic, columns([0.0, 0.0], 0.0), sweep, SAMPLING)
     assert [(entry.objective, entry.beta) for entry in found] == [
@@ -94,7 +92,7 @@ def test_only_responses_that_were_tilted_to_the_objective_alone_are_read(
     assert all(entry.r_squared == pytest.approx(1.0, abs=1e-4) for entry in found)
 
 
-def test_a_limited_number_of_responses_are_read_evenly_spread(
+def test_a_limited_number_of_responses_are_compared_evenly_spaced(
     tiny_policy: Any, critic: HiddenStateCritic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mavis.evaluation.value_calibration._MAX_RESPONSES", 16)

@@ -1,1 +1,1 @@
-"""The runs of a hyperparameter sweep, gathered into one table and one plot."""
+"""Hyperparameter sweeps: the runs of one, collected in a table and a plot."""

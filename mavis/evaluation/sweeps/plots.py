@@ -1,4 +1,4 @@
-"""A picture of a sweep's runs: a line per run, a panel per figure."""
+"""A plot of the runs of a hyperparameter sweep: a line per run, a panel per metric."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Panel = tuple[str, list[float | None]]
 
 
 def plot_runs(path: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what every run came to, best first: frontier efficiency where it was measured, else reward and KL.
+    """Plot the metrics of every run, best first: frontier efficiency where it was measured, else reward and KL.
 
     Args:
-        path: where to; the ending names the format (`.png`, `.svg`, `.pdf`), PNG without one.
-        runs: from `gather_runs`; those that are not finished are drawn hollow, those without figures as empty lines.
+        path: where to; the suffix names the format (`.png`, `.svg`, `.pdf`), PNG without one.
+        runs: from `gather_runs`; unfinished ones are drawn hollow, those without metrics as empty lines.
 
     Returns:
-        The figure that was written.
+        The figure.
 
     Raises:
-        EvaluationError: if no run has a figure.
+        EvaluationError: if no run has metrics.
     """
     panels = _panels(runs)
     if not panels:
-        raise EvaluationError(f"none of {len(runs)} runs has a figure to draw.", "wait until one has finished.")
+        raise EvaluationError(f"none of {len(runs)} runs has metrics to plot.", "wait until one has finished.")
     first = panels[0][1]
     order = sorted(range(len(runs)), key=lambda index: -1e300 if (value := first[index]) is None else value)
     columns = 2 if len(panels) % 2 == 0 else min(3, len(panels))
@@ -50,8 +50,8 @@ def plot_runs(path: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -
         axis.set_title(textwrap.fill(title, 60 // columns), fontsize=9, color=INK, loc="left", parse_math=False)
         for height, index in zip(heights, order, strict=True):
             if (value := values[index]) is not None:
-                inside = PALETTE[0] if runs[index]["state"] == FINISHED else "white"
-                axis.plot(value, height, "o", color=PALETTE[0], markerfacecolor=inside, markersize=5)
+                fill = PALETTE[0] if runs[index]["state"] == FINISHED else "white"
+                axis.plot(value, height, "o", color=PALETTE[0], markerfacecolor=fill, markersize=5)
         axis.margins(x=0.08)
     axes[0].set_yticks(heights, [_label(runs[index]) for index in order], parse_math=False)
     axes[0].set_ylim(-0.6, len(runs) - 0.4)
@@ -60,7 +60,7 @@ def plot_runs(path: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]]) -
 
 
 def _panels(runs: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Choose what is drawn: a title and a value per run each."""
+    """Choose the panels, each with a title and a value per run."""
     targets = sorted({kl for run in runs for kl, share in run["efficiency"].items() if share is not None})
     if targets:
         return [

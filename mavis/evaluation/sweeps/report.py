@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table for programs, one for people, and a picture."""
+"""The runs of a hyperparameter sweep on disk: CSV for programs, Markdown and a plot for people."""
 
 from __future__ import annotations
 
@@ -15,55 +15,59 @@ from mavis.utils.files import atomic_file
 from mavis.utils.markdown import markdown_table
 
 FORMATS = ("png", "svg", "pdf")
-"""What the picture may be written as."""
+"""File formats of the plot."""
 
 
-def write_runs(folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]], picture: str = "png") -> list[Path]:
+def write_runs(
+    folder: str | os.PathLike[str], runs: Sequence[Mapping[str, Any]], plot_format: str = "png"
+) -> list[Path]:
     """Write `runs.csv`, `runs.md` and `runs.png`.
 
     Args:
-        folder: where; older ones there are replaced.
+        folder: where to; existing files there are replaced.
         runs: from `gather_runs`, at least one.
-        picture: its format, `png`, `svg` or `pdf`.
+        plot_format: of the plot, `png`, `svg` or `pdf`.
 
     Returns:
-        The paths that were written; there is no picture where no run has a figure.
+        The paths of the files; without a plot if no run has metrics.
 
     Raises:
         ConfigError: if the format is unknown.
     """
-    if picture not in FORMATS:
-        raise ConfigError(f"format is {picture!r}.", f"known: {', '.join(FORMATS)}.")
-    place = Path(folder)
+    if plot_format not in FORMATS:
+        raise ConfigError(
+            f"format is {plot_format!r}, which plots cannot be written in.", f"known: {', '.join(FORMATS)}."
+        )
+    target = Path(folder)
     rows = table_of_runs(runs)
-    paths = [place / "runs.csv", place / "runs.md"]
+    paths = [target / "runs.csv", target / "runs.md"]
     with atomic_file(paths[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     with atomic_file(paths[1]) as temporary:
         temporary.write_text(_markdown(rows), encoding="utf-8")
-    if any(run["rewards"] or _efficient(run) for run in runs):
-        paths.append(place / f"runs.{picture}")
+    if any(run["rewards"] or _has_efficiency(run) for run in runs):
+        paths.append(target / f"runs.{plot_format}")
         plot_runs(paths[2], runs)
     return paths
 
 
 def table_of_runs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lay runs out as rows with the same columns; what a run does not have is None.
+    """Tabulate runs as rows with the same columns; None where a run has no value.
 
     Args:
         runs: from `gather_runs`, at least one.
     """
     goals = list(dict.fromkeys(goal for run in runs for goal in run["rewards"]))
     targets = sorted({kl for run in runs for kl in run["efficiency"]})
-    rounds = any(run["iterations"] for run in runs)
+    has_iterations = any(run["iterations"] for run in runs)
     return [
         {
             "run": run["run"],
             **run["settings"],
             "state": run["state"],
-            **({"iterations": "/".join(map(str, run["iterations"] or ())) or None} if rounds else {}),
+            **({"iterations": "/".join(map(str, run["iterations"] or ())) or None} if has_iterations else {}),
             **{f"reward {goal}": run["rewards"].get(goal) for goal in goals},
             **{f"KL {goal}": run["kl"].get(goal) for goal in goals},
             **{f"efficiency at KL {kl:g}": run["efficiency"].get(kl) for kl in targets},
@@ -73,7 +77,7 @@ def table_of_runs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _efficient(run: Mapping[str, Any]) -> bool:
+def _has_efficiency(run: Mapping[str, Any]) -> bool:
     return any(share is not None for share in run["efficiency"].values())
 
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep, read from their folders: every one is told of, with what it came to."""
+"""The runs of a hyperparameter sweep, read from their folders: every run is listed, with its state and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE, OTHER = {"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}
 
 
 def report(*shares: float | None, samples: float = 1000.0, kls: tuple[float, ...] = (1.0, 2.0)) -> dict[str, Any]:
-    """As much of an evaluation as is read here: shares by weights, then by KL."""
+    """The part of a report that is read: efficiencies by weights, then by KL."""
     points = [(weights, kl) for weights in (ONE, OTHER) for kl in kls]
     return {
         "efficiency": [
@@ -43,7 +43,7 @@ def run(
     error: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """Make the folder of a run as the commands leave it."""
+    """Create the folder of a run as the commands leave it."""
     (folder / ".hydra").mkdir(parents=True)
     OmegaConf.save(list(overrides), folder / ".hydra" / "overrides.yaml")
     OmegaConf.save({"hydra": {"job": {"config_name": command}}}, folder / ".hydra" / "hydra.yaml")
@@ -51,8 +51,8 @@ def run(
     if iterations:
         write_json(folder / "run.json", {"settings": {"iterations": asked}})
     for iteration in range(iterations):
-        figures = {"rewards": {"a": 1.0 + iteration}, "kl": {"a": 0.5}, "goal": {"a": 0.9}}
-        write_json(folder / f"iteration-{iteration}" / "report.json", figures)
+        metrics = {"rewards": {"a": 1.0 + iteration}, "kl": {"a": 0.5}, "goal": {"a": 0.9}}
+        write_json(folder / f"iteration-{iteration}" / "report.json", metrics)
     if finished:
         write_json(folder / "critic" / "config.json", {})
     if error is not None:
@@ -62,7 +62,7 @@ def run(
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Four runs of a sweep of six: finished, failed, broken off, not readable; one was never begun."""
+    """A sweep of six runs: finished, failed, interrupted, unreadable, unfinished, and one that was not started."""
     folder = tmp_path / "sweep"
     run(folder / "beta=1,seed=0", "beta=1", "seed=0", "output=x", "threads=1", iterations=2)
     run(
@@ -77,7 +77,7 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_run_is_told_of(sweep: Path) -> None:
+def test_every_run_is_listed(sweep: Path) -> None:
     runs = {tuple(one["settings"].values()): one for one in gather_runs(sweep)}
     assert {settings: one["state"] for settings, one in runs.items()} == {
         ("1", "0"): "finished",
@@ -98,7 +98,7 @@ def test_every_run_is_told_of(sweep: Path) -> None:
     assert runs["3", "1"]["run"] == ""
 
 
-def test_a_reference_to_another_setting_is_told_as_it_was_typed(tmp_path: Path) -> None:
+def test_an_interpolation_is_shown_as_it_was_typed(tmp_path: Path) -> None:
     run(tmp_path / "one", "seed=1", "+a=${seed}", iterations=1)
     task = ["seed=1,2", "+a=${seed}"]
     OmegaConf.save({"hydra": {"overrides": {"task": task}}}, tmp_path / "multirun.yaml")
@@ -109,15 +109,15 @@ def test_a_reference_to_another_setting_is_told_as_it_was_typed(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["overrides.yaml", "hydra.yaml"])
-def test_a_run_whose_settings_were_cut_off_is_told_of_beside_the_others(tmp_path: Path, name: str) -> None:
+def test_a_run_with_truncated_settings_is_listed_as_failed(tmp_path: Path, name: str) -> None:
     run(tmp_path / "one", "beta=1", iterations=1)
     (run(tmp_path / "two", "beta=2", iterations=1) / ".hydra" / name).write_text("- 'beta=")
     one, two = gather_runs(tmp_path)
     assert (one["state"], two["state"]) == ("finished", "failed")
-    assert f"{name} is cut off or was written by something else" in two["error"]
+    assert f"{name} is truncated or was not written by Hydra" in two["error"]
 
 
-def test_what_others_left_in_a_sweeps_folder_is_let_be(tmp_path: Path) -> None:
+def test_unrelated_files_in_a_sweep_folder_are_ignored(tmp_path: Path) -> None:
     one = run(tmp_path / "one", "beta=1", iterations=1)
     write_json(one / "iteration-0.old" / "report.json", {})
     write_json(one / "notes" / "report.json", [])
@@ -141,7 +141,7 @@ def test_an_evaluation_in_a_runs_own_folder_is_part_of_the_run(tmp_path: Path) -
     assert (alone["run"], alone["settings"]) == (".", {})
 
 
-def test_commands_that_end_in_a_report_are_finished_when_it_is_there(tmp_path: Path) -> None:
+def test_commands_that_write_a_report_are_finished_when_it_exists(tmp_path: Path) -> None:
     for command in ("evaluate", "search", "align"):
         folder = run(tmp_path / command, f"name={command}", command=command)
         (one,) = gather_runs(folder)
@@ -153,7 +153,7 @@ def test_commands_that_end_in_a_report_are_finished_when_it_is_there(tmp_path: P
     assert (one["rewards"], one["kl"]) == ({"weighted sum": 1.5}, {"weighted sum": 2.5})
 
 
-def test_a_setting_that_one_run_was_not_told_is_what_it_took(tmp_path: Path) -> None:
+def test_a_setting_that_was_not_overridden_shows_its_default(tmp_path: Path) -> None:
     run(tmp_path / "one", "beta=1", config={"beta": 1, "critic": {"hidden": 128, "kind": "x"}})
     run(tmp_path / "two", "+critic.hidden=64", "critic=y", config={"beta": 3.0, "critic": {"hidden": 64}})
     assert [one["settings"] for one in gather_runs(tmp_path)] == [
@@ -166,13 +166,13 @@ def test_a_setting_that_one_run_was_not_told_is_what_it_took(tmp_path: Path) -> 
     ("shares", "samples", "mean"),
     [
         ((0.5, 0.7, 0.9, 1.1), 1000.0, 0.8),
-        ((0.5, None, 0.9, None), 1000.0, 0.35),  # not reached: counts 0
-        ((0.5, None, 0.9, None), 90.0, 0.7),  # the limit itself is not known at KL 2: 45 effective samples
+        ((0.5, None, 0.9, None), 1000.0, 0.35),  # targets that are not reached count 0
+        ((0.5, None, 0.9, None), 90.0, 0.7),  # the limit is unknown at KL 2: 45 effective samples
         ((None, None, None, None), 1000.0, 0.0),
         ((None, None, None, None), 40.0, None),
     ],
 )
-def test_the_mean_efficiency_counts_what_is_not_reached_and_leaves_out_what_nobody_knows(
+def test_the_mean_efficiency_counts_unreached_targets_and_skips_unknown_limits(
     shares: tuple[float | None, ...], samples: float, mean: float | None
 ) -> None:
     assert mean_efficiency(report(*shares, samples=samples)) == (None if mean is None else pytest.approx(mean))
@@ -183,7 +183,7 @@ def test_the_mean_efficiency_at_one_kl() -> None:
     assert mean_efficiency(report(0.5, 0.7, 0.9, 1.1), 3.0) is None
 
 
-def test_the_tables_hold_the_same(sweep: Path, tmp_path: Path) -> None:
+def test_csv_and_markdown_hold_the_same_rows(sweep: Path, tmp_path: Path) -> None:
     runs = gather_runs(sweep)
     paths = write_runs(tmp_path / "new" / "out", runs)
     assert [path.name for path in paths] == ["runs.csv", "runs.md", "runs.png"]
@@ -200,15 +200,15 @@ def test_the_tables_hold_the_same(sweep: Path, tmp_path: Path) -> None:
     assert imread(paths[2]).shape[1] == 1200
 
 
-def test_runs_without_a_figure_have_a_table_and_no_picture(tmp_path: Path) -> None:
+def test_runs_without_metrics_have_a_table_and_no_plot(tmp_path: Path) -> None:
     run(tmp_path / "sweep" / "one", "beta=1", finished=False)
     runs = gather_runs(tmp_path / "sweep")
     assert [path.name for path in write_runs(tmp_path, runs)] == ["runs.csv", "runs.md"]
-    with pytest.raises(EvaluationError, match="none of 1 runs has a figure"):
+    with pytest.raises(EvaluationError, match="none of 1 runs has metrics"):
         plot_runs(tmp_path / "runs.png", runs)
 
 
-def test_the_picture_orders_runs_and_marks_those_that_are_not_finished(sweep: Path, tmp_path: Path) -> None:
+def test_the_plot_orders_runs_and_marks_unfinished_ones(sweep: Path, tmp_path: Path) -> None:
     figure = plot_runs(tmp_path / "runs.svg", gather_runs(sweep))
     reward, kl = figure.axes
     labels = [text.get_text() for text in reward.get_yticklabels()]
@@ -224,14 +224,14 @@ def test_the_picture_orders_runs_and_marks_those_that_are_not_finished(sweep: Pa
     assert (tmp_path / "runs.svg").read_text().lstrip().startswith("<?xml")
 
 
-def test_a_dollar_in_a_setting_is_a_dollar(tmp_path: Path) -> None:
+def test_a_dollar_in_a_setting_is_drawn_literally(tmp_path: Path) -> None:
     for setting in (r"a=$\nothing{$", "a=1"):
         run(tmp_path / setting[-1], setting, iterations=1)
     figure = plot_runs(tmp_path / "runs.png", gather_runs(tmp_path))
     assert r"a=$\nothing{$" in [text.get_text() for text in figure.axes[0].get_yticklabels()]
 
 
-def test_efficiency_is_drawn_where_it_is_known(tmp_path: Path) -> None:
+def test_efficiency_is_plotted_where_it_is_known(tmp_path: Path) -> None:
     for index, share in enumerate((0.2, 0.8, None)):
         folder = run(tmp_path / f"run-{index}", f"beta={index}", iterations=1)
         if share is not None:
@@ -242,7 +242,7 @@ def test_efficiency_is_drawn_where_it_is_known(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["beta=2", "beta=0", "beta=1"]
 
 
-def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="which does not exist"):
         gather_runs(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no run"):
