@@ -1,4 +1,4 @@
-"""Preference weights from a user's choices: pairs of responses, what they tell, and which pair to ask about next."""
+"""Preference weights from a user's choices between pairs of responses, and the most informative pair to ask next."""
 
 from mavis.preference.infer import InferredWeights, infer_weights, next_pair
 from mavis.preference.pairs import Pair, read_pairs, reward_differences

@@ -1,4 +1,4 @@
-"""From reward differences to preference weights with intervals, and to the pair that would tell most."""
+"""Inference of preference weights from choices, and selection of the next question."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ from mavis.errors import PreferenceError
 from mavis.math.bradley_terry import information_gain, posterior_draws
 
 LEVEL = 0.95
-"""The share of users whose weight lies in its interval."""
+"""Credibility of the intervals."""
 
 
 @dataclass(frozen=True)
 class InferredWeights:
-    """What is known of a user's preference weights after some choices.
+    """The posterior of a user's preference weights given some choices.
 
-    The model of the user is P(chosen ≻ rejected) = σ(w · d), d the difference of the normalised rewards, so `weights`
-    holds the user's decisiveness too: it comes in logits per standard deviation of reward. As it is, it belongs with
-    `beta=1`: between two responses that the reference policy finds equally likely, the optimal policy is then exactly
-    as undecided as the user. Mostly the strength is to be chosen by itself, by `beta` or `target_kl`: then take
-    `normalised()`.
+    The user is modelled by P(chosen ≻ rejected) = σ(w · d), with d the difference of the normalised rewards. So
+    `weights`, in logits per standard deviation of reward, includes how decisive the user is, and belongs with
+    `beta=1`: between two responses that are equally likely under the reference policy, the optimal policy is then
+    exactly as undecided as the user. To choose the strength separately, by `beta` or `target_kl`, use `normalised()`.
 
-    Args:
-        weights: by objective, the mean over all weights that fit the choices.
-        low: by objective, the lower end of the 95 % interval.
-        high: by objective, the upper end.
-        covariance: (M, M) float64, of the weights that fit.
+    Attributes:
+        weights: posterior mean by objective.
+        low: lower end of the 95 % credible interval by objective.
+        high: upper end.
+        covariance: (M, M) float64, of the posterior.
         pairs: N, the number of choices.
-        untold: objectives on which no pair differs: of their weights nothing is known beyond what is assumed of every
-            user, so their intervals stay as wide as they were.
+        undetermined: objectives on which no pair differs; their intervals are those of the prior.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.preference import infer_weights
+        >>> inferred = infer_weights(torch.tensor([[1.5, 0.0], [1.0, 0.0]]), ["helpful", "harmless"])
+        >>> inferred.normalised(), inferred.undetermined
+        ({'helpful': 1.0, 'harmless': 0.0}, ('harmless',))
     """
 
     weights: dict[str, float]
@@ -41,10 +46,10 @@ class InferredWeights:
     high: dict[str, float]
     covariance: Tensor
     pairs: int
-    untold: tuple[str, ...]
+    undetermined: tuple[str, ...]
 
     def normalised(self) -> dict[str, float]:
-        """Scale the weights to Σ_m |w_m| = 1, which leaves the strength to `beta` or `target_kl`."""
+        """Scale the weights to Σ_m |w_m| = 1, leaving the strength to `beta` or `target_kl`."""
         total = sum(abs(weight) for weight in self.weights.values()) or 1.0
         return {name: weight / total for name, weight in self.weights.items()}
 
@@ -58,7 +63,7 @@ class InferredWeights:
             "normalised": self.normalised(),
             "covariance": self.covariance.tolist(),
             "pairs": self.pairs,
-            "untold": list(self.untold),
+            "undetermined": list(self.undetermined),
         }
 
 
@@ -67,21 +72,31 @@ def infer_weights(differences: Tensor, objectives: Sequence[str]) -> InferredWei
 
         P(chosen ≻ rejected) = σ(w · d),   w ~ N(0, s² I),   s one of ½, 1, 2, 4
 
-    Beforehand a weight may have either sign and nothing is known of its size but that it is moderate; see
-    `mavis.math.bradley_terry`. A choice of "equal" is left out.
+    A priori a weight may have either sign and is of moderate size; see `mavis.math.bradley_terry`. Leave out pairs
+    that the user found equal.
 
     Args:
         differences: (N, M) finite, R(chosen) − R(rejected) in normalised rewards, from `reward_differences`; N ≥ 1.
         objectives: M names, in the order of the columns.
 
     Returns:
-        Weights with 95 % intervals; the same for the same choices.
+        Weights with 95 % intervals, deterministic for given choices.
 
     Raises:
         PreferenceError: if there is no pair, none differs on any objective, a number is not finite, or there are not M
             distinct names.
 
     Source: Bradley & Terry 1952, "Rank Analysis of Incomplete Block Designs".
+
+    Examples:
+        >>> import torch
+        >>> from mavis.preference import infer_weights
+        >>> differences = torch.tensor([[1.5, -0.5], [1.0, 0.5], [2.0, -1.0], [0.5, 1.5]])
+        >>> inferred = infer_weights(differences, ["helpful", "harmless"])
+        >>> {name: weight > 0 for name, weight in inferred.weights.items()}
+        {'helpful': True, 'harmless': True}
+        >>> inferred.low["helpful"] < inferred.weights["helpful"] < inferred.high["helpful"]
+        True
     """
     names = [objectives] if isinstance(objectives, str) else list(objectives)
     if differences.dim() != 2 or differences.shape[1] != len(names) or len(set(names)) != len(names):
@@ -90,16 +105,16 @@ def infer_weights(differences: Tensor, objectives: Sequence[str]) -> InferredWei
             "give one row per pair and one column per objective, and every objective once.",
         )
     if not len(differences):
-        raise PreferenceError("differences holds no pair.", "weights take at least one choice; ten are a good start.")
+        raise PreferenceError("differences has no rows, expected ≥ 1 pair.", "about ten choices are a good start.")
     draws = posterior_draws(differences)
-    is_told = (differences != 0).any(dim=0).cpu()
-    if not bool(is_told.any()):
+    is_determined = (differences != 0).any(dim=0).cpu()
+    if not bool(is_determined.any()):
         raise PreferenceError(
             f"none of the {len(differences)} pairs differs on any objective ({', '.join(names)}).",
-            "ask about responses that earn different rewards.",
+            "ask about responses with different rewards.",
         )
-    # Either sign of an untold weight fits equally well, so its mean is 0; what the draws make of that is noise.
-    weights = torch.where(is_told, draws.mean(0), 0.0)
+    # By symmetry the posterior mean of an undetermined weight is 0; the mean of the draws would be noise.
+    weights = torch.where(is_determined, draws.mean(0), 0.0)
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = torch.quantile(draws, tails, dim=0).tolist()
     return InferredWeights(
@@ -108,31 +123,41 @@ def infer_weights(differences: Tensor, objectives: Sequence[str]) -> InferredWei
         high=dict(zip(names, high, strict=True)),
         covariance=torch.cov(draws.T).reshape(len(names), len(names)),
         pairs=len(differences),
-        untold=tuple(name for name, told in zip(names, is_told.tolist(), strict=True) if not told),
+        undetermined=tuple(
+            name for name, determined in zip(names, is_determined.tolist(), strict=True) if not determined
+        ),
     )
 
 
 def next_pair(candidates: Tensor, answered: Tensor, asked: Collection[int] = ()) -> int:
-    """Choose the pair whose answer is expected to tell most of the weights.
+    """Choose the pair whose answer is expected to be most informative about the weights.
 
         argmax_i I(answer to i; w | choices)
 
     Args:
-        candidates: (P, M) finite, reward differences of the pairs that can be asked about; the sign does not matter.
+        candidates: (P, M) finite, reward differences of the pairs to choose from; the sign does not matter.
         answered: (N, M) finite, R(chosen) − R(rejected) of the choices so far; N may be 0.
-        asked: indices of candidates that are not to be asked about again.
+        asked: indices of candidates to skip, as they were asked before.
 
     Returns:
-        The index of a candidate that is not in `asked`; the first of equals.
+        The index of a candidate that is not in `asked`; the first in a tie.
 
     Raises:
         PreferenceError: if no candidate is left, or a table is not finite or not of M columns.
 
     Source: Houlsby et al. 2011, "Bayesian Active Learning for Classification and Preference Learning".
+
+    Examples:
+        The choices so far say much about the first weight and nothing about the second:
+
+        >>> import torch
+        >>> from mavis.preference import next_pair
+        >>> next_pair(torch.tensor([[1.5, 0.0], [0.0, 1.5]]), answered=torch.tensor([[1.5, 0.0]] * 8))
+        1
     """
     if len(set(asked)) >= len(candidates):
         raise PreferenceError(
-            f"all {len(candidates)} candidate pairs have been asked about.", "draw candidates for more prompts."
+            f"all {len(candidates)} candidate pairs have been asked about.", "sample candidates for more prompts."
         )
     gains = information_gain(candidates, posterior_draws(answered))
     gains[list(asked)] = -torch.inf

@@ -1,4 +1,4 @@
-"""Pairs of responses of which a user chose one: what their rewards differ by, and the file they are kept in."""
+"""Pairs of responses of which a user chose one: their reward differences, and the file format of answers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ class Pair:
     """Two responses to a prompt of which the user chose one.
 
     Args:
-        prompt: what both responses go on from.
+        prompt: that both responses answer.
         chosen: the response that the user prefers, without the prompt.
-        rejected: the other one.
+        rejected: the other response.
+
+    Examples:
+        >>> from mavis.preference import Pair
+        >>> Pair("Once", " upon a time.", " more.").swapped().chosen
+        ' more.'
     """
 
     prompt: str
@@ -38,7 +43,7 @@ class Pair:
 
 
 def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective], critic: Critic) -> Tensor:
-    """Compute by how much the chosen responses out-score the rejected ones.
+    """Compute how much more reward the chosen responses earn than the rejected ones.
 
         d_nm = (R_m(chosen_n) − R_m(rejected_n)) / std_m
 
@@ -55,18 +60,28 @@ def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective
         PreferenceError: if there is no pair.
         ObjectiveError: if an objective of the critic is not among `objectives`, or returns something other than one
             finite number per response.
+
+    Examples:
+        >>> import mavis
+        >>> from mavis.preference import Pair, reward_differences
+        >>> from mavis.rewards import Dialogue, Positive
+        >>> critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
+        >>> pair = Pair("The dog", ' was happy and loved. "Good!"', " was sad and lost.")
+        >>> differences = reward_differences([pair], {"positive": Positive(), "dialogue": Dialogue()}, critic)
+        >>> differences.shape, bool((differences > 0).all())
+        (torch.Size([1, 2]), True)
     """
     if not pairs:
-        raise PreferenceError("pairs is empty.", "weights take at least one choice; ten are a good start.")
-    wanted = in_order_of(critic, objectives)
+        raise PreferenceError("pairs is empty, expected at least one.", "about ten choices are a good start.")
+    ordered = critic_objectives(critic, objectives)
     prompts = [pair.prompt for pair in pairs]
-    raw = score(wanted, prompts * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    raw = score(ordered, prompts * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
     chosen, rejected = critic.normalise(torch.from_numpy(raw)).chunk(2)
     return chosen - rejected
 
 
-def in_order_of(critic: Critic, objectives: Mapping[str, Objective]) -> dict[str, Objective]:
-    """Pick a critic's objectives, in its order.
+def critic_objectives(critic: Critic, objectives: Mapping[str, Objective]) -> dict[str, Objective]:
+    """Select a critic's objectives, in its order.
 
     Raises:
         ObjectiveError: if one is missing.
@@ -74,26 +89,34 @@ def in_order_of(critic: Critic, objectives: Mapping[str, Objective]) -> dict[str
     for name in critic.objectives:
         if name not in objectives:
             raise ObjectiveError(
-                f"the critic's objective {name!r} is not among objectives: {', '.join(objectives) or 'none'}.",
+                f"objectives lacks the critic's {name!r} and has: {', '.join(objectives) or 'none'}.",
                 closest(name, objectives),
             )
     return {name: objectives[name] for name in critic.objectives}
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Read pairs from a file with one JSON object a line.
+    """Read pairs from a JSON Lines file.
 
         {"prompt": "Once", "chosen": " upon a time.", "rejected": " more."}
 
     Args:
-        path: of the file, UTF-8. Lines with `"skipped"`, which are the questions that were left open, and empty lines
-            are passed over.
+        path: of the file, UTF-8. Empty lines, and questions that the user skipped (`"skipped"`), are ignored.
 
     Returns:
-        The pairs in their order; it may be none.
+        The pairs in the order of the file, possibly none.
 
     Raises:
-        DataError: if the file is missing, or a line is no such object; names the line.
+        DataError: if the file is missing, or a line is not such an object; names the line.
+
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from mavis.preference import read_pairs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "pairs.jsonl"
+        ...     _ = path.write_text(json.dumps({"prompt": "Once", "chosen": " upon a time.", "rejected": " more."}))
+        ...     read_pairs(path)
+        [Pair(prompt='Once', chosen=' upon a time.', rejected=' more.')]
     """
     return [pair for pair, is_skipped in read_answers(path) if not is_skipped]
 
@@ -102,28 +125,28 @@ def read_answers(path: str | os.PathLike[str]) -> list[tuple[Pair, bool]]:
     """Read what `write_answers` wrote; see `read_pairs` for the file and its errors.
 
     Returns:
-        Every question in its order, and whether it was left open.
+        Every question in the order of the file, and whether it was skipped.
     """
     shown = repr(os.fspath(path))
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(
-            f"pairs come from {shown}, which cannot be read: {error.strerror}.", "give a file with one pair a line."
+            f"path is {shown}, which cannot be read: {error.strerror}.", "pass a file with one pair per line."
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"pairs come from {shown}, which is not UTF-8 text.", "save it as UTF-8.") from error
-    # A response may hold other characters that `splitlines` would take for the end of a line.
+        raise DataError(f"path is {shown}, which is not UTF-8 text.", "save it as UTF-8.") from error
+    # `splitlines` would also split at other characters, which a response may contain.
     lines = text.split("\n")
     return [_answer(line, f"line {number} of {shown}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def write_answers(path: str | os.PathLike[str], answers: Sequence[tuple[Pair, bool]]) -> None:
-    """Write questions as `read_answers` reads them, whole or not at all.
+    """Write questions atomically, as `read_answers` reads them.
 
     Args:
         path: of the file.
-        answers: pairs, and whether the question was left open; then which response is `chosen` means nothing.
+        answers: pairs, and whether the question was skipped, in which case neither response is preferred.
     """
     rows = [
         {"prompt": pair.prompt, "skipped": [pair.chosen, pair.rejected]}
@@ -139,7 +162,7 @@ def _answer(line: str, where: str) -> tuple[Pair, bool]:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where} is no JSON: {error}.", "write one object a line.") from error
+        raise DataError(f"{where} is not JSON: {error}.", "write one object per line.") from error
     fields: Any = row if isinstance(row, dict) else {}
     is_skipped = "skipped" in fields
     responses = fields.get("skipped") if is_skipped else [fields.get("chosen"), fields.get("rejected")]

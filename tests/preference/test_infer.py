@@ -1,4 +1,4 @@
-"""Weights by name, what is said where nothing can be known, and the next pair to ask about."""
+"""Weights by name, undetermined objectives, and the next pair to ask about."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_who_always_chooses_the_better_one_wants_the_better_one() -> None:
+def test_consistent_choices_give_a_positive_weight() -> None:
     inferred = infer_weights(table(*[GOOD] * 6), ["good", "short"])
     assert list(inferred.weights) == list(inferred.low) == list(inferred.high) == ["good", "short"]
     assert inferred.low["good"] > 0
@@ -27,10 +27,10 @@ def test_who_always_chooses_the_better_one_wants_the_better_one() -> None:
     for name, weight in inferred.weights.items():
         assert inferred.low[name] < weight < inferred.high[name]
     assert inferred.covariance.shape == (2, 2)
-    assert (inferred.pairs, inferred.untold) == (6, ())
+    assert (inferred.pairs, inferred.undetermined) == (6, ())
 
 
-def test_a_pair_that_was_chosen_the_other_way_counts_against() -> None:
+def test_an_opposite_choice_lowers_the_weight() -> None:
     agreed = infer_weights(table(*[GOOD] * 4), ["good", "short"])
     mixed = infer_weights(table(*[GOOD] * 4, [-x for x in GOOD]), ["good", "short"])
     opposite = infer_weights(-table(*[GOOD] * 4), ["good", "short"])
@@ -38,9 +38,9 @@ def test_a_pair_that_was_chosen_the_other_way_counts_against() -> None:
     assert opposite.weights["good"] == pytest.approx(-agreed.weights["good"], rel=0.1)
 
 
-def test_an_objective_on_which_all_pairs_agree_is_named_and_stays_wide() -> None:
+def test_an_objective_without_differences_is_undetermined_and_stays_wide() -> None:
     inferred = infer_weights(table([1.0, 0.0, 0.5], [2.0, 0.0, -1.0]), ["good", "same", "short"])
-    assert inferred.untold == ("same",)
+    assert inferred.undetermined == ("same",)
     assert inferred.low["same"] < -2 < 2 < inferred.high["same"]
     assert inferred.weights["same"] == 0
 
@@ -52,11 +52,11 @@ def test_normalised_weights_keep_their_signs_and_proportions() -> None:
     assert nothing.normalised() == {"a": 0.0, "b": 0.0}
 
 
-def test_what_was_inferred_is_plain_data() -> None:
+def test_inferred_weights_convert_to_json() -> None:
     inferred = infer_weights(table(GOOD, SHORT), ["good", "short"])
     plain = json.loads(json.dumps(inferred.to_json(), allow_nan=False))
     assert plain["weights"] == inferred.weights
-    assert (plain["level"], plain["pairs"], plain["untold"]) == (0.95, 2, [])
+    assert (plain["level"], plain["pairs"], plain["undetermined"]) == (0.95, 2, [])
     assert sum(abs(weight) for weight in plain["normalised"].values()) == pytest.approx(1)
 
 
@@ -69,7 +69,7 @@ def test_one_objective_has_a_weight_too() -> None:
 @pytest.mark.parametrize(
     ("differences", "objectives", "message"),
     [
-        (torch.zeros(0, 2), ["a", "b"], "differences holds no pair"),
+        (torch.zeros(0, 2), ["a", "b"], "differences has no rows"),
         (torch.zeros(3, 2), ["a", "b"], r"none of the 3 pairs differs on any objective \(a, b\)"),
         (table([1.0, 2.0]), ["a"], r"differences has shape \(1, 2\), but objectives is \['a'\]"),
         (table([1.0, 2.0]), ["a", "a"], r"but objectives is \['a', 'a'\]"),
@@ -78,12 +78,12 @@ def test_one_objective_has_a_weight_too() -> None:
         (torch.ones(2), ["a", "b"], r"differences has shape \(2,\)"),
     ],
 )
-def test_what_tells_no_weights_is_refused(differences: Tensor, objectives: list[str], message: str) -> None:
+def test_uninformative_differences_are_refused(differences: Tensor, objectives: list[str], message: str) -> None:
     with pytest.raises(PreferenceError, match=f"{message}.* Hint: "):
         infer_weights(differences, objectives)
 
 
-def test_the_next_pair_is_one_that_differs_on_what_is_unknown() -> None:
+def test_the_next_pair_differs_on_the_unknown_objective() -> None:
     candidates = table([0.0, 0.0], [1.5, 0.0], [0.0, 1.5])
     assert next_pair(candidates, table(*[[1.5, 0.0]] * 8)) == 2
     assert next_pair(candidates, table(*[[0.0, -1.5]] * 8)) == 1

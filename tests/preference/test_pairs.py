@@ -1,4 +1,4 @@
-"""What pairs differ by, and the file they are kept in."""
+"""Reward differences of pairs, and the file format of answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = [Pair("the dog", " is good good", " is bad"), Pair("she", " ran to the p
 
 @pytest.fixture
 def critic(make_tiny_critic: Callable[..., HiddenStateCritic]) -> HiddenStateCritic:
-    """A critic whose rewards have means and deviations of their own."""
+    """A critic with a mean and a std per objective."""
     critic = make_tiny_critic("good", "brevity")
     critic.reward_mean.copy_(torch.tensor([1.0, -9.0]))
     critic.reward_std.copy_(torch.tensor([0.5, 4.0]))
@@ -34,7 +34,7 @@ def test_differences_are_in_standard_deviations(critic: Any, tiny_objectives: di
     assert reward_differences(PAIRS, tiny_objectives, critic).tolist() == expected
 
 
-def test_the_critics_order_counts_and_others_are_not_scored(critic: Any, tiny_objectives: dict[str, Any]) -> None:
+def test_columns_follow_the_critic_and_others_are_not_scored(critic: Any, tiny_objectives: dict[str, Any]) -> None:
     def never(prompts: Any, responses: Any) -> list[float]:
         raise AssertionError
 
@@ -50,11 +50,11 @@ def test_a_swapped_pair_is_the_negated_difference(critic: Any, tiny_objectives: 
     assert [pair.swapped() for pair in swapped] == PAIRS
 
 
-def test_what_cannot_be_scored_is_refused(critic: Any, tiny_objectives: dict[str, Any]) -> None:
+def test_pairs_that_cannot_be_scored_are_refused(critic: Any, tiny_objectives: dict[str, Any]) -> None:
     with pytest.raises(PreferenceError, match="pairs is empty"):
         reward_differences([], tiny_objectives, critic)
     misspelt = {"god": tiny_objectives["good"], "brevity": tiny_objectives["brevity"]}
-    with pytest.raises(ObjectiveError, match="objective 'good' is not among objectives: god, brevity.*did you mean"):
+    with pytest.raises(ObjectiveError, match="objectives lacks the critic's 'good' and has: god, brevity.*did you"):
         reward_differences(PAIRS, misspelt, critic)
     broken = tiny_objectives | {"good": lambda prompts, responses: [float("nan")] * len(responses)}
     with pytest.raises(ObjectiveError, match="a reward is a finite number"):
@@ -66,7 +66,7 @@ TEXT = st.text(st.characters(codec="utf-8"))
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50)
 @given(st.lists(st.tuples(st.builds(Pair, TEXT, TEXT, TEXT), st.booleans())))
-def test_what_is_written_is_read_back(tmp_path: Path, answers: list[tuple[Pair, bool]]) -> None:
+def test_answers_round_trip(tmp_path: Path, answers: list[tuple[Pair, bool]]) -> None:
     write_answers(tmp_path / "answers.jsonl", answers)
     assert read_answers(tmp_path / "answers.jsonl") == answers
     assert read_pairs(tmp_path / "answers.jsonl") == [pair for pair, is_skipped in answers if not is_skipped]
@@ -75,7 +75,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, answers: list[tuple[Pair, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "line 2 of '.*' is no JSON"),
+        ("nonsense", "line 2 of '.*' is not JSON"),
         ('["a", "b"]', "line 2 of .* expected an object with the texts prompt, chosen and rejected"),
         ('{"prompt": "a", "chosen": "b"}', "line 2 of .* expected an object"),
         ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 2 of .* expected an object"),
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, answers: list[tuple[Pair, 
         ('{"prompt": "a", "skipped": "bc"}', "line 2 of .* expected an object"),
     ],
 )
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_line_that_is_not_a_pair_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(f'{{"prompt": "a", "chosen": "b", "rejected": "c"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(DataError, match=f"{message}.* Hint: "):

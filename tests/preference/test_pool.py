@@ -1,4 +1,4 @@
-"""Candidate pairs: sampled under different weights, scored once, and in an order that tells nothing."""
+"""Candidate pairs: sampled under different weights, scored once, and in a random order within each pair."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def parts(
     make_tiny_critic: Callable[..., HiddenStateCritic],
     tiny_objectives: dict[str, Any],
 ) -> tuple[Any, ...]:
-    """Policy, tokenizer, critic and objectives; the critic's rewards have deviations of their own."""
+    """Policy, tokenizer, critic and objectives; the critic has a std per objective."""
     critic = make_tiny_critic("good", "brevity")
     critic.reward_std.copy_(torch.tensor([0.5, 4.0]))
     return tiny_policy, tiny_tokenizer, critic, tiny_objectives
 
 
-def test_pairs_share_their_prompt_and_differ_in_what_they_earn(parts: tuple[Any, ...], tmp_path: Path) -> None:
+def test_pairs_share_their_prompt_and_differ_in_their_rewards(parts: tuple[Any, ...], tmp_path: Path) -> None:
     pool = candidate_pairs(*parts, [*PROMPTS, "the dog"], tmp_path, SETTINGS, beta=4.0)
     _, _, critic, objectives = parts
     assert {pair.prompt for pair in pool.pairs} == set(PROMPTS)
-    # a plain response and one for each of the weights (1, 0), (½, ½) and (0, 1): six pairs of each prompt at most
+    # an untilted response and one for each of the weights (1, 0), (½, ½) and (0, 1): six pairs of each prompt at most
     assert 3 < len(pool.pairs) == len(pool.differences) <= 6 * len(PROMPTS)
     assert len(set(pool.pairs)) == len(pool.pairs)
     assert all(pair.chosen.strip() != pair.rejected.strip() for pair in pool.pairs)
@@ -44,7 +44,7 @@ def test_pairs_share_their_prompt_and_differ_in_what_they_earn(parts: tuple[Any,
     torch.testing.assert_close(pool.differences, reward_differences(pool.pairs, objectives, critic))
 
 
-def test_it_is_sampled_once_and_is_the_same_every_time(
+def test_sampling_is_deterministic_and_stored(
     parts: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = candidate_pairs(*parts, PROMPTS, tmp_path / "a", SETTINGS, beta=4.0)
@@ -58,8 +58,8 @@ def test_it_is_sampled_once_and_is_the_same_every_time(
         candidate_pairs(*parts, PROMPTS, tmp_path / "a", SETTINGS, beta=3.0)
 
 
-def test_the_order_within_a_pair_tells_nothing_of_the_weights(parts: tuple[Any, ...], tmp_path: Path) -> None:
-    # At so strong a tilt the response for "good" earns more of it than the plain one before it in the grid.
+def test_the_order_within_a_pair_does_not_reveal_the_weights(parts: tuple[Any, ...], tmp_path: Path) -> None:
+    # At this strong a tilt the response for "good" earns more of it than the untilted one before it in the grid.
     prompts = [f"{one} {two}" for one in ("the", "a", "one", "big") for two in ("dog", "cat", "man", "bird")]
     pool = candidate_pairs(*parts, prompts, tmp_path, SETTINGS, beta=4.0)
     first_is_better = (pool.differences[:, 0] > 0).double().mean()
@@ -77,7 +77,7 @@ def test_without_a_calibration_the_strength_must_be_given(parts: tuple[Any, ...]
         candidate_pairs(*parts, PROMPTS, tmp_path, SETTINGS)
 
 
-def test_responses_that_all_earn_the_same_are_refused(parts: tuple[Any, ...], tmp_path: Path) -> None:
+def test_responses_with_equal_rewards_are_refused(parts: tuple[Any, ...], tmp_path: Path) -> None:
     policy, tokenizer, critic, _ = parts
     flat = {name: lambda prompts, responses: [1.0] * len(responses) for name in critic.objectives}
     with pytest.raises(PreferenceError, match="no two responses to any of the 3 prompts differ in their rewards"):
@@ -85,13 +85,13 @@ def test_responses_that_all_earn_the_same_are_refused(parts: tuple[Any, ...], tm
 
 
 def test_no_question_comes_twice(parts: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two_by_turns(*arguments: Any, **options: Any) -> Any:
+    def two_distinct_responses(*arguments: Any, **options: Any) -> Any:
         for shard in collect(*arguments, **options):
             responses = [[" once.", " twice twice.", " once. "][i % 3] for i in range(len(shard["response"]))]
             rewards = [[float(len(response.strip()))] * 2 for response in responses]
             yield {"response": responses, "rewards": rewards}
 
-    monkeypatch.setattr("mavis.preference.pool.collect", two_by_turns)
+    monkeypatch.setattr("mavis.preference.pool.collect", two_distinct_responses)
     pool = candidate_pairs(*parts, PROMPTS, tmp_path, SETTINGS, beta=4.0)
     questions = [(pair.prompt, frozenset({pair.chosen.strip(), pair.rejected.strip()})) for pair in pool.pairs]
     assert len(questions) == len(set(questions)) == len(PROMPTS)
