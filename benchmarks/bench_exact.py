@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from lib import results
 
-from mavis.exact import KINDS, World, iterate, share
+from mavis.exact import WORLD_KINDS, World, normalised_gain, policy_iteration
 from mavis.math.simplex import simplex_grid
 
 COMPOSITIONS: tuple[Literal["independent", "conditioned"], ...] = ("independent", "conditioned")
@@ -32,13 +32,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for kind in KINDS:
+    for kind in WORLD_KINDS:
         for seed in arguments.seeds:
             world = World.random(kind, seed)
             for beta in arguments.betas:
                 for weights in simplex_grid(world.objectives, arguments.divisions):
                     for composition in COMPOSITIONS:
-                        tilts = islice(iterate(world, weights, beta, composition), arguments.iterations + 1)
+                        tilts = islice(policy_iteration(world, weights, beta, composition), arguments.iterations + 1)
                         rows += [
                             {
                                 "kind": kind,
@@ -47,7 +47,7 @@ def main() -> None:
                                 "weights": weights.tolist(),
                                 "composition": composition,
                                 "iteration": iteration,
-                                "share": round(share(world, tilt, beta * weights), 6),
+                                "share": round(normalised_gain(world, tilt, beta * weights), 6),
                             }
                             for iteration, tilt in enumerate(tilts)
                         ]

@@ -19,7 +19,7 @@ import torch
 from lib import results
 
 from mavis import HiddenStateCritic
-from mavis.exact import World, WorldObjective, WorldPolicy, iterate, share, world_tokenizer
+from mavis.exact import World, WorldObjective, WorldPolicy, normalised_gain, policy_iteration, world_tokenizer
 from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
 from mavis.training.improvement.fit import FitSettings
@@ -54,7 +54,7 @@ def train(composition: Any, seed: int, arguments: argparse.Namespace) -> list[di
         for report in improve(policy, tokenizer, critic, objectives, prompts, folder, settings):
             for weights in WEIGHTS:
                 lam = arguments.beta * torch.tensor(weights)
-                reached = share(world, policy.tilts(critic, lam), lam)
+                reached = normalised_gain(world, policy.tilts(critic, lam), lam)
                 rows.append(row(arguments, seed, weights, composition, report.iteration, reached, "hidden_state"))
             print(
                 composition, seed, report.iteration, [round(r["share"], 3) for r in rows[-len(WEIGHTS) :]], flush=True
@@ -108,9 +108,9 @@ def main() -> None:
         for weights in WEIGHTS:
             w = torch.tensor(weights)
             for iteration, tilt in enumerate(
-                islice(iterate(world, w, arguments.beta, composition), arguments.iterations + 1)
+                islice(policy_iteration(world, w, arguments.beta, composition), arguments.iterations + 1)
             ):
-                reached = share(world, tilt, arguments.beta * w)
+                reached = normalised_gain(world, tilt, arguments.beta * w)
                 rows.append(row(arguments, None, weights, composition, iteration, reached, "exact"))
     with ProcessPoolExecutor(arguments.processes) as pool:
         waiting = [pool.submit(train, c, seed, arguments) for c in arguments.compositions for seed in arguments.seeds]

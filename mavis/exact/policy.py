@@ -1,6 +1,6 @@
-"""A world as a causal LM: `generate`, the critics and the tilt take it as they take any other.
+"""A world as a causal LM, for `generate`, the critics and the tilt.
 
-Only a value model cannot start from a copy of it, which knows no counting: it takes a `backbone` of its own.
+A value model cannot start from a copy of it, as it would have no counters; give it a `backbone` of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mavis.exact.world import World
 
 
 class WorldConfig(PreTrainedConfig):
-    """Sizes of a world.
+    """The configuration of a `WorldPolicy`.
 
     Args:
         tokens: V; padding is one more.
@@ -43,9 +43,16 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
     """The reference policy of a world.
 
     The last hidden state is one-hot in the last token, the step and every count; the output embedding reads the token
-    and gives log π_ref. Counts are running sums of what the cache holds of earlier tokens, so beams, crops and left
-    padding move them as they move the keys and values of an attention layer. The first token is the prompt and is not
-    counted; every later one is a response token, also where it comes with the prompt.
+    and gives log π_ref. The cache holds per-token counts that are summed at every step, so beams, crops and padding on
+    the left rearrange them as they do the keys and values of an attention layer. The first token is the prompt and is
+    not counted; all later ones are response tokens, even if they are part of the input.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.exact import World, WorldPolicy
+        >>> policy = WorldPolicy.of(World.random("conflicting", seed=0, tokens=10, steps=4))
+        >>> policy.generate(torch.tensor([[3]]), do_sample=True).shape
+        torch.Size([1, 5])
     """
 
     config_class = WorldConfig
@@ -53,7 +60,7 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: WorldConfig) -> None:
         super().__init__(config)
-        # Padding is zero everywhere, and is never drawn.
+        # Padding embeds to zero and is never drawn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.tokens)
         self.counters = nn.Embedding(config.vocab_size, len(config.caps))
         self.lm_head = nn.Linear(config.hidden_size, config.tokens, bias=False)
@@ -80,11 +87,11 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def encode(self, tokens: Tensor, step: Tensor, counts: Tensor) -> Tensor:
-        """Write states as hidden states.
+        """Encode states as hidden states.
 
         Args:
             tokens: (...) integer, the last token; V stands for padding.
-            step: (...) integer, how many response tokens there are, at most T.
+            step: (...) integer, the number of response tokens so far, at most T.
             counts: (..., C) integer, at most the caps.
 
         Returns:
@@ -135,10 +142,10 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def tilts(self, critic: Any, lam: Tensor) -> Tensor:
-        """Ask a critic of this policy for its tilt in every state, which `evaluate_tilt` takes.
+        """Compute a critic's tilt in every state, in the layout of `evaluate_tilt`.
 
         Args:
-            critic: a hidden-state critic without memory; a state says all that there is to know here.
+            critic: a hidden-state critic of this policy, without memory: one state is sufficient.
             lam: (M,), λ = β·w.
 
         Returns:
@@ -150,7 +157,7 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
         if getattr(critic, "kind", None) != "hidden_state" or critic.memory is not None:
             raise CriticError(
                 f"critic is a {type(critic).__name__} that reads more than one state.",
-                "ask a HiddenStateCritic without memory; others are asked through generate.",
+                "use a HiddenStateCritic without memory; evaluate others by sampling with generate.",
             )
         grid = self.state_grid()
         inputs = critic.inputs_of_responses(grid.flatten(0, 2)[:, None])[:, 0]
@@ -159,7 +166,13 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
 
 
 def world_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Build a tokenizer that writes tokens as words `t0`, `t1`, ... with spaces between."""
+    """Build a tokenizer that writes tokens as the words `t0`, `t1`, ... separated by spaces.
+
+    Examples:
+        >>> from mavis.exact import World, world_tokenizer
+        >>> world_tokenizer(World.random("linear", seed=0))("t3 t11")["input_ids"]
+        [3, 11]
+    """
     words = {f"t{token}": token for token in range(world.tokens)} | {"<pad>": world.tokens}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -167,11 +180,18 @@ def world_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 class WorldObjective:
-    """One objective of a world, as text scores.
+    """One objective of a world, which scores texts.
 
     Args:
         world: the world.
-        objective: which of its M rewards.
+        objective: the index of one of its M rewards.
+
+    Examples:
+        >>> from mavis.exact import World, WorldObjective
+        >>> world = World.random("linear", seed=0, tokens=10, steps=4)
+        >>> rewards = WorldObjective(world, 0)(["t0", "t0"], ["t1 t1 t1 t1", "t2 t1 t1 t1"])
+        >>> len(rewards)
+        2
     """
 
     def __init__(self, world: World, objective: int) -> None:

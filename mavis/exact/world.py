@@ -1,4 +1,4 @@
-"""Worlds: a Markov chain over a few tokens, and rewards that depend on how often some of them came."""
+"""Worlds: a Markov chain over a few tokens, with rewards that depend on token counts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mavis.errors import ConfigError
+from mavis.errors import ConfigError, check_whole, closest
 
 
 @dataclass(frozen=True)
 class World:
-    """A token process that dynamic programming can solve.
+    """A Markov chain over tokens, with rewards, that dynamic programming can solve.
 
-    The prompt is one token, drawn evenly; a response is `steps` more, each drawn from a distribution that depends on
-    the token before it. Counters count tokens of their sets, prompt excluded, and stop at their caps. What has to be
-    known of a response is its *state*: the step, the counts and the last token. Rewards read the counts at the end.
+    The prompt is one token, drawn uniformly; a response is `steps` more, each drawn from a distribution that depends on
+    the token before it. Counters count the response tokens in their sets, up to their caps. The *state* is the step,
+    the counts and the last token. Rewards depend on the final counts.
 
     Args:
         logprobs: (V, V) float64, log π_ref(token | last token), finite, rows normalised.
@@ -26,6 +26,12 @@ class World:
         caps: C numbers ≥ 1, where the counters stop.
         rewards: (S, M) float64, normalised, of each of the S = Π (cap + 1) counts, the last counter running fastest.
         steps: T ≥ 1.
+
+    Examples:
+        >>> from mavis.exact import World
+        >>> world = World.random("conflicting", seed=0)
+        >>> world.tokens, world.objectives, world.steps, world.caps
+        (12, 2, 12, (5, 5))
     """
 
     logprobs: Tensor
@@ -39,7 +45,7 @@ class World:
         """Draw a world.
 
         Args:
-            kind: one of `KINDS`; see there.
+            kind: one of `WORLD_KINDS`.
             seed: of the chain and of the tokens that are counted.
             tokens: V ≥ 10.
             steps: T ≥ 4.
@@ -50,50 +56,50 @@ class World:
         Raises:
             ConfigError: if the kind is unknown or a size is too small.
         """
-        if kind not in KINDS:
-            raise ConfigError(f"kind is {kind!r}.", f"known: {', '.join(KINDS)}.")
-        if tokens < 10 or steps < 4:
-            raise ConfigError(f"tokens is {tokens} and steps {steps}; expected ≥ 10 and ≥ 4.", "12 and 12 are usual.")
+        if kind not in WORLD_KINDS:
+            raise ConfigError(f"kind is {kind!r}, which does not exist.", closest(kind, WORLD_KINDS))
+        check_whole(ConfigError, "12 is usual.", 10, tokens=tokens)
+        check_whole(ConfigError, "12 is usual.", 4, steps=steps)
         generator = torch.Generator().manual_seed(seed)
         logprobs = torch.log_softmax(torch.randn(tokens, tokens, generator=generator, dtype=torch.float64), dim=-1)
         order = torch.randperm(tokens, generator=generator)
-        counted, caps, raw = KINDS[kind](order, steps)
+        counted, caps, raw = WORLD_KINDS[kind](order, steps)
         grid = torch.cartesian_prod(*(torch.arange(cap + 1, dtype=torch.float64) for cap in caps))
         world = cls(logprobs, counted, caps, raw(grid.reshape(-1, len(caps))), steps)
         return world.normalised()
 
     @property
     def tokens(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return len(self.logprobs)
 
     @property
     def objectives(self) -> int:
-        """M."""
+        """M, the number of objectives."""
         return self.rewards.shape[1]
 
     @property
     def next_counts(self) -> Tensor:
-        """Where each token takes each of the S counts: (S, V) integer."""
+        """The index of the counts after each token: (S, V) integer."""
         grid = torch.cartesian_prod(*(torch.arange(cap + 1) for cap in self.caps)).reshape(-1, len(self.caps))
         after = (grid[:, None, :] + self.counted.T.long()).minimum(torch.tensor(self.caps))
         return (after * self.strides).sum(-1)
 
     @property
     def strides(self) -> Tensor:
-        """How far apart two counts are that differ by one in a counter: (C,) integer."""
+        """The distance between the indices of counts that differ by one in a counter: (C,) integer."""
         sizes = torch.tensor([*self.caps[1:], 0]) + 1
         return sizes.flip(0).cumprod(0).flip(0)
 
     def occupancy(self) -> Tensor:
         """Compute the distribution of the final counts under π_ref: (S,) float64, by forward induction."""
-        here = torch.zeros(len(self.rewards), self.tokens, dtype=torch.float64)
-        here[0] = 1 / self.tokens
+        mass = torch.zeros(len(self.rewards), self.tokens, dtype=torch.float64)  # by counts and last token
+        mass[0] = 1 / self.tokens
         following = self.next_counts
         for _ in range(self.steps):
-            drawn = here @ self.logprobs.exp()  # (S, V): by counts so far and token drawn
-            here = torch.zeros_like(here).scatter_add_(0, following, drawn)
-        return here.sum(1)
+            drawn = mass @ self.logprobs.exp()  # by counts so far and token drawn
+            mass = torch.zeros_like(mass).scatter_add_(0, following, drawn)
+        return mass.sum(1)
 
     def normalised(self) -> World:
         """Shift and scale the rewards to mean 0 and standard deviation 1 under π_ref.
@@ -101,11 +107,13 @@ class World:
         Raises:
             ConfigError: if π_ref gives every response the same reward.
         """
-        share = self.occupancy()[:, None]
-        mean = (share * self.rewards).sum(0)
-        std = (share * (self.rewards - mean).square()).sum(0).sqrt()
+        probs = self.occupancy()[:, None]
+        mean = (probs * self.rewards).sum(0)
+        std = (probs * (self.rewards - mean).square()).sum(0).sqrt()
         if not bool((std > 1e-12).all()):
-            raise ConfigError(f"the rewards have standard deviations {std.tolist()}.", "they must vary.")
+            raise ConfigError(
+                f"rewards have standard deviations {std.tolist()}, expected > 0.", "make the rewards vary."
+            )
         return World(self.logprobs, self.counted, self.caps, (self.rewards - mean) / std, self.steps)
 
 
@@ -113,7 +121,7 @@ _Recipe = Callable[[Tensor, int], tuple[Tensor, tuple[int, ...], Callable[[Tenso
 
 
 def _members(order: Tensor, *ranges: tuple[int, int]) -> Tensor:
-    """Mark which tokens each counter counts: places `first` to `last` of a random order."""
+    """Mark the tokens that each counter counts: positions first to last − 1 of a random order."""
     counted = torch.zeros(len(ranges), len(order), dtype=torch.bool)
     for counter, (first, last) in enumerate(ranges):
         counted[counter, order[first:last]] = True
@@ -121,13 +129,13 @@ def _members(order: Tensor, *ranges: tuple[int, int]) -> Tensor:
 
 
 def _agreeing(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
-    goal = math.ceil(steps / 2)
-    return _members(order, (0, 4), (1, 5)), (goal, goal), lambda counts: (counts >= goal).double()
+    target = math.ceil(steps / 2)
+    return _members(order, (0, 4), (1, 5)), (target, target), lambda counts: (counts >= target).double()
 
 
 def _conflicting(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
-    goal = math.ceil(5 * steps / 12)
-    return _members(order, (0, 5), (5, 10)), (goal, goal), lambda counts: (counts >= goal).double()
+    target = math.ceil(5 * steps / 12)
+    return _members(order, (0, 5), (5, 10)), (target, target), lambda counts: (counts >= target).double()
 
 
 def _linear(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Tensor]]:
@@ -143,10 +151,10 @@ def _product(order: Tensor, steps: int) -> tuple[Tensor, tuple[int, ...], Callab
     )
 
 
-KINDS: dict[str, _Recipe] = {
-    "agreeing": _agreeing,  # two sets that share three of four tokens; each must come in half of the steps
-    "conflicting": _conflicting,  # two sets apart; each must come in five steps of twelve: both leave little room
-    "linear": _linear,  # two sets apart; every token counts the same
-    "product": _product,  # three sets; each objective wants two of them together, and one set is wanted by both
+WORLD_KINDS: dict[str, _Recipe] = {
+    "agreeing": _agreeing,  # sets that share three of four tokens; each must make up half of the steps
+    "conflicting": _conflicting,  # disjoint sets; each must make up 5/12 of the steps: there is little room for both
+    "linear": _linear,  # disjoint sets; every token counts the same
+    "product": _product,  # three sets; each objective rewards two of them jointly, and one set belongs to both
 }
 """Recipes of worlds with two objectives."""

@@ -1,4 +1,4 @@
-"""Objectives: what a response is scored for, by a reward model, by its words, or by any callable."""
+"""Objectives: score responses by a reward model, by their words, or by any callable."""
 
 from mavis.rewards.lexical import Brevity, Dialogue, Positive, Readability, exclamations
 from mavis.rewards.protocol import Objective, Signed, score

@@ -1,14 +1,13 @@
-"""Objectives that read the response's text alone: no model, no network, well under a millisecond each."""
+"""Objectives that read only the response's text: no model, no network, well under a millisecond each."""
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from mavis.errors import ObjectiveError
+from mavis.errors import ObjectiveError, check_number
 
 # A quotation ends at the mark that matches its opening mark, or where the response ends.
 _QUOTATION = re.compile(r'"([^"]*)"?|“([^”]*)”?')
@@ -17,12 +16,17 @@ _QUOTATION = re.compile(r'"([^"]*)"?|“([^”]*)”?')
 class Positive:
     """Reward positive wording: the compound score of VADER.
 
-        R = s / √(s² + 15),  s the sum of the words' valences after VADER's rules
+        R = s / √(s² + 15),   s the sum of the words' valences by VADER's rules
 
-    In [−1, 1]; 0 where no word carries sentiment. The lexicon and its rules are English.
+    In [−1, 1]; 0 if no word carries sentiment. The lexicon and its rules are English.
 
     Source: Hutto & Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
     Media Text".
+
+    Examples:
+        >>> from mavis.rewards import Positive
+        >>> Positive()(["", ""], ["What a happy day!", "It was a table."])
+        [0.6114, 0.0]
     """
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -32,7 +36,7 @@ class Positive:
 
 @functools.cache
 def _vader() -> Any:
-    """One analyser per process: reading its lexicon costs as much as scoring some fifty responses."""
+    """Build one analyser per process: reading its lexicon costs as much as scoring about fifty responses."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
@@ -43,16 +47,21 @@ class Dialogue:
 
         R = min(1, 3 · (characters inside quotation marks) / (characters of the response))
 
-    In [0, 1]; 1 from a third of the response on, so that a story need not be all talk. Quotation marks are
-    straight (") or curly (“ ”) and count as outside; a quotation ends at the mark that matches its opening,
-    or with the response if there is none. An empty response scores 0.
+    In [0, 1]; 1 once a third of the response is quoted, so that a story need not be all dialogue. Quotation marks are
+    straight (") or curly (“ ”) and count as outside; a quotation ends at the mark that matches its opening, or with the
+    response if there is none. An empty response scores 0.
+
+    Examples:
+        >>> from mavis.rewards import Dialogue
+        >>> Dialogue()([""] * 2, ['"Hi," he said.', "He said nothing."])  # 3 of 14 characters are quoted
+        [0.6428571428571429, 0.0]
     """
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [self._one(response) for response in responses]
+        return [self._share(response) for response in responses]
 
     @staticmethod
-    def _one(response: str) -> float:
+    def _share(response: str) -> float:
         if not response:
             return 0.0
         inside = sum(len(straight) + len(curly) for straight, curly in _QUOTATION.findall(response))
@@ -64,55 +73,59 @@ class Brevity:
 
         R = −(words of the response) / scale
 
-    In (−∞, 0]; words are what white space separates, and an empty response scores 0. It is linear, so a word
-    costs as much at the start of a response as at its end.
+    In (−∞, 0]; words are separated by white space, and an empty response scores 0. The reward is linear: a word costs
+    as much at the start of a response as at its end.
 
     Args:
-        scale: how many words cost 1; finite, > 0. It sets the raw unit only: normalised rewards stay.
+        scale: how many words cost 1; finite, > 0. It only sets the raw unit; normalised rewards do not change.
 
     Raises:
-        ObjectiveError: if `scale` is not a finite number above 0.
+        ObjectiveError: if `scale` is not a finite number > 0.
+
+    Examples:
+        >>> from mavis.rewards import Brevity
+        >>> Brevity(scale=10)(["", ""], ["one two three", ""])
+        [-0.3, 0.0]
     """
 
     def __init__(self, scale: float = 100.0) -> None:
-        if not (math.isfinite(scale) and scale > 0):
-            raise ObjectiveError(
-                f"scale is {scale!r}, but it must be finite and above 0.",
-                "give the number of words that cost 1, and wrap Brevity in Signed to reward length.",
-            )
+        hint = "give the number of words that cost 1, and wrap Brevity in Signed to reward length."
+        check_number(ObjectiveError, hint, low=0, strict=True, scale=scale)
         self.scale = float(scale)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        # 0.0 − x, for −x would make an empty response −0.0.
+        # 0.0 − x, because −x would give −0.0 for an empty response.
         return [0.0 - len(response.split()) / self.scale for response in responses]
 
 
 class Readability:
-    """Reward text that is easy to read: the Automated Readability Index, turned round.
+    """Reward text that is easy to read: the negated Automated Readability Index.
 
         R = −min(ARI, hardest),  ARI = 4.71 · characters / words + 0.5 · words / sentences − 21.43
 
-    In [−hardest, 16.22]. ARI is roughly the United States school grade that a text asks for, and needs no
-    syllables. The counts are textstat's: characters without spaces, and a sentence of one or two words is no
-    sentence. A response with neither letter nor digit cannot be read and scores −hardest: the formula is
-    undefined there, and anything higher would reward saying nothing.
+    In [−hardest, 16.22]. ARI is roughly the United States school grade that a text requires, and needs no syllable
+    counts. The counts are textstat's: characters without spaces, and one or two words do not count as a sentence. A
+    response with neither letter nor digit scores −hardest: the formula is undefined there, and a higher score would
+    reward saying nothing.
 
     Args:
-        hardest: the grade at which text stops counting as harder; finite, > 0. One unbroken string of letters
-            would otherwise have an ARI in the thousands, and normalisation would see nothing else.
+        hardest: the grade at which ARI is capped; finite, > 0. One long unbroken string of letters would otherwise have
+            an ARI in the thousands and dominate the normalisation.
 
     Raises:
-        ObjectiveError: if `hardest` is not a finite number above 0.
+        ObjectiveError: if `hardest` is not a finite number > 0.
 
     Source: Smith & Senter 1967, "Automated Readability Index", AMRL-TR-66-220.
+
+    Examples:
+        >>> from mavis.rewards import Readability
+        >>> easy, hard = Readability()(["", ""], ["The dog ran to me.", "Incomprehensibilities proliferate."])
+        >>> easy > hard == -20.0
+        True
     """
 
     def __init__(self, hardest: float = 20.0) -> None:
-        if not (math.isfinite(hardest) and hardest > 0):
-            raise ObjectiveError(
-                f"hardest is {hardest!r}, but it must be finite and above 0.",
-                "20 is well past any school grade.",
-            )
+        check_number(ObjectiveError, "20 is well past any school grade.", low=0, strict=True, hardest=hardest)
         self.hardest = float(hardest)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -127,7 +140,7 @@ class Readability:
 
 
 def exclamations(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Count the exclamation marks: the smallest objective, and the pattern for a function of your own.
+    """Count the exclamation marks; a model for writing an objective as a function.
 
         R = number of "!" in the response
 
@@ -137,5 +150,10 @@ def exclamations(prompts: Sequence[str], responses: Sequence[str]) -> list[float
 
     Returns:
         B rewards, each ≥ 0.
+
+    Examples:
+        >>> from mavis.rewards import exclamations
+        >>> exclamations(["", ""], ["Wow!!", "Yes."])
+        [2.0, 0.0]
     """
     return [float(response.count("!")) for response in responses]

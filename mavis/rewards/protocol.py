@@ -1,4 +1,4 @@
-"""What an objective is, and the one door through which its rewards enter."""
+"""The objective protocol, and `score`, through which all rewards pass."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import torch
 
 from mavis.errors import ObjectiveError
 
-_SHOWN = 60  # characters of a response that an error quotes
+_MAX_QUOTED = 60  # characters of a response in an error
 
 
 class Objective(Protocol):
-    """Anything that scores responses: one raw reward per response, more is better.
+    """Any callable that scores responses: one raw reward per response, more is better.
 
-    Called as `objective(prompts, responses)` with two sequences of B strings; the response is what the policy
-    wrote after the prompt, without it. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,).
-    The same texts must give the same rewards, whatever else is scored in the same call.
+    Called as `objective(prompts, responses)` with two sequences of B strings; the response is what the policy wrote
+    after the prompt. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,). Equal texts must have equal
+    rewards, whatever else is scored in the same call.
+
+    Examples:
+        A function will do:
+
+        >>> from mavis.rewards import Objective, score
+        >>> def polite(prompts, responses):
+        ...     return [float("please" in response) for response in responses]
+        >>> objective: Objective = polite
+        >>> score({"polite": objective}, ["Ask."], ["A cup, please."]).tolist()
+        [[1.0]]
     """
 
     def __call__(
@@ -38,19 +48,24 @@ class Signed:
 
     Raises:
         ObjectiveError: if `sign` is neither 1 nor −1.
+
+    Examples:
+        >>> from mavis.rewards import Brevity, Signed
+        >>> Signed(Brevity(scale=10))([""], ["one two three"])
+        [0.3]
     """
 
     def __init__(self, objective: Objective, sign: int = -1) -> None:
         self.objective = objective
-        self.sign = checked_sign(sign)
+        self.sign = check_sign(sign)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        # `score` checks what comes out, and knows the objective's name.
+        # `score` checks the rewards: it knows the objective's name.
         return [self.sign * reward for reward in self.objective(prompts, responses)]
 
 
 def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """Score every response by every objective, and check what the objectives return.
+    """Score every response by every objective, and check the rewards.
 
         rewards[b, m] = R_m(prompts[b], responses[b])
 
@@ -64,15 +79,19 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses
 
     Raises:
         ObjectiveError: if there is no objective, one is not callable, prompts and responses differ in number,
-            or an objective returns anything but one finite number per response. Any other exception from
-            within an objective comes through unchanged, with a note that names the objective.
+            or an objective returns anything but one finite number per response. Any other exception raised by an
+            objective is passed on, with a note that names the objective.
+
+    Examples:
+        >>> from mavis.rewards import Brevity, Dialogue, score
+        >>> objectives = {"short": Brevity(scale=10), "dialogue": Dialogue()}
+        >>> score(objectives, ["Say hi."] * 2, ['"Hi!"', "He waved."]).round(3).tolist()
+        [[-0.1, 1.0], [-0.2, 0.0]]
     """
     if not objectives:
         raise ObjectiveError("score got no objectives.", "name at least one, for example {'positive': Positive()}.")
     if isinstance(prompts, str) or isinstance(responses, str):
-        raise ObjectiveError(
-            "score got one string where it reads a sequence of strings.", "pass [prompt] and [response]."
-        )
+        raise ObjectiveError("score got one string, expected a sequence of strings.", "pass [prompt] and [response].")
     if len(prompts) != len(responses):
         raise ObjectiveError(
             f"score got {len(prompts)} prompts but {len(responses)} responses.",
@@ -93,26 +112,26 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses
         except Exception as error:
             error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
             raise
-        rewards[:, column] = _floats(returned, responses, f"objective {name!r}")
+        rewards[:, column] = _finite_floats(returned, responses, f"objective {name!r}")
     return rewards
 
 
-def checked_sign(sign: int) -> int:
+def check_sign(sign: int) -> int:
     """Return `sign` if it is 1 or −1, else raise ObjectiveError."""
     if sign not in (1, -1):
         raise ObjectiveError(f"sign is {sign!r}, but it must be 1 or -1.", "use 1 for a reward and -1 for a cost.")
     return int(sign)
 
 
-def _floats(returned: Any, responses: Sequence[str], subject: str) -> list[float]:
-    """Read one finite float per response out of whatever an objective returned."""
+def _finite_floats(returned: Any, responses: Sequence[str], subject: str) -> list[float]:
+    """Convert what an objective returned to one finite float per response, or raise."""
     hint = "return one finite number per response, in the order of the responses."
     if isinstance(returned, torch.Tensor):
         returned = returned.detach().to("cpu", torch.float64).numpy()
     if isinstance(returned, np.ndarray) and returned.ndim != 1:
         shape = f"{tuple(returned.shape)}"
         raise ObjectiveError(f"{subject} returned shape {shape}, but must return ({len(responses)},).", hint)
-    # A mapping or a string can be iterated over too, but what comes out are not rewards.
+    # Mappings and strings are iterable too, but their items are not rewards.
     if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping, set)):
         raise ObjectiveError(f"{subject} returned a {type(returned).__name__} for {len(responses)} responses.", hint)
     values = list(returned)
@@ -120,19 +139,19 @@ def _floats(returned: Any, responses: Sequence[str], subject: str) -> list[float
         raise ObjectiveError(f"{subject} returned {len(values)} rewards for {len(responses)} responses.", hint)
     rewards = []
     for index, (value, response) in enumerate(zip(values, responses, strict=True)):
-        reward = _float(value)
+        reward = _to_float(value)
         if reward is None or not math.isfinite(reward):
-            shown = response[:_SHOWN] + ("..." if len(response) > _SHOWN else "")
+            shown = response[:_MAX_QUOTED] + ("..." if len(response) > _MAX_QUOTED else "")
             raise ObjectiveError(
                 f"{subject} scored response {index} ({shown!r}) as {value!r}, but a reward is a finite number.",
-                "mend the objective for this response, or leave the response out.",
+                "fix the objective for this response, or leave the response out.",
             )
         rewards.append(reward)
     return rewards
 
 
-def _float(value: Any) -> float | None:
-    """One number as a float; None if it is something else, such as a string that spells a number."""
+def _to_float(value: Any) -> float | None:
+    """Convert one number to a float; None for anything else, also for strings that spell a number."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
     if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:

@@ -1,4 +1,4 @@
-"""Objectives that a trained sequence classifier scores."""
+"""Objectives scored by a trained sequence classifier."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mavis.errors import ObjectiveError
-from mavis.rewards.protocol import checked_sign
+from mavis.errors import ObjectiveError, check_whole
+from mavis.rewards.protocol import check_sign
 
 
 class RewardModel:
@@ -20,28 +20,44 @@ class RewardModel:
         R = sign · logits[i]                     (output = i)
         R = sign · (logits[i] − logits[j])       (output = [i, j])
 
-    The model is loaded at the first call and kept. A reward does not depend on what else is scored beside it,
-    up to rounding: in float32 to about 1e-5, in half precision to that precision.
+    The model is loaded at the first call and kept. A reward does not depend on the rest of its batch, up to rounding:
+    about 1e-5 in float32, and the precision of the type in half precision.
 
     Args:
         model: hub id, or a local folder as `save_pretrained` writes it (model and tokenizer).
         output: index of the logit, or two indices [i, j] for logit i − logit j, such as positive − negative.
         template: "chat", the tokenizer's chat template over a user message (the prompt) and an assistant
-            message (the response); or "concat", prompt + response as one text. Take the one that the model
+            message (the response); or "concat", prompt + response as one text. Use the one that the model
             was trained with.
         truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start.
-        max_length: most tokens read, ≥ 1, no more than the model has positions.
+        max_length: the most tokens to read, ≥ 1, no more than the model has positions.
         batch_size: texts per forward pass, ≥ 1.
         device: where the model runs, for example "cpu" or "cuda:0".
-        dtype: "float32", "bfloat16", ... or a torch dtype; None keeps what the checkpoint was stored in.
+        dtype: "float32", "bfloat16", ... or a torch dtype; None keeps the dtype of the checkpoint.
         sign: 1 for a reward, −1 for a cost.
-        trust_remote_code: run the Python code that the checkpoint brings along.
-        revision: branch, tag or commit on the hub; None is its default branch.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        revision: branch, tag or commit on the hub; None takes the default branch.
 
     Raises:
-        ObjectiveError: if an argument is outside what is said above; at the first call, if the checkpoint is
-            missing, has no safetensors weights or no trained head, or does not fit `output`, `template` or
-            `max_length`.
+        ObjectiveError: if an argument is out of range; at the first call, if the checkpoint is missing, has no
+            safetensors weights or no trained head, or does not fit `output`, `template` or `max_length`.
+
+    Examples:
+        Any sequence classifier scores, here a tiny untrained one in a temporary folder:
+
+        >>> import tempfile
+        >>> import mavis
+        >>> from transformers import LlamaConfig, LlamaForSequenceClassification
+        >>> from mavis.rewards import RewardModel
+        >>> tokenizer = mavis.embedded.load()[1]
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, **sizes)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForSequenceClassification(config).save_pretrained(folder)
+        ...     _ = tokenizer.save_pretrained(folder)
+        ...     rewards = RewardModel(folder, template="concat")(["Once upon a time"] * 2, [" there was", " a"])
+        >>> len(rewards)
+        2
     """
 
     def __init__(
@@ -63,11 +79,11 @@ class RewardModel:
         self.output = _indices(output)
         self.template = _one_of("template", template, ("chat", "concat"))
         self.truncation_side = _one_of("truncation_side", truncation_side, ("left", "right"))
-        self.max_length = _positive("max_length", max_length)
-        self.batch_size = _positive("batch_size", batch_size)
+        check_whole(ObjectiveError, "512 and 16 are usual.", max_length=max_length, batch_size=batch_size)
+        self.max_length, self.batch_size = max_length, batch_size
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        self.sign = checked_sign(sign)
+        self.sign = check_sign(sign)
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self._loaded: tuple[Any, Any, int | None] | None = None
@@ -89,21 +105,20 @@ class RewardModel:
         model, tokenizer, padding_id = self._loaded
         texts = self._token_ids(tokenizer, prompts, responses)
         rewards = [0.0] * len(texts)
-        # Like lengths share a batch, so little is padding; the longest go first, so that memory runs out at
-        # once or never.
+        # Sorted by length there is little padding; the longest come first, so that memory runs out at once or never.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             logits = self._logits(model, padding_id, [texts[row] for row in rows])
-            scored = logits[:, self.output[0]]
+            selected = logits[:, self.output[0]]
             if len(self.output) == 2:
-                scored = scored - logits[:, self.output[1]]
-            for row, reward in zip(rows, scored.tolist(), strict=True):
+                selected = selected - logits[:, self.output[1]]
+            for row, reward in zip(rows, selected.tolist(), strict=True):
                 rewards[row] = self.sign * reward
         return rewards
 
     def _token_ids(self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, at most `max_length` and at least one each."""
+        """Tokenize every text, to at most `max_length` tokens and at least one."""
         if self.template == "chat":
             texts = [
                 tokenizer.apply_chat_template(
@@ -118,18 +133,17 @@ class RewardModel:
             texts,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=self.template == "concat",  # a chat template writes its own
+            add_special_tokens=self.template == "concat",  # a chat template adds its own
         )["input_ids"]
-        # Nothing at all cannot go through a model; the token that begins or ends a text says the same.
+        # A model cannot read an empty text; the token that begins or ends texts stands for it.
         empty = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
         return [list(ids) or [empty] for ids in encoded]
 
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
-        """Logits (b, labels), float64 on the CPU, of b token id lists, padded on the right."""
+        """Compute the logits (b, labels), float64 on the CPU, of b lists of token ids, padded on the right."""
         if padding_id is None:
-            # A causal classifier reads the last token that is not padding, so with the end-of-text token as a
-            # stand-in it would miss a real one at the end. Any id that ends no text of the batch will do:
-            # what stands to the right of a causal model's token, or under the mask, is never read.
+            # A causal classifier reads the last token that is not padding, so padding must differ from every text's
+            # last token. Any other id will do: what is to the right of that token, or masked, is never read.
             last_ids = {ids[-1] for ids in texts}
             padding_id = next(i for i in itertools.count() if i not in last_ids)
         model.config.get_text_config().pad_token_id = padding_id
@@ -169,12 +183,12 @@ class RewardModel:
         padding_id = tokenizer.pad_token_id
         if padding_id is None:
             padding_id = model.config.get_text_config().pad_token_id
-        if padding_id is not None and padding_id < 0:  # how some old checkpoints spell "none"
+        if padding_id is not None and padding_id < 0:  # some old checkpoints write -1 for none
             padding_id = None
         return model.to(self.device).eval(), tokenizer, padding_id
 
     def _check_folder(self) -> None:
-        """Refuse a folder that is missing or holds pickled weights only, before anything asks the network."""
+        """Refuse a folder that is missing or holds only pickled weights, before any request to the network."""
         folder = Path(self.model)
         looks_like_hub_id = self.model.count("/") <= 1 and not self.model.startswith((".", "/"))
         if not folder.is_dir():
@@ -182,25 +196,26 @@ class RewardModel:
                 return
             raise ObjectiveError(
                 f"reward model {self.model!r} names a folder that does not exist.",
-                "mend the path, or give a hub id such as 'owner/name'.",
+                "correct the path, or give a hub id such as 'owner/name'.",
             )
         if not any(folder.glob("*.safetensors")):
             raise ObjectiveError(
                 f"reward model {self.model!r} holds no *.safetensors, and pickled weights are not read.",
-                "load it once where you trust it, and write it again with model.save_pretrained(folder).",
+                "load it once where you trust it, and save it again with model.save_pretrained(folder).",
             )
 
     def _check_fit(self, model: Any, tokenizer: Any, missing: list[str]) -> None:
+        """Check that the checkpoint has what the arguments ask for."""
         if missing:
             raise ObjectiveError(
                 f"reward model {self.model!r} lacks the weights {', '.join(missing[:4])}.",
-                "give a checkpoint trained for sequence classification: here these weights would be random.",
+                "give a checkpoint trained for sequence classification: these weights would be random.",
             )
         labels = model.config.num_labels
         if max(self.output) >= labels:
             raise ObjectiveError(
-                f"output is {_shown(self.output)}, but reward model {self.model!r} has {labels} logits: "
-                f"{_labels(model)}.",
+                f"output is {_show(self.output)}, but reward model {self.model!r} has {labels} logits: "
+                f"{_describe_labels(model)}.",
                 f"use indices from 0 to {labels - 1}.",
             )
         if self.template == "chat" and tokenizer.chat_template is None:
@@ -217,7 +232,7 @@ class RewardModel:
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:
-    # A list from a Hydra config is no Python list, so ask what it holds, not what it is.
+    # A list from a Hydra config is not a Python list.
     indices: tuple[Any, ...] = tuple(output) if isinstance(output, Iterable) else (output,)
     if len(indices) not in (1, 2) or not all(type(index) is int and index >= 0 for index in indices):
         raise ObjectiveError(
@@ -236,12 +251,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, str]) -> str:
     return value
 
 
-def _positive(name: str, value: int) -> int:
-    if type(value) is not int or value < 1:
-        raise ObjectiveError(f"{name} is {value!r}, but it must be an integer from 1 up.", f"set {name}=16 or so.")
-    return value
-
-
 def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
@@ -255,15 +264,15 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ObjectiveError(
-            f"dtype is {dtype!r}, which is no floating-point type of torch.",
+            f"dtype is {dtype!r}, which is not a floating-point type of torch.",
             "use 'float32', 'bfloat16' or 'float16', or None for the checkpoint's own.",
         )
     return found
 
 
-def _shown(indices: tuple[int, ...]) -> str:
+def _show(indices: tuple[int, ...]) -> str:
     return str(indices[0]) if len(indices) == 1 else str(list(indices))
 
 
-def _labels(model: Any) -> str:
+def _describe_labels(model: Any) -> str:
     return ", ".join(f"{index} ({name})" for index, name in sorted(model.config.id2label.items())[:8])

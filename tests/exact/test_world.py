@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from mavis.errors import ConfigError
-from mavis.exact import KINDS, World, evaluate_tilt, goal, iterate, optimum, share
+from mavis.exact import (
+    WORLD_KINDS,
+    World,
+    evaluate_tilt,
+    normalised_gain,
+    optimal_tilt,
+    policy_iteration,
+    regularised_return,
+)
 
 
 def every_response(world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +30,7 @@ def every_response(world: World) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, logprobs, counts
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(WORLD_KINDS))
 def small(request: pytest.FixtureRequest) -> World:
     return World.random(request.param, seed=3, tokens=10, steps=4)
 
@@ -118,17 +126,17 @@ def _counts_before(world: World, tokens: Tensor, step: int) -> Tensor:
 
 def test_the_optimum_reweighs_every_response_by_its_reward(small: World) -> None:
     lam = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    tilt, best = optimum(small, lam)
+    tilt, best = optimal_tilt(small, lam)
     tokens, reference, counts = every_response(small)
     gains = reference + small.rewards[counts] @ lam
     by_prompt = torch.stack([gains[tokens[:, 0] == prompt].logsumexp(0) for prompt in range(small.tokens)])
     torch.testing.assert_close(best, by_prompt.mean())
-    torch.testing.assert_close(goal(evaluate_tilt(small, tilt), lam), best)
-    assert share(small, tilt, lam) == pytest.approx(1.0, abs=1e-12)
-    assert share(small, torch.zeros_like(tilt), lam) == 0.0
+    torch.testing.assert_close(regularised_return(evaluate_tilt(small, tilt), lam), best)
+    assert normalised_gain(small, tilt, lam) == pytest.approx(1.0, abs=1e-12)
+    assert normalised_gain(small, torch.zeros_like(tilt), lam) == 0.0
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(WORLD_KINDS))
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("first_weight", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("beta", [2.0, 5.0])
@@ -137,7 +145,10 @@ def test_conditioned_iteration_never_loses_and_reaches_the_optimum(
 ) -> None:
     world = World.random(kind, seed)
     weights = torch.tensor([first_weight, 1 - first_weight])
-    shares = [share(world, tilt, beta * weights) for tilt in islice(iterate(world, weights, beta, "conditioned"), 5)]
+    shares = [
+        normalised_gain(world, tilt, beta * weights)
+        for tilt in islice(policy_iteration(world, weights, beta, "conditioned"), 5)
+    ]
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(shares)), shares
     assert shares[4] >= 0.999
 
@@ -150,13 +161,13 @@ def test_with_one_objective_independent_iteration_is_the_conditioned_one_and_rea
     alone = World(world.logprobs, world.counted, world.caps, world.rewards[:, [objective]], world.steps)
     weights = torch.ones(1)
     pairs = zip(
-        islice(iterate(alone, weights, 5.0, "independent"), 6),
-        islice(iterate(alone, weights, 5.0, "conditioned"), 6),
+        islice(policy_iteration(alone, weights, 5.0, "independent"), 6),
+        islice(policy_iteration(alone, weights, 5.0, "conditioned"), 6),
         strict=True,
     )
     for independent, conditioned in pairs:
         torch.testing.assert_close(independent, conditioned)
-    assert share(alone, independent, torch.tensor([5.0])) >= 0.9999
+    assert normalised_gain(alone, independent, torch.tensor([5.0])) >= 0.9999
 
 
 def test_independent_iteration_can_make_a_mixture_worse_while_it_makes_each_objective_better() -> None:
@@ -165,7 +176,10 @@ def test_independent_iteration_can_make_a_mixture_worse_while_it_makes_each_obje
         world = World.random("conflicting", seed)
         for weights, found in (([0.5, 0.5], lost), ([1.0, 0.0], kept)):
             w = torch.tensor(weights)
-            shares = [share(world, tilt, beta * w) for tilt in islice(iterate(world, w, beta, "independent"), 6)]
+            shares = [
+                normalised_gain(world, tilt, beta * w)
+                for tilt in islice(policy_iteration(world, w, beta, "independent"), 6)
+            ]
             found.append(shares[5] - shares[0])
     assert sum(lost) / 5 < 0 < min(kept)
 
@@ -175,18 +189,20 @@ def test_the_first_tilt_of_either_composition_weighs_the_reference_policys_value
     nothing = torch.zeros(world.steps, len(world.rewards), 1, world.tokens, dtype=torch.float64)
     by_hand = 4.0 * (evaluate_tilt(world, nothing).values @ weights)[:, :, None, :]
     for composition in ("independent", "conditioned"):
-        torch.testing.assert_close(next(iterate(world, weights, 4.0, composition)), by_hand)  # type: ignore[arg-type]
+        torch.testing.assert_close(next(policy_iteration(world, weights, 4.0, composition)), by_hand)  # type: ignore[arg-type]
 
 
 def test_an_unknown_kind_and_too_small_a_world_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"kind is 'cooperative'.*known: agreeing, conflicting, linear, product"):
         World.random("cooperative", 0)
-    with pytest.raises(ConfigError, match="tokens is 4 and steps 12; expected ≥ 10 and ≥ 4"):
+    with pytest.raises(ConfigError, match="tokens is 4, expected a whole number ≥ 10"):
         World.random("linear", 0, tokens=4)
+    with pytest.raises(ConfigError, match="steps is 3, expected a whole number ≥ 4"):
+        World.random("linear", 0, steps=3)
 
 
 def test_rewards_that_never_vary_are_refused() -> None:
     world = World.random("linear", 0)
     constant = World(world.logprobs, world.counted, world.caps, torch.ones_like(world.rewards), world.steps)
-    with pytest.raises(ConfigError, match="must vary"):
+    with pytest.raises(ConfigError, match="rewards have standard deviations .*, expected > 0"):
         constant.normalised()

@@ -141,9 +141,9 @@ def test_dialogue_rises_when_the_response_is_quoted(response: str) -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_options_out_of_range_are_refused(value: Any) -> None:
-    with pytest.raises(ObjectiveError, match=r"scale is .*, but it must be finite and above 0\. Hint"):
+    with pytest.raises(ObjectiveError, match=r"scale is .*, expected a finite number > 0\. Hint"):
         Brevity(scale=value)
-    with pytest.raises(ObjectiveError, match=r"hardest is .*, but it must be finite and above 0\. Hint"):
+    with pytest.raises(ObjectiveError, match=r"hardest is .*, expected a finite number > 0\. Hint"):
         Readability(hardest=value)
 
 

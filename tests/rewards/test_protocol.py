@@ -68,7 +68,7 @@ def test_anything_but_a_finite_number_names_objective_value_and_response(value: 
         score({"fine": exclamations, "helpful": returning([0.0, value])}, ["p", "q"], ["ok", long])
     assert str(caught.value) == (
         f"objective 'helpful' scored response 1 ({long[:60] + '...'!r}) as {value!r}, but a reward is a "
-        "finite number. Hint: mend the objective for this response, or leave the response out."
+        "finite number. Hint: fix the objective for this response, or leave the response out."
     )
 
 
@@ -99,7 +99,7 @@ def test_prompts_and_responses_must_pair_up() -> None:
 
 @pytest.mark.parametrize(("prompts", "responses"), [("abc", ["a", "b", "c"]), (["a", "b", "c"], "abc")])
 def test_a_bare_string_is_no_sequence_of_strings(prompts: Any, responses: Any) -> None:
-    with pytest.raises(ObjectiveError, match=r"score got one string .* Hint: pass \[prompt\] and \[response\]"):
+    with pytest.raises(ObjectiveError, match=r"score got one string, .* Hint: pass \[prompt\] and \[response\]"):
         score({"x": exclamations}, prompts, responses)
 
 
