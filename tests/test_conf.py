@@ -22,7 +22,7 @@ from mavis.rollouts import RolloutSettings
 from mavis.training.alignment.settings import AlignSettings
 from mavis.training.distillation.loop import DistillSettings
 from mavis.training.improvement.fit import FitSettings
-from mavis.training.improvement.loop import ImprovementSettings
+from mavis.training import ImprovementSettings
 from mavis.training.regression import RegressionSettings
 
 CONF = Path(__file__).parents[1] / "conf"

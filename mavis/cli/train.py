@@ -33,7 +33,7 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Any:
     from mavis.cli.tracking import trackers
     from mavis.policies.devices import states_device
     from mavis.training.improvement.fit import FitSettings
-    from mavis.training.improvement.loop import ImprovementSettings, improve
+    from mavis.training import ImprovementSettings, improve
 
     objectives = make_objectives(config)
     prompts = read_prompts(config.data.prompts)

@@ -1,12 +1,13 @@
-"""Training: fit, improvement loop, distillation and calibration of critics; alignment and the embedded recipe."""
+"""Training: improvement, distillation and calibration of critics; alignment of policies."""
 
 from mavis.training.alignment.loop import align
 from mavis.training.alignment.settings import AlignReport, AlignSettings
 from mavis.training.distillation.loop import DistillReport, DistillSettings, distill
 from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.fit import FitReport, FitSettings, fit
-from mavis.training.improvement.loop import ImprovementSettings, improve
+from mavis.training.improvement.loop import improve
 from mavis.training.improvement.report import IterationReport
+from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.regression import RegressionSettings
 
 __all__ = [

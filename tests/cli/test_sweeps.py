@@ -116,7 +116,7 @@ def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
         def wrong(*arguments: Any, **named: Any) -> None:
             raise LookupError("a mistake in the code")
 
-        broken.setattr(import_module("mavis.training.improvement.loop"), "fit", wrong)
+        broken.setattr(import_module("mavis.training.improvement.stages"), "fit", wrong)
         ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
         assert ran.code == 1
         assert "mavis: LookupError: a mistake in the code" in ran.err
@@ -135,7 +135,7 @@ def test_breaking_off_a_sweep_ends_all_of_it(
     def broken_off(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("mavis.training.improvement.loop"), "fit", broken_off)
+    monkeypatch.setattr(import_module("mavis.training.improvement.stages"), "fit", broken_off)
     ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
     assert ran.code == 130
     assert ran.err.endswith("mavis: interrupted. Hint: what is finished is kept; repeat the command to go on.\n")

@@ -109,7 +109,7 @@ def test_a_tracker_is_ended_when_training_breaks_off(
     def broken(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("mavis.training.improvement.loop"), "fit", broken)
+    monkeypatch.setattr(import_module("mavis.training.improvement.stages"), "fit", broken)
     wanted = f"tracking.with=[{{_target_: {own}.Lines, path: {tmp_path / 'lines'}}}]"
     assert mavis("train", *small, "output=run", wanted).code == 130
     assert json.loads((tmp_path / "lines").read_text().splitlines()[-1]) == {"finished": True}

@@ -58,7 +58,7 @@ def test_features_are_the_replayed_steps_of_all_shards_in_their_order(
     critic.reward_std.copy_(torch.tensor([2.0, 0.5]))
     shards = shards_of(critic if tilted else None)
     embeddings = token_embeddings(tiny_policy)
-    features = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=tilted).held
+    features = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=tilted).local_rollouts
     rows = {name: [value for shard in shards for value in shard[name]] for name in shards[0].column_names}
 
     assert len(features) == len(PROMPTS)
@@ -94,7 +94,7 @@ def test_rollouts_of_the_reference_are_read_as_those_of_the_policy_that_is_to_be
     lam = torch.tensor([[0.5 + row, 2.0 - row] for row in range(len(shard))])
     told = shard.remove_columns(["weights", "beta"]).add_column("weights", (lam / 4).tolist())
     told = told.add_column("beta", [4.0] * len(shard))
-    features = extract(tiny_policy, [told], embeddings, critic, SETTINGS, tilted=True).held
+    features = extract(tiny_policy, [told], embeddings, critic, SETTINGS, tilted=True).local_rollouts
     steps = replay(
         tiny_policy,
         Sequences.pack(shard["prompt_ids"][:], shard["response_ids"][:]),
@@ -116,9 +116,9 @@ def test_tilted_rollouts_count_for_the_objective_they_were_tilted_to_and_plain_o
     critic = make_tiny_critic()
     shards = shards_of(critic)
     embeddings = token_embeddings(tiny_policy)
-    tilted = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=True).held
+    tilted = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=True).local_rollouts
     assert tilted.is_evaluated.tolist() == [[True, False], [False, True]] * 6
-    plain = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=False).held
+    plain = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=False).local_rollouts
     assert plain.is_evaluated.all()
 
 
@@ -129,15 +129,17 @@ def test_rewards_far_from_zero_keep_their_digits(
     shards = shards_of(None)
     moved = [shard.map(lambda row: {"rewards": [reward + shift for reward in row["rewards"]]}) for shard in shards]
     embeddings = token_embeddings(tiny_policy)
-    plain = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=False).held
+    plain = extract(tiny_policy, shards, embeddings, critic, SETTINGS, tilted=False).local_rollouts
     critic.reward_mean.fill_(shift)
-    shifted = extract(tiny_policy, moved, embeddings, critic, SETTINGS, tilted=False).held
+    shifted = extract(tiny_policy, moved, embeddings, critic, SETTINGS, tilted=False).local_rollouts
     torch.testing.assert_close(shifted.rewards, plain.rewards, atol=1e-6, rtol=0)
 
 
 def test_rows_takes_some_rollouts(tiny_policy: Any, make_tiny_critic: MakeCritic, shards_of: Any) -> None:
     critic = make_tiny_critic()
-    features = extract(tiny_policy, shards_of(None), token_embeddings(tiny_policy), critic, SETTINGS, tilted=False).held
+    features = extract(
+        tiny_policy, shards_of(None), token_embeddings(tiny_policy), critic, SETTINGS, tilted=False
+    ).local_rollouts
     index = torch.tensor([7, 2])
     some = features.rows(index)
     assert isinstance(some, Features)

@@ -25,9 +25,9 @@ from mavis.errors import ConfigError, CriticError, DataError, ObjectiveError
 from mavis.evaluation import EvaluationSettings, evaluate
 from mavis.policies.fingerprint import Fingerprint
 from mavis.rollouts import RolloutSettings
+from mavis.training import ImprovementSettings, improve
 from mavis.training.improvement.features import Features
 from mavis.training.improvement.fit import FitReport, FitSettings, fit
-from mavis.training.improvement.loop import ImprovementSettings, improve
 from mavis.training.improvement.report import MIXTURES, IterationReport
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
@@ -308,11 +308,11 @@ def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own
     given: list[tuple[Features, torch.Tensor]] = []
 
     def listening(critic: Any, features: Any, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
-        given.append((features.held, held_out))
+        given.append((features.local_rollouts, held_out))
         assert options["on_policy"] == 24  # the first; what is read again comes after them
         return fit(critic, features, *others, held_out=held_out, **options)
 
-    monkeypatch.setattr(sys.modules["mavis.training.improvement.loop"], "fit", listening)
+    monkeypatch.setattr(sys.modules["mavis.training.improvement.stages"], "fit", listening)
     list(start(new_critic(composition=composition), tmp_path / "reuse", replace(SETTINGS, composition=composition)))
     assert [len(features) for features, _ in given] == [24, 48, 72]
     (first, held_first), (second, held_second), (third, held_third) = given
@@ -451,7 +451,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mavis.critics import HiddenStateCritic
 from mavis.rollouts import RolloutSettings
 from mavis.training.improvement.fit import FitSettings
-from mavis.training.improvement.loop import ImprovementSettings, improve
+from mavis.training import ImprovementSettings, improve
 
 policy = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -653,10 +653,10 @@ def test_what_was_left_out_is_filled_in_and_what_has_no_use_is_refused(
     next(start(new_critic(), tmp_path / "other"))
     told = json.loads((tmp_path / "other" / "run.json").read_text())["settings"]
     assert (told["min_beta"], told["max_beta"], told["zeta"]) == (None, None, 1 / 1.5)
-    with pytest.raises(ConfigError, match="zeta is 0.2, but the conditioned composition has no use for it"):
+    with pytest.raises(ConfigError, match="zeta is 0.2, but the conditioned composition does not use it"):
         ImprovementSettings(zeta=0.2)
     for name in ("min_beta", "max_beta"):
-        with pytest.raises(ConfigError, match=f"{name} is 2.0, but the independent composition has no use for it"):
+        with pytest.raises(ConfigError, match=f"{name} is 2.0, but the independent composition does not use it"):
             ImprovementSettings(composition="independent", **{name: 2.0})
 
 

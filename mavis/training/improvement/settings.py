@@ -1,0 +1,106 @@
+"""The settings of the improvement loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from mavis.critics.base import Composition
+from mavis.errors import ConfigError
+from mavis.rollouts.sampling import RolloutSettings
+from mavis.training.improvement.fit import FitSettings
+
+
+@dataclass(frozen=True)
+class ImprovementSettings:
+    """The settings of `improve`.
+
+    Args:
+        composition: what is improved: the weighted goal of every λ under the policy of that λ (`conditioned`), or each
+            objective under its own policy (`independent`, the paper's).
+        iterations: number of iterations of rollouts and fit, ≥ 1; the first one evaluates the reference policy.
+        reuse: whether later iterations also learn from the rollouts of earlier ones. With return decomposition these
+            are valid samples of the policy now evaluated: a return is the value plus the advantages still to come,
+            whatever policy chose the tokens.
+        rollouts: responses per iteration, ≥ 4. From iteration 1 on, `independent` divides them equally among the
+            objectives and `conditioned` draws a λ for each.
+        beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward (the inverse of the β of DPO and
+            RLHF papers); `conditioned` draws one for each rollout from a range around it.
+        zeta: ζ ≥ 0, price of a nat in reward; None is 1/β. `conditioned` takes none: a separate head learns the KL.
+        min_beta: the smallest strength that `conditioned` draws, > 0; None is β/6. `independent` takes none.
+        max_beta: the largest; None is 8β/3. The logarithm of the strength is uniform.
+        later_rate: factor on the fit's learning rate after iteration 0, > 0. By then the heads are nearly right, and
+            full steps would add more noise than they remove.
+        calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
+        sampling: how rollouts are sampled.
+        fit: how the heads are fitted.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+    """
+
+    composition: Composition = "conditioned"
+    iterations: int = 3
+    rollouts: int = 8192
+    reuse: bool = True
+    beta: float = 4.0
+    zeta: float | None = None
+    min_beta: float | None = None
+    max_beta: float | None = None
+    later_rate: float = 0.3
+    calibration_samples: int = 64
+    sampling: RolloutSettings = field(default_factory=RolloutSettings)
+    fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        whole = {name: getattr(self, name) for name in ("iterations", "rollouts", "calibration_samples")}
+        for name, value in whole.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} is {value!r}, expected a whole number.", f"e.g. {name}=64.")
+        if self.iterations < 1 or self.rollouts < 4 or not 0 < self.beta < math.inf:
+            raise ConfigError(
+                f"iterations is {self.iterations}, rollouts {self.rollouts}, beta {self.beta}; expected ≥ 1, "
+                "≥ 4 and > 0.",
+                "3 iterations of 8192 rollouts at beta 4 are a good start.",
+            )
+        if not 0 < self.later_rate < math.inf:
+            raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.3.")
+        if self.zeta is not None and not 0 <= self.zeta < math.inf:
+            raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
+        if self.reuse and self.fit.target == "monte_carlo":
+            raise ConfigError(
+                "reuse is True, but plain Monte Carlo returns tell only of the policy that sampled them.",
+                "set reuse to False, or the fit's target to decomposition.",
+            )
+        idle = ("zeta",) if self.composition == "conditioned" else ("min_beta", "max_beta")
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, but the {self.composition} composition does not use it.",
+                    "leave it out, or choose the other composition.",
+                )
+        least, most = self.strengths
+        if not 0 < least <= most < math.inf:
+            raise ConfigError(
+                f"min_beta is {least} and max_beta {most}; expected 0 < min_beta ≤ max_beta.",
+                "left out, they are β/6 and 8β/3.",
+            )
+        if self.calibration_samples < 0:
+            raise ConfigError(
+                f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
+            )
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """The smallest and the largest β that `conditioned` draws."""
+        return (
+            self.beta / 6 if self.min_beta is None else self.min_beta,
+            8 * self.beta / 3 if self.max_beta is None else self.max_beta,
+        )
+
+    def resolved(self) -> ImprovementSettings:
+        """Replace every None by the value that it stands for."""
+        if self.composition == "independent":
+            return replace(self, zeta=1 / self.beta if self.zeta is None else self.zeta)
+        least, most = self.strengths
+        return replace(self, min_beta=least, max_beta=most)
