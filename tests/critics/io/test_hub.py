@@ -81,8 +81,8 @@ print(branch.about["policy"])
         assert name == "reward_mean" or torch.equal(back.state_dict()[name], tensor), name
 
 
-def test_the_readmes_calls_are_these(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_the_calls_of_the_guide_work(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "guides" / "hub.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     (calls,) = [block for block in blocks if "push_to_hub" in block]
     make_tiny_critic().save_pretrained(tmp_path / "critic")
     ask(f'critic = mavis.Critic.from_pretrained("critic")\n{calls}\nassert critic.objectives == ("good", "brevity")')
