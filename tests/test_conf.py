@@ -20,7 +20,7 @@ from mavis.cli.evaluate import evaluation_settings
 from mavis.evaluation import EvaluationSettings
 from mavis.rollouts import RolloutSettings
 from mavis.training.alignment.settings import AlignSettings
-from mavis.training.distillation.loop import DistillSettings
+from mavis.training import DistillSettings
 from mavis.training.improvement.fit import FitSettings
 from mavis.training import ImprovementSettings
 from mavis.training.regression import RegressionSettings

@@ -2,7 +2,8 @@
 
 from mavis.training.alignment.loop import align
 from mavis.training.alignment.settings import AlignReport, AlignSettings
-from mavis.training.distillation.loop import DistillReport, DistillSettings, distill
+from mavis.training.distillation.loop import distill
+from mavis.training.distillation.settings import DistillReport, DistillSettings
 from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.fit import FitReport, FitSettings, fit
 from mavis.training.improvement.loop import improve

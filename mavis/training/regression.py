@@ -1,4 +1,4 @@
-"""What every fit of heads does: go through the rollouts again and again, and keep the best it has been."""
+"""Fitting heads by minimising a squared error over rollouts, keeping the epoch with the smallest held-out error."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mavis.training.rollout_tensors import Rollouts, ShardedRollouts
 
 @dataclass(frozen=True)
 class RegressionSettings:
-    """How the squared error of heads is brought down.
+    """The settings of a fit of heads.
 
     Args:
         epochs: passes over the rollouts, ≥ 1; the one with the smallest held-out error is kept.
         batch_size: rollouts per step, of all processes together, ≥ 1.
-        learning_rate: the peak, reached after a tenth of the steps and falling to 0 along a cosine.
-        trunk_rate: share of it that the trunk of a value model learns with, > 0.
+        learning_rate: peak learning rate; a linear warm-up over a tenth of the steps, then a cosine decay to 0.
+        trunk_rate: factor on the learning rate for the trunk of a value model, > 0.
         weight_decay: of AdamW.
         held_out: share of the rollouts that only choose the epoch, 0 < share < 1.
 
@@ -67,30 +67,29 @@ def fit_regression(
     order: torch.Generator,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[int, list[float]]:
-    """Bring a squared error down over the parameters of a critic, in place.
+    """Minimise a squared error over the parameters of a critic, in place.
 
-        L(batch) = Σ_r Σ_{i held by r} squared_i / Σ_r Σ_{i held by r} weight_i
+        L(batch) = Σ_r Σ_{i on r} squared_i / Σ_r Σ_{i on r} weight_i
 
-    with r the processes: each goes through what it holds of a batch, and the gradient is that of the whole batch
-    however unevenly it lies, as if one process had gone through it.
+    where r are the processes: each computes the part of a batch that it holds, and the gradient is that of the whole
+    batch however unevenly it is distributed, as in a single process.
 
     Args:
-        critic: the start and the result, as it was after the epoch with the smallest held-out error; its token table
-            is to be refreshed.
-        network: holds the critic; maps a batch to its squared errors, already weighted, and their weights, (B, T, O)
-            each.
+        critic: the initial critic and the result: as after the epoch with the smallest held-out error. The caller
+            refreshes its token table.
+        network: contains the critic; maps a batch to weighted squared errors and their weights, (B, T, O) each.
         rollouts: to learn from.
-        settings: how.
+        settings: of the fit.
         held_out: (N,) bool, the rollouts that only choose the epoch.
-        order: of the rollouts.
+        order: source of the rollouts' random order.
         on_epoch: called with each epoch's number and held-out error.
 
     Returns:
-        The epoch that is kept, counted from 1, 0 if none was better than the start; and the held-out error before the
-        first epoch and after each.
+        The epoch that is kept, counted from 1, or 0 if none was better than the initial critic; and the held-out error
+        before the first epoch and after each.
 
     Raises:
-        TrainingError: if an error is not finite; the critic is as it was then.
+        TrainingError: if an error is not finite; the critic is left as it was at that point.
     """
     device, watched, training = _device(critic), held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
     batches = math.ceil(len(training) / settings.batch_size)
@@ -121,7 +120,7 @@ def fit_regression(
             if not math.isfinite(losses[0] + losses[-1]):
                 raise TrainingError(
                     f"the held-out error was {losses[0]} before the fit and is {losses[-1]} after epoch {epoch}.",
-                    "lower the learning rate; if the error was not finite before, look for NaN in what is learnt from.",
+                    "lower the learning rate; if it was not finite before the fit, look for NaN in the rollouts.",
                 )
             if losses[-1] < losses[best]:
                 best, best_state = epoch, trained_state(accelerate, learner)
@@ -132,9 +131,9 @@ def fit_regression(
 
 
 def _share(squared: Tensor, weight: Tensor, processes: ProcessGroup) -> Tensor:
-    """Compute what this process adds to the mean error of a batch, times the number of processes.
+    """Compute this process's part of the mean error of a batch, times the number of processes.
 
-    For the gradients are averaged over the processes, and that of the mean error is the sum of what each adds.
+    Gradients are averaged over the processes, while that of the mean error is the sum of the parts.
     """
     whole = processes.all_reduce_sum(weight.detach().sum())
     return processes.world_size * squared.sum() / whole.clamp_min(1)
@@ -148,8 +147,8 @@ def mean_error(
 
     Args:
         network: see `fit_regression`.
-        rollouts: of which the error is asked.
-        index: (n,) integer, their places among all.
+        rollouts: of all processes.
+        index: (n,) integer, which of them.
         batch_size: rollouts at once.
         device: of the network.
     """
@@ -164,39 +163,39 @@ def sums_over(
     device: torch.device,
     terms: Callable[[Rollouts], Sequence[Tensor]],
 ) -> Tensor:
-    """Add up figures of every step of some rollouts, over all processes.
+    """Sum terms of every step of some rollouts over all processes.
 
     Args:
-        rollouts: that have them.
-        index: (n,) integer, their places among all.
-        batch_size: rollouts at once.
-        device: where they are worked on.
-        terms: maps a batch to F figures of every step, (B, T, O) each, 0 on steps that are no response.
+        rollouts: of all processes.
+        index: (n,) integer, which of them.
+        batch_size: rollouts per pass.
+        device: to compute on.
+        terms: maps a batch to F terms of every step, (B, T, O) each, 0 on padding.
 
     Returns:
         (F, O), the same in every process.
     """
     sums = torch.zeros((), device=device)
     for some in index.split(batch_size):
-        figures = terms(rollouts.rows(some).to(device))
-        sums = sums + torch.stack([figure.sum((0, 1)) for figure in figures])
+        summands = terms(rollouts.rows(some).to(device))
+        sums = sums + torch.stack([summand.sum((0, 1)) for summand in summands])
     return rollouts.processes.all_reduce_sum(sums)
 
 
 def explained_share(names: Sequence[str], error: Tensor, variance: Tensor) -> dict[str, float | None]:
-    """Tell 1 − error / variance by name, None where there is no variance; outputs without a name are left out.
+    """Compute 1 − error / variance by name, None where there is no variance; unnamed outputs are left out.
 
     Args:
         names: M.
         error: (O,) mean squared errors, O ≥ M.
         variance: (O,).
     """
-    figures = zip(names, error.tolist(), variance.tolist(), strict=False)
-    return {name: 1 - wrong / spread if spread > 1e-5 else None for name, wrong, spread in figures}
+    moments = zip(names, error.tolist(), variance.tolist(), strict=False)
+    return {name: 1 - wrong / spread if spread > 1e-5 else None for name, wrong, spread in moments}
 
 
 def draw_held_out(rollouts: int, share: float, source: torch.Generator) -> Tensor:
-    """Choose the rollouts that only choose the epoch: (N,) bool with at least one of each kind."""
+    """Draw the held-out rollouts: (N,) bool, at least one True and one False."""
     chosen = torch.zeros(rollouts, dtype=torch.bool)
     count = min(max(1, round(share * rollouts)), rollouts - 1)
     chosen[torch.randperm(rollouts, generator=source)[:count]] = True
@@ -217,13 +216,13 @@ def _device(critic: HeadCritic) -> torch.device:
 
 
 def _twin(critic: HeadCritic, network: nn.Module) -> tuple[HeadCritic, nn.Module]:
-    """Copy a network that is to be marked for good, with the critic that it holds."""
+    """Copy a network, with the critic inside it, that Accelerate will modify irreversibly."""
     twin = copy.deepcopy(network)
     for weight in twin.parameters():  # FSDP 2 asks for the usual layout, see `PrefixReader`
         weight.data = weight.data.contiguous()
     names = [name for name, module in network.named_modules() if module is critic]
     learner: Any = twin.get_submodule(names[0])
-    # What accelerate is to keep together is asked of the network, and known by a value model's trunk.
+    # Accelerate asks the network which modules to keep whole, but only a value model's trunk knows.
     twin._no_split_modules = getattr(getattr(critic, "trunk", None), "_no_split_modules", None)  # type: ignore[assignment]
     return learner, twin
 

@@ -1,4 +1,4 @@
-"""Rollouts side by side in memory, as every fit reads them."""
+"""Rollouts as tensors, in one process or sharded over several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mavis.rollouts.replay import Sequences
 
 @dataclass(frozen=True)
 class RolloutTensors:
-    """N rollouts: what a critic's heads read of them.
+    """N rollouts as tensors: what a critic's heads read.
 
     Args:
         prompt_ids: (N, P) integer, padded on the left.
@@ -36,14 +36,14 @@ class RolloutTensors:
     is_response: Tensor
 
     per_sequence: ClassVar[tuple[str, ...]] = ()
-    """The tensors that have no dimension of steps."""
+    """The tensors without a dimension of steps."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     @property
     def sequences(self) -> Sequences:
-        """Prompts and responses as one."""
+        """Prompts and responses, concatenated."""
         return Sequences(
             ids=torch.cat([self.prompt_ids, self.action_ids], dim=1),
             is_token=torch.cat([self.is_prompt, self.is_response], dim=1),
@@ -51,16 +51,16 @@ class RolloutTensors:
         )
 
     def inputs_of(self, critic: HeadCritic) -> Tensor:
-        """Compute what a critic's heads read at every step, (N, T, I) float32."""
+        """Compute the inputs of a critic's heads at every step, (N, T, I) float32."""
         sequences = self.sequences
         return critic.inputs_of_rollouts(sequences.ids, sequences.is_token, self.states)
 
     def rows(self, index: Tensor) -> Self:
-        """Take some rollouts."""
+        """Select rollouts by index."""
         return type(self)(**{name: tensor[index] for name, tensor in vars(self).items()})
 
     def to(self, device: torch.device) -> Self:
-        """Bring them to where they are worked on."""
+        """Copy all tensors to a device."""
         return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
@@ -68,7 +68,7 @@ Rollouts = TypeVar("Rollouts", bound=RolloutTensors)
 
 
 def concatenate_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
-    """Lay the rollouts of several sets side by side, the shorter ones padded."""
+    """Concatenate several sets of rollouts, padding to the longest."""
     columns: dict[str, Tensor] = {}
     for name in vars(parts[0]):
         tensors = [getattr(part, name) for part in parts]
@@ -82,13 +82,13 @@ def concatenate_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
 
 @dataclass(frozen=True)
 class ShardedRollouts(Generic[Rollouts]):
-    """A set of rollouts that lie spread over the processes, each in one of them.
+    """N rollouts sharded over the processes of a group, each of them in one process.
 
     Args:
-        held: the n that this process holds, n ≥ 1.
-        places: (n,) integer, their places among all.
-        total: N, how many there are in all processes together.
-        processes: that hold them.
+        local_rollouts: the n ≥ 1 rollouts of this process.
+        local_indices: (n,) integer, their indices among all N.
+        total: N.
+        processes: the group.
     """
 
     local_rollouts: Rollouts
@@ -98,7 +98,7 @@ class ShardedRollouts(Generic[Rollouts]):
 
     @classmethod
     def shard(cls, rollouts: Rollouts, processes: ProcessGroup) -> Self:
-        """Share out rollouts that every process has all of."""
+        """Shard rollouts that every process has in full."""
         local_indices = shard_indices(len(rollouts), processes)
         return cls(
             rollouts.rows(local_indices) if processes.world_size > 1 else rollouts,
@@ -111,12 +111,12 @@ class ShardedRollouts(Generic[Rollouts]):
         return self.total
 
     def rows(self, index: Tensor) -> Rollouts:
-        """Take those of some rollouts that lie here, at least one row.
+        """Select those of some rollouts that are in this process, at least one row.
 
-        Where none does there is a row that counts for nothing, for all processes go through a network together.
+        Where none is, the row has no response token: all processes have to call a network together.
 
         Args:
-            index: (n,) integer, places among all.
+            index: (n,) integer, indices among all N.
         """
         if self.processes.world_size == 1:
             return self.local_rollouts.rows(index)
@@ -128,10 +128,10 @@ class ShardedRollouts(Generic[Rollouts]):
         return replace(idle, is_response=torch.zeros_like(idle.is_response))
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Bring together what every process knows of the rollouts that it holds, in their order.
+        """Gather values of all rollouts, in order, from the processes that hold them.
 
         Args:
-            values: (n, ...), of the rollouts held here.
+            values: (n, ...), of the local rollouts.
 
         Returns:
             (N, ...), the same in every process.
@@ -142,14 +142,14 @@ class ShardedRollouts(Generic[Rollouts]):
 
     @cached_property
     def _where(self) -> Tensor:
-        """(N,) integer, where a rollout lies here, −1 for those of other processes."""
+        """(N,) integer, the local index of each rollout, −1 for those of other processes."""
         where = torch.full((self.total,), -1)
         where[self.local_indices] = torch.arange(len(self.local_indices))
         return where
 
 
 def shard_indices(rollouts: int, processes: ProcessGroup) -> Tensor:
-    """Say which of some rollouts this process is to hold: every `count`-th, (n,) integer.
+    """Return the indices of the rollouts that this process holds: every `world_size`-th, (n,) integer.
 
     Raises:
         ConfigError: if there are fewer rollouts than processes.
@@ -163,7 +163,7 @@ def shard_indices(rollouts: int, processes: ProcessGroup) -> Tensor:
 
 
 def concatenate_sharded(parts: Sequence[ShardedRollouts[Rollouts]]) -> ShardedRollouts[Rollouts]:
-    """Make one set of several that are spread over the same processes, one after the other."""
+    """Concatenate several sets that are sharded over the same processes."""
     before = torch.tensor([0, *(part.total for part in parts)]).cumsum(0)
     return ShardedRollouts(
         local_rollouts=concatenate_rollouts([part.local_rollouts for part in parts]),

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was begun with, so that it can go on where it stopped."""
+"""The folder of a training run: what it was started with and what is finished, so that it can resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mavis.utils.files import matches_manifest, read_json, write_json
 Report = TypeVar("Report", bound=Any)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with a stage, how much of it is done, and its total."""
 
 
 def open_run(
@@ -30,25 +30,25 @@ def open_run(
     processes: ProcessGroup,
     **more: Any,
 ) -> None:
-    """Claim a folder for a run and keep the start there; in a folder that is claimed already, go back to its start.
+    """Open the folder of a run: write its manifest and the initial critic, or load these if the run is resumed.
 
-    One process writes, and all begin with what it has written.
+    The main process writes, and all processes start from what it has written.
 
     Args:
         folder: of the run.
-        critic: the start; it may have been trained in place when the run broke off. Its fingerprint is the policy's.
+        critic: the initial critic; an interrupted run may have trained it in place. Its fingerprint is the policy's.
         prompts: to sample from.
         settings: a dataclass.
-        processes: that run together.
-        more: what else the run is made of, plain data by name.
+        processes: the group.
+        more: further entries of the manifest, plain data by name.
 
     Raises:
-        DataError: if the folder belongs to a run that is made of something else; names the parts that differ.
+        DataError: if the folder belongs to a different run; names the entries of the manifest that differ.
         ConfigError: if Accelerate is configured for something that a fit does not support.
-        ProcessError: if a process runs something else than the others, or one has stopped.
+        ProcessError: if the processes run different things, or one has stopped.
     """
     check_accelerate(torch.device(processes.device))  # before anything is sampled
-    claim = {
+    manifest = {
         "settings": asdict(settings),
         "objectives": list(critic.objectives),
         "critic": critic.settings(),
@@ -56,22 +56,22 @@ def open_run(
         "prompts": RolloutPlan.reference(prompts, 0).digest(),
         **more,
     }
-    processes.check_agreement("run", claim)
-    if processes.is_main and not matches_manifest(folder / "run.json", claim, "a run with different"):
+    processes.check_agreement("run", manifest)
+    if processes.is_main and not matches_manifest(folder / "run.json", manifest, "a run with different"):
         critic.save_pretrained(folder / "start")
-        write_json(folder / "run.json", claim)
+        write_json(folder / "run.json", manifest)
     processes.barrier()
     processes.check_shared_path(folder / "run.json")
     load_weights(critic, folder / "start")
 
 
 def load_finished(folder: Path, critic: HeadCritic, processes: ProcessGroup) -> dict[str, Any] | None:
-    """Read what `save_finished` has written, if it has, and make the critic the one that lies there.
+    """Load the critic and read the report that `save_finished` wrote, if it did.
 
     Args:
         folder: that `save_finished` was given.
-        critic: of the same kind and sizes.
-        processes: that ask together; the main one's disk decides for all.
+        critic: of the same kind and sizes; takes the stored weights.
+        processes: the group; the main process decides for all.
 
     Returns:
         The report as plain data; None if there is none.
@@ -85,15 +85,15 @@ def load_finished(folder: Path, critic: HeadCritic, processes: ProcessGroup) -> 
 
 
 def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: ProcessGroup) -> Report:
-    """Write a critic and then its report, and have every process go on with what was written.
+    """Write a critic and then its report, and let every process continue with what was written.
 
-    Machines of different kinds round differently, so what each has come to by itself may differ in its last digits.
+    Machines of different kinds round differently, so the processes' own results may differ in the last digits.
 
     Args:
         folder: takes `critic` and `report.json`.
         critic: to be saved.
         report: a dataclass.
-        processes: that have come to it together.
+        processes: the group.
 
     Returns:
         The report of the main process.
@@ -112,5 +112,5 @@ def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: P
 
 
 def load_weights(critic: HeadCritic, folder: Path) -> None:
-    """Make a critic's numbers those of a critic folder of the same kind and sizes."""
+    """Load the weights of a critic folder into a critic of the same kind and sizes."""
     critic.load_state_dict(Critic.from_pretrained(folder).state_dict())

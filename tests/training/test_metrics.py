@@ -12,7 +12,7 @@ import pytest
 from mavis.critics import HiddenStateCritic
 from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
-from mavis.training.distillation.loop import DistillSettings, distill
+from mavis.training import DistillSettings, distill
 from mavis.training.improvement.fit import FitSettings, RegressionSettings
 from mavis.training.metrics import MetricLogger, record_training
 

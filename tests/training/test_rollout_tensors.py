@@ -57,7 +57,7 @@ def test_what_each_knows_of_its_own_comes_together_in_order() -> None:
     class Recording(ProcessGroup):
         """A process that is told of what the others would add."""
 
-        def total(self, given: torch.Tensor) -> torch.Tensor:
+        def all_reduce_sum(self, given: torch.Tensor) -> torch.Tensor:
             others = torch.zeros(6, 1)
             others[0::2] = values[0::2]
             return given + others

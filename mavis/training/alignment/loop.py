@@ -1,4 +1,4 @@
-"""An aligned policy for one objective, or for a weighted sum of several, by KL-regularised fine-tuning."""
+"""Aligning a copy of a policy with one objective or a weighted sum of several, by KL-regularised fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +40,31 @@ def align(
     evaluation_prompts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> AlignReport:
-    """Fine-tune a copy of a policy for a weighted sum of objectives, at a price for its distance to the policy.
+    """Fine-tune a copy of a policy for a weighted sum of objectives, regularised by its KL to the policy.
 
         J(π) = E_π[Σ_m w_m R_m] − (1/β) · KL(π ‖ π_ref)
 
-    The rewards are normalised by means and deviations of responses of the reference policy, as everywhere.
+    Rewards are normalised by the mean and standard deviation over responses of the reference policy, as everywhere.
 
-    Everything is written to `folder` as it is finished: the reference rollouts, checkpoints of the training, and at the
-    end the policy (`folder/policy`, or `folder/adapter` with LoRA) and `folder/report.json`. The same call on the same
-    folder goes on where it stopped, and ends with the weights of an unbroken run; a finished run returns its report.
-    Nothing is pickled, and nothing is reported to trackers or over the network.
+    Everything is written to `folder` as soon as it is finished: the reference rollouts, checkpoints of the training,
+    and at the end the policy (`folder/policy`, or `folder/adapter` with LoRA) and `folder/report.json`. An interrupted
+    run resumes when the same call is made on the same folder, and ends with the weights of an uninterrupted one; a
+    finished run returns its report. Nothing is pickled or sent to trackers or over the network.
 
     Args:
-        policy: the reference policy, of any precision; it stays as it is. What is trained is a copy, in float32.
+        policy: the reference policy, of any precision; it is not changed. A copy in float32 is trained.
         tokenizer: its tokenizer.
         objectives: M objectives by name.
         weights: by name, or M numbers; finite, not all 0.
         prompts: to sample from while training.
         folder: of this run.
-        settings: how.
-        evaluation_prompts: to measure reward and KL on; None measures on fresh responses to `prompts`, and says so.
-        progress: told how far each stage is.
+        settings: of this run.
+        evaluation_prompts: to measure reward and KL on; None measures on fresh responses to `prompts`, which the report
+            says.
+        progress: called with stage, done and total as each stage advances.
 
     Returns:
-        What it came to.
+        The report.
 
     Raises:
         MissingPackageError: if TRL or PEFT is not installed.
@@ -75,18 +77,18 @@ def align(
     Feedback in LLMs", ACL 2024. GRPO: Shao et al., "DeepSeekMath", arXiv 2402.03300, here without its divisions by a
     response's length and by the spread of its group (Liu et al., arXiv 2503.20783), which would change what β means.
     """
-    run, say = Path(folder), progress or (lambda stage, done, total: None)
-    shares = _weights(weights, list(objectives))
+    run, report_progress = Path(folder), progress or (lambda stage, done, total: None)
+    row = _weights(weights, list(objectives))
     _check(policy, tokenizer, prompts, evaluation_prompts, settings)
-    claim: dict[str, Any] = {
+    manifest: dict[str, Any] = {
         "settings": asdict(settings),
-        "weights": _named(objectives, shares),
+        "weights": _by_name(objectives, row),
         "policy": Fingerprint.of(policy).to_json(),
         "prompts": RolloutPlan.reference(prompts, 0).digest(),
         "evaluation_prompts": RolloutPlan.reference(evaluation_prompts or (), 0).digest(),
     }
-    goes_on = matches_manifest(run / "run.json", claim, "an alignment with different")
-    if goes_on and (run / "report.json").is_file():
+    resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
+    if resumed and (run / "report.json").is_file():
         return AlignReport(**read_json(run / "report.json"))
     try:
         from mavis.training.alignment.reinforce import aligned_copy, reinforce, save_aligned
@@ -95,27 +97,16 @@ def align(
             f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
             "pip install 'mavis-decoding[align]'.",
         ) from error
-    if not goes_on:
-        write_json(run / "run.json", claim)
+    if not resumed:
+        write_json(run / "run.json", manifest)
 
-    def sample(model: Any, stage: str, prompts: Sequence[str], rows: int, seed: int) -> tuple[Tensor, list[Any]]:
-        """Sample plain responses of a policy; returns raw rewards (rows, M) and the shards."""
-        plan = RolloutPlan.reference(draw_prompts(prompts, rows, settings.seed + seed), len(objectives))
-        shards: list[Any] = []
-        say(stage, 0, rows)
-        for shard in collect(
-            model, tokenizer, objectives, plan, run / stage.replace(" ", "-"), settings.sampling(seed)
-        ):
-            shards.append(shard)
-            say(stage, sum(map(len, shards)), rows)
-        return torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]), shards
-
-    raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, 0)
+    sample = partial(_sample, tokenizer, objectives, run, settings, report_progress)
+    raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, seed=0)
     mean, std = _normalisation(raw, list(objectives))
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         raw = torch.from_numpy(score(objectives, prompts, responses))
-        return list(((raw - mean) / std @ shares).tolist())
+        return list(((raw - mean) / std @ row).tolist())
 
     seconds = reinforce(
         policy,
@@ -124,53 +115,72 @@ def align(
         reward,
         run,
         settings,
-        lambda done: say("steps", done, settings.steps),
+        lambda done: report_progress("steps", done, settings.steps),
     )
     aligned = aligned_copy(policy, run, settings)
     asked = evaluation_prompts or prompts
-    raw_before, _ = sample(policy, "responses before", asked, settings.evaluation_samples, 2)
-    raw_after, shards = sample(aligned, "responses after", asked, settings.evaluation_samples, 2)
+    raw_before, _ = sample(policy, "responses before", asked, settings.evaluation_samples, seed=2)
+    raw_after, shards = sample(aligned, "responses after", asked, settings.evaluation_samples, seed=2)
     before, after = (raw_before - mean) / std, (raw_after - mean) / std
-    kl = torch.cat(
-        [
-            response_kl(
-                aligned,
-                policy,
-                Sequences.pack(shard["prompt_ids"], shard["response_ids"]),
-                temperature=settings.temperature,
-            )
-            for shard in shards
-        ]
-    )
+    kl = _kl(aligned, policy, shards, settings.temperature)
     report = AlignReport(
         folder=str(save_aligned(aligned, tokenizer, run)),
-        weights=claim["weights"],
-        rewards_before=_named(objectives, before.mean(0)),
-        rewards_after=_named(objectives, after.mean(0)),
-        reward_before=float((before @ shares).mean()),
-        reward_after=float((after @ shares).mean()),
-        reward_error=_error(after @ shares),
+        weights=manifest["weights"],
+        rewards_before=_by_name(objectives, before.mean(0)),
+        rewards_after=_by_name(objectives, after.mean(0)),
+        reward_before=float((before @ row).mean()),
+        reward_after=float((after @ row).mean()),
+        reward_error=_standard_error(after @ row),
         kl=float(kl.mean()),
-        kl_error=_error(kl),
-        goal=float((after @ shares).mean() - kl.mean() / settings.beta),
-        mean=_named(objectives, mean),
-        std=_named(objectives, std),
+        kl_error=_standard_error(kl),
+        goal=float((after @ row).mean() - kl.mean() / settings.beta),
+        mean=_by_name(objectives, mean),
+        std=_by_name(objectives, std),
         responses=settings.evaluation_samples,
         evaluated_on="evaluation prompts" if evaluation_prompts else "training prompts",
         seconds=seconds,
-        settings=claim["settings"],
+        settings=manifest["settings"],
     )
     write_json(run / "report.json", asdict(report))
-    for name in ("checkpoint", "reference"):  # as large as the policy, and of no more use
+    for name in ("checkpoint", "reference"):  # each as large as the policy, and no longer needed
         shutil.rmtree(run / name, ignore_errors=True)
     return report
 
 
-def _named(objectives: Mapping[str, Objective], values: Tensor) -> dict[str, float]:
+def _sample(
+    tokenizer: Any,
+    objectives: Mapping[str, Objective],
+    run: Path,
+    settings: AlignSettings,
+    report_progress: Progress,
+    model: Any,
+    stage: str,
+    prompts: Sequence[str],
+    rows: int,
+    *,
+    seed: int,
+) -> tuple[Tensor, list[Any]]:
+    """Sample plain responses of a policy; return raw rewards (rows, M) and the shards."""
+    plan = RolloutPlan.reference(draw_prompts(prompts, rows, settings.seed + seed), len(objectives))
+    shards: list[Any] = []
+    report_progress(stage, 0, rows)
+    for shard in collect(model, tokenizer, objectives, plan, run / stage.replace(" ", "-"), settings.sampling(seed)):
+        shards.append(shard)
+        report_progress(stage, sum(map(len, shards)), rows)
+    return torch.cat([torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in shards]), shards
+
+
+def _kl(aligned: Any, policy: Any, shards: Sequence[Any], temperature: float) -> Tensor:
+    """Compute the KL of the aligned policy to the reference along its own responses, (rows,)."""
+    sequences = (Sequences.pack(shard["prompt_ids"], shard["response_ids"]) for shard in shards)
+    return torch.cat([response_kl(aligned, policy, some, temperature=temperature) for some in sequences])
+
+
+def _by_name(objectives: Mapping[str, Objective], values: Tensor) -> dict[str, float]:
     return dict(zip(objectives, values.tolist(), strict=True))
 
 
-def _error(values: Tensor) -> float:
+def _standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values))
 
 

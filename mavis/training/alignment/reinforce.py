@@ -1,4 +1,4 @@
-"""Policy gradients through TRL, in steps that a run which was broken off goes on at; nothing is pickled.
+"""Policy-gradient training through TRL, resumable step by step; nothing is pickled.
 
 Importing this module needs TRL and PEFT, the extra `align`.
 """
@@ -45,24 +45,24 @@ def reinforce(
     reward: Reward,
     folder: Path,
     settings: AlignSettings,
-    say: Callable[[int], None],
+    on_step: Callable[[int], None],
 ) -> float:
-    """Train a copy of a policy, from where an earlier run left it.
+    """Train a copy of a policy, resuming an interrupted run.
 
-    Every step draws from a seed of its own, and the optimiser's state is kept, so that a run that was broken off and
-    resumed ends with the weights of one that was not.
+    Every step has a seed of its own and the optimiser's state is saved, so a resumed run ends with the weights of an
+    uninterrupted one.
 
     Args:
-        policy: the reference policy; it stays as it is.
+        policy: the reference policy; it is not changed.
         tokenizer: its tokenizer.
         prompts: steps × batch_size texts, in their order.
         reward: of its responses.
         folder: of the run; `folder/checkpoint` is replaced every `save_every` steps and at the end.
-        settings: how.
-        say: told the number of steps done.
+        settings: of the run.
+        on_step: called with the number of steps done.
 
     Returns:
-        The seconds that training took, those before a break included.
+        The duration of the training in seconds, including interrupted runs.
     """
     checkpoint = folder / "checkpoint"
     state = read_json(checkpoint / "state.json") if checkpoint.is_dir() else {"step": 0, "seconds": 0.0}
@@ -84,7 +84,7 @@ def reinforce(
         # What a response is compared with holds the response itself, which takes so much off all rewards, not off KL.
         nat *= 1 - 1 / settings.samples
     rows, micro = settings.batch_size * settings.samples, settings.micro_rows
-    steps = _Steps(int(state["step"]), float(state["seconds"]), checkpoint, settings, say)
+    steps = _Steps(int(state["step"]), float(state["seconds"]), checkpoint, settings, on_step)
     with _process_as_it_was():
         if not settings.lora_rank:
             with atomic_folder(folder / "reference") as temporary:
@@ -132,7 +132,7 @@ def aligned_copy(policy: Any, folder: Path, settings: AlignSettings) -> Any:
     """Build the policy that `reinforce` trained, in the precision of the reference policy and without gradients.
 
     Args:
-        policy: the reference policy; it stays as it is.
+        policy: the reference policy; it is not changed.
         folder: of the run.
         settings: of the run.
     """
@@ -184,16 +184,16 @@ class _Steps(TrainerCallback):
     """Sets each step's seed and rate, tells how many are done, and keeps checkpoints that hold no pickle."""
 
     def __init__(
-        self, start: int, seconds: float, checkpoint: Path, settings: AlignSettings, say: Callable[[int], None]
+        self, start: int, seconds: float, checkpoint: Path, settings: AlignSettings, on_step: Callable[[int], None]
     ) -> None:
         self.start, self.seconds = start, seconds
-        self._checkpoint, self._settings, self._say = checkpoint, settings, say
+        self._checkpoint, self._settings, self._on_step = checkpoint, settings, on_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.start:
             restore_weights(kwargs["model"], load_file(self._checkpoint / "weights.safetensors"))
             restore_optimizers([kwargs["optimizer"]], load_file(self._checkpoint / "optimizers.safetensors"))
-        self._say(self.start)
+        self._on_step(self.start)
         self._began = time.perf_counter() - self.seconds
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -211,7 +211,7 @@ class _Steps(TrainerCallback):
                 save_file({name: p.contiguous() for name, p in trained.items()}, temporary / "weights.safetensors")
                 save_file(optimizer_tensors([kwargs["optimizer"]]), temporary / "optimizers.safetensors")
                 write_json(temporary / "state.json", {"step": done, "seconds": self.seconds})
-        self._say(done)
+        self._on_step(done)
 
 
 @contextmanager

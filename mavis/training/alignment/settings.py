@@ -1,4 +1,4 @@
-"""What an alignment is asked for, and what it came to."""
+"""The settings and the report of an alignment."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ METHODS = ("rloo", "grpo")
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """How a policy is aligned.
+    """The settings of `align`.
 
     Args:
-        method: what a response's reward is compared with: the mean of the prompt's other responses (`rloo`), or of all
-            of them (`grpo`). `rloo` charges the KL of the whole response to each of its tokens, `grpo` to each token
-            its own.
+        method: the baseline of a response's reward: the mean of the prompt's other responses (`rloo`), or of all of
+            them (`grpo`). `rloo` charges the KL of the whole response to each of its tokens, `grpo` each token its own.
         steps: of the optimiser, ≥ 0; 0 measures the reference policy.
         batch_size: prompts per step, ≥ 1.
         samples: responses per prompt, ≥ 2.
-        learning_rate: of AdamW at the first step, > 0; it falls to 0 in a line.
+        learning_rate: of AdamW at the first step, > 0; linear decay to 0.
         beta: β > 0 of the goal, in 1 / reward. It is the *inverse* of TRL's `beta`, and of the β of RLHF papers, which
             is what a nat costs.
         max_new_tokens: longest response in tokens, ≥ 1.
         temperature: T > 0 of both policies.
         lora_rank: rank of the adapters that are trained, ≥ 0; 0 trains all weights.
         micro_rows: responses per forward and backward pass, a divisor of batch_size × samples; None takes all at once.
-            RecurrentMemory only.
+            Affects memory only.
         reference_samples: responses of the reference policy that the normalisation is estimated on, ≥ 2.
-        evaluation_samples: responses that each figure of the report is measured on, ≥ 2.
+        evaluation_samples: responses that each metric of the report is measured on, ≥ 2.
         save_every: steps between checkpoints, ≥ 1.
-        seed: of everything that is drawn.
+        seed: of all sampling.
 
     Raises:
         ConfigError: if a setting is out of range.
@@ -88,7 +87,7 @@ class AlignSettings:
         self.sampling(0)
 
     def sampling(self, seed: int) -> RolloutSettings:
-        """Say how responses are sampled outside the training, with a seed of their own for each purpose."""
+        """Return the settings for sampling outside the training; `seed` is added to the run's own."""
         return RolloutSettings(
             max_new_tokens=self.max_new_tokens, top_k=None, temperature=self.temperature, seed=self.seed + seed
         )
@@ -96,7 +95,7 @@ class AlignSettings:
 
 @dataclass(frozen=True)
 class AlignReport:
-    """What an alignment came to; rewards are in standard deviations of the reference policy.
+    """The result of an alignment; rewards are in standard deviations of the reference policy.
 
     Args:
         folder: of the aligned policy (`policy`) or of its adapter (`adapter`).
@@ -113,8 +112,8 @@ class AlignReport:
         std: their standard deviation.
         responses: how many each mean was taken over.
         evaluated_on: `evaluation prompts`, or `training prompts` where no others were given.
-        seconds: that training took, without sampling for normalisation and report.
-        settings: that it was made with.
+        seconds: duration of the training, without the sampling for normalisation and report.
+        settings: of the run.
     """
 
     folder: str

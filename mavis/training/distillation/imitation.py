@@ -1,4 +1,4 @@
-"""A student's values beside its teachers', at every candidate that was recorded."""
+"""The error of a student's values against its teachers' recorded ones."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mavis.training.regression import explained_share
 from mavis.training.rollout_tensors import ShardedRollouts
 
 _BETWEEN = 20.0
-"""What a difference between candidates weighs beside what a step's candidates share, which no tilt depends on."""
+"""Weight of differences between candidates, relative to what all candidates of a step share and no tilt depends on."""
 
 
 class Imitation(nn.Module):
-    """The squared error of a student's values against those that were recorded, step by step.
+    """The squared error of a student's values against the recorded ones, step by step.
 
         ((E_a δ_m)² + 20 · Var_a δ_m) / scale_m²,     δ_m = Q_m(s_t, a) − Q_m^teacher(s_t, a),  a ∼ π_ref
 
-    over the candidates of a step: the first is the state's value, the second is all that a tilt depends on, of which
-    there is less.
+    over the candidates of a step. The first term is the state's value; the second is all that a tilt depends on, and is
+    smaller.
 
     Args:
-        student: whose values at every token are told by one product.
+        student: a critic whose values of all tokens are one product with their embeddings.
         embeddings: (V, E) float32, the e_a of `token_embeddings`.
-        scale: (M,) float32 > 0, the size of the teachers' values, so that no objective drowns another.
+        scale: (M,) float32 > 0, the standard deviation of the teachers' values, so that no objective dominates another.
     """
 
     def __init__(self, student: HeadCritic, embeddings: Tensor, scale: Tensor) -> None:
@@ -36,13 +36,13 @@ class Imitation(nn.Module):
         self.register_buffer("embeddings", embeddings, persistent=False)
 
     def values(self, batch: Recordings) -> Tensor:
-        """Compute the student's values of the candidates, (B, T, K, M); gradients flow to all it is made of."""
+        """Compute the student's values of the candidates, (B, T, K, M), with gradients."""
         embeddings, projection = self.embeddings, self.student.projection
         assert isinstance(embeddings, Tensor)
         assert projection is not None
         heads = self.student.heads(batch.inputs_of(self.student))
-        known, local_indices = batch.candidate_ids.unique(return_inverse=True)  # most candidates come again and again
-        tokens = F.embedding(local_indices, projection(embeddings[known]))
+        known, inverse = batch.candidate_ids.unique(return_inverse=True)  # most candidates occur many times
+        tokens = F.embedding(inverse, projection(embeddings[known]))
         return torch.einsum("btmr,btkr->btkm", heads[..., :-1], tokens) + heads[..., None, :, -1]
 
     def forward(self, batch: Recordings) -> tuple[Tensor, Tensor]:
@@ -59,14 +59,14 @@ class Imitation(nn.Module):
 def explained(
     imitation: Imitation, recordings: ShardedRollouts[Recordings], index: Tensor, batch_size: int
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Tell what share of the variance of recorded values a student explains.
+    """Compute the share of the variance of the recorded values that a student explains.
 
         1 − E[(Q − Q^teacher)²] / Var[Q^teacher],     over all steps s_t and a ∼ π_ref among the candidates
 
     Args:
         imitation: holds the student.
         recordings: of all processes.
-        index: (n,) integer, the places of those that it was not trained on.
+        index: (n,) integer, the held-out rollouts.
         batch_size: rollouts at once.
 
     Returns:
@@ -79,8 +79,8 @@ def explained(
         probs, taught = batch.logprobs.exp().double()[batch.is_response], batch.values.double()[batch.is_response]
         wrong = imitation.values(batch)[batch.is_response] - taught
         means = [torch.einsum("sk,skm->sm", probs, x) for x in (taught, taught**2, wrong, wrong**2)]
-        figures = [*means, means[0] ** 2, means[2] ** 2, torch.ones_like(means[0])]
-        sums = sums + torch.stack(figures).sum(1).cpu()
+        moments = [*means, means[0] ** 2, means[2] ** 2, torch.ones_like(means[0])]
+        sums = sums + torch.stack(moments).sum(1).cpu()
     mean, second, _, error, common, common_error, steps = recordings.processes.all_reduce_sum(sums)
     mean, second, error, common, common_error = (x / steps for x in (mean, second, error, common, common_error))
     return (

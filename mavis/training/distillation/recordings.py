@@ -1,4 +1,4 @@
-"""What critics say of the candidates at every step of sampled responses, written down shard by shard."""
+"""Recording a critic's values of the candidates at every step of sampled responses, shard by shard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mavis.utils.files import atomic_file
 
 @dataclass(frozen=True)
 class Recordings(RolloutTensors):
-    """N rollouts of the reference policy, and what a critic said at every step; see `RolloutTensors`.
+    """N rollouts of the reference policy with a critic's values at every step; see `RolloutTensors`.
 
     Args:
         candidate_ids: (N, T, K) int32, the candidates.
@@ -60,26 +60,26 @@ def record(
     top_k: int,
     *,
     processes: ProcessGroup = SINGLE_PROCESS,
-    tell: Callable[[int], None] | None = None,
+    on_stored: Callable[[int], None] | None = None,
 ) -> Iterator[Recordings]:
-    """Sample a plan's prompts from the reference policy and ask a critic at every step, yielding each shard.
+    """Sample a plan's prompts from the reference policy, record a critic's values at every step, and yield each shard.
 
-    Shards that are on disk already are read back and not sampled again; each has its own seed. Several processes share
-    them out as `collect` does.
+    Shards already on disk are read instead of sampled again; each has its own seed. Several processes share the work as
+    in `collect`.
 
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: of any kind; attached for the time it is asked, if it is not attached yet.
+        critic: of any kind; attached while it is evaluated, unless it is attached already.
         plan: gives the prompts.
-        folder: where the shards go, one safetensors file each; that they are this plan's is the caller's to know.
+        folder: where the shards go, one safetensors file each; the caller makes sure that they are of this plan.
         settings: how to sample.
-        top_k: K, number of candidates the critic is asked about, 1 ≤ K ≤ V, whatever the responses are sampled from.
-        processes: that record together.
-        tell: told how many shards are on disk, as they come.
+        top_k: K, number of candidates that are recorded, 1 ≤ K ≤ V, independent of what responses are sampled from.
+        processes: the group that shares the work.
+        on_stored: called with the number of shards on disk.
 
     Yields:
-        The rollouts of a shard, without states, as they are on disk.
+        The rollouts of a shard, without states, as stored.
 
     Raises:
         CriticError: if the critic is attached to another policy, or does not fit this one.
@@ -100,12 +100,12 @@ def record(
         with atomic_file(paths[index]) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in vars(recordings).items()}, temporary)
 
-    for index in store_missing(paths, store, processes, tell):
+    for index in store_missing(paths, store, processes, on_stored):
         yield _read(paths[index], len(shards[index].prompts))
 
 
 class _Recorder(LogitsProcessor):
-    """Asks a critic about the candidates of every step, and leaves the scores as they are."""
+    """Records a critic's values of the candidates at every step; the scores pass through unchanged."""
 
     def __init__(self, critic: Critic, top_k: int, temperature: float) -> None:
         self._critic, self._top_k, self._temperature = critic, top_k, temperature
@@ -118,7 +118,7 @@ class _Recorder(LogitsProcessor):
         return scores
 
     def recordings(self, sequences: Sequences) -> Recordings:
-        """Lay what was said beside the responses it was said of; what came after a response's end is 0."""
+        """Pair the recorded values with the responses; what follows a response's end is 0."""
         is_response = sequences.is_response
         rows, steps = is_response.shape
         ids, logprobs, values = (torch.stack(said[:steps], dim=1).cpu() for said in zip(*self._steps, strict=True))
@@ -142,5 +142,7 @@ def _read(path: Path, rows: int) -> Recordings:
             raise ValueError(f"it has {len(recordings)} rows instead of {rows}.")
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"shard {str(path)!r} cannot be read: {said}", "delete it; it is sampled again.") from error
+        raise DataError(
+            f"shard {str(path)!r} cannot be read: {said}", "delete it and rerun: it is sampled again."
+        ) from error
     return recordings
