@@ -1,4 +1,4 @@
-"""Alignment vectors: what fine-tuning has added to a model's weights, added to a policy by degrees.
+"""Alignment vectors: weight differences from fine-tuning, added to a policy with any coefficient.
 
 Source: Alignment Vectors, arXiv 2410.19206.
 """

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to its base, computed by peft from the adapter's folder."""
+"""The weight differences of a LoRA adapter, computed by peft from the adapter's folder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from mavis.errors import VectorError, first_sentence, import_optional
 from mavis.utils.files import read_json
 from mavis.vectors.model_tensors import ModelTensors, meta_model, subtracted
-from mavis.vectors.tensor_files import Lazy
+from mavis.vectors.tensor_files import LazyTensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MERGE = "merge it into its base (merge_and_unload), save that, and give its folder."
-_AGAIN = "save the adapter again with save_pretrained."
-_ITS_BASE = "give the base that the adapter was trained on."
+_MERGE_HINT = "merge it into its base (merge_and_unload), save that, and pass its folder."
+_RESAVE_HINT = "save the adapter again with save_pretrained."
+_BASE_HINT = "pass the base that the adapter was trained on."
 _FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
-_KEEPS_BASE = (True, False, "gaussian", "eva")  # other ways to begin a LoRA change the base's weights as well
+_PLAIN_INITS = (True, False, "gaussian", "eva")  # other initialisations change the base's weights as well
 
 
 def is_adapter(model: Any) -> bool:
-    """Whether this is the folder of an adapter."""
+    """Return whether this is the folder of an adapter."""
     return isinstance(model, str | os.PathLike) and (Path(model).expanduser() / _CONFIG).is_file()
 
 
@@ -37,28 +37,28 @@ def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> M
         Δ = scaling · B·A,   and Δ = saved − base for modules that were trained in full (`modules_to_save`)
 
     Args:
-        base: the model that the adapter was made for.
+        base: the model that the adapter was trained on.
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        Δ by name, float32; those of B·A are computed when they are asked for.
+        Δ by name, float32; products B·A are computed on access.
 
     Raises:
-        VectorError: if the adapter is no plain LoRA, does not fit the base, or changes a tied weight.
+        VectorError: if the adapter is not a plain LoRA, does not fit the base, or changes a tied weight.
         MissingPackageError: if peft is not installed.
 
-    Source: LoRA: Hu et al. (ICLR 2022).
+    Source: LoRA, Hu et al. (ICLR 2022).
     """
     peft = import_optional("peft", "an adapter", "vectors")
     path = Path(folder).expanduser()
     _check_settings(path)
-    wearing = _put_on(peft, base, path)
+    adapted = _attach_adapter(peft, base, path)
     layers, saved = {}, {}
-    for name, module in wearing.get_base_model().named_modules():
+    for name, module in adapted.get_base_model().named_modules():
         inner = name.replace(".base_layer", "")
         if isinstance(module, peft.tuners.lora.LoraLayer):
             if module.lora_variant:
-                raise VectorError(f"aligned is {str(path)!r}, a variant of LoRA such as DoRA.", _MERGE)
+                raise VectorError(f"aligned is {str(path)!r}, a variant of LoRA such as DoRA.", _MERGE_HINT)
             layers[f"{inner}.{getattr(module, 'parameter_name', 'weight')}"] = module
         elif isinstance(module, peft.utils.ModulesToSaveWrapper):
             for part, tensor in module.modules_to_save["default"].state_dict().items():
@@ -67,9 +67,11 @@ def adapter_differences(base: ModelTensors, folder: str | os.PathLike[str]) -> M
     for name in [*layers, *saved]:
         if name in tied or name not in base.layout.shapes:
             what = "is tied to another" if name in tied else "base does not have"
-            raise VectorError(f"aligned is {str(path)!r}, an adapter that changes {name!r}, which {what}.", _MERGE)
+            raise VectorError(f"aligned is {str(path)!r}, an adapter that changes {name!r}, which {what}.", _MERGE_HINT)
     differences = {name: subtracted(tensor, base[name]) for name, tensor in saved.items()}
-    return Lazy([*layers, *saved], lambda name: differences[name] if name in differences else _product(layers[name]))
+    return LazyTensors(
+        [*layers, *saved], lambda name: differences[name] if name in differences else _product(layers[name])
+    )
 
 
 @torch.no_grad()
@@ -81,49 +83,51 @@ def _product(layer: Any) -> Tensor:
 def _check_settings(path: Path) -> None:
     try:
         settings = read_json(path / _CONFIG)
-    except (OSError, ValueError) as error:  # of what is no JSON or no UTF-8
-        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: {first_sentence(error)}.", _AGAIN) from error
+    except (OSError, ValueError) as error:  # not JSON, or not UTF-8
+        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: {first_sentence(error)}.", _RESAVE_HINT) from error
     if not isinstance(settings, dict):
-        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: it holds a {type(settings).__name__}.", _AGAIN)
-    kind, begun = settings.get("peft_type"), settings.get("init_lora_weights", True)
-    if kind != "LORA" or begun not in _KEEPS_BASE:
-        what = f"begun by {begun!r}, which changes the base too" if kind == "LORA" else f"of type {kind!r}"
-        raise VectorError(f"aligned is {str(path)!r}, an adapter {what}; expected a plain LoRA.", _MERGE)
+        raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: it holds a {type(settings).__name__}.", _RESAVE_HINT)
+    kind, init = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    if kind != "LORA" or init not in _PLAIN_INITS:
+        what = f"initialised by {init!r}, which changes the base as well" if kind == "LORA" else f"of type {kind!r}"
+        raise VectorError(f"aligned is {str(path)!r}, an adapter {what}; expected a plain LoRA.", _MERGE_HINT)
     if not (path / _WEIGHTS).is_file():
         raise VectorError(
             f"aligned is {str(path)!r}, which has no {_WEIGHTS}; pickles are never read.",
-            _AGAIN,
+            _RESAVE_HINT,
         )
 
 
-def _put_on(peft: Any, base: ModelTensors, path: Path) -> Any:
-    """Put an adapter on a model that has the base's modules and none of its weights."""
+def _attach_adapter(peft: Any, base: ModelTensors, path: Path) -> Any:
+    """Attach an adapter to a model that has the base's modules and none of its weights."""
     skeleton = meta_model(base.stored.folder if base.stored else base.skeleton, "base")
-    # One zero each, spread out over the shape: peft moves an adapter to where its base is, and on 'meta' it would be
-    # lost.
+    # A single zero, expanded to each shape: peft moves an adapter to its base's device, and 'meta' would lose it.
     skeleton._apply(lambda tensor: torch.zeros((), dtype=torch.float32).expand(tensor.shape))
     try:
-        # Beside a LoRA on an embedding peft keeps the base's own embedding.
+        # With a LoRA on an embedding, peft also saves the base's own embedding.
         tensors = {name: t for name, t in load_file(path / _WEIGHTS).items() if ".base_layer." not in name}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is found below, and is an error
-            wearing = peft.PeftModel(skeleton, peft.PeftConfig.from_pretrained(path))
-            peft.set_peft_model_state_dict(wearing, tensors)
-            worn = peft.get_peft_model_state_dict(wearing, save_embedding_layers=False)
+            warnings.simplefilter("ignore")  # mismatches are errors below
+            adapted = peft.PeftModel(skeleton, peft.PeftConfig.from_pretrained(path))
+            peft.set_peft_model_state_dict(adapted, tensors)
+            loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise VectorError(
-            f"aligned is {str(path)!r}, an adapter that cannot be put on base: {first_sentence(error)}.", _ITS_BASE
+            f"aligned is {str(path)!r}, an adapter that cannot be attached to base: {first_sentence(error)}.",
+            _BASE_HINT,
         ) from error
-    if odd := sorted(set(tensors) ^ set(worn)):
-        whose = "adapter" if odd[0] in tensors else "base"
+    if odd := sorted(set(tensors) ^ set(loaded)):
+        where = "adapter" if odd[0] in tensors else "base"
         raise VectorError(
-            f"aligned is {str(path)!r}, an adapter that does not fit base: {odd[0]!r} is only in the {whose}.",
-            _ITS_BASE,
+            f"aligned is {str(path)!r}, an adapter that does not fit base: {odd[0]!r} is only in the {where}.",
+            _BASE_HINT,
         )
-    whole = {
-        name.replace(".modules_to_save.default", "") for name in wearing.state_dict() if ".modules_to_save" in name
+    fully_trained = {
+        name.replace(".modules_to_save.default", "") for name in adapted.state_dict() if ".modules_to_save" in name
     }
-    for name in sorted(set(tensors) - whole):
+    for name in sorted(set(tensors) - fully_trained):
         if not any(part in name for part in _FACTORS) or name.endswith(".bias"):
-            raise VectorError(f"aligned is {str(path)!r}, an adapter with {name!r}, which is no plain LoRA.", _MERGE)
-    return wearing
+            raise VectorError(
+                f"aligned is {str(path)!r}, an adapter with {name!r}, which is not a plain LoRA.", _MERGE_HINT
+            )
+    return adapted

@@ -1,4 +1,4 @@
-"""A search for coefficients that needs no gradients, only a score."""
+"""Black-box search for the coefficients of alignment vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mavis.errors import VectorError, closest, import_optional
+from mavis.errors import VectorError, check_whole, closest, import_optional
 from mavis.utils.optuna_study import open_study, quiet_optuna, trial_sampler
 from mavis.vectors.vector import finite
 
@@ -17,12 +17,18 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class CoefficientSearch:
-    """What a search has found.
+    """The result of a search.
 
-    Args:
-        coefficients: the best, by name.
-        score: theirs.
-        history: every trial in order, coefficients and score; the score is None where it was not finite.
+    Attributes:
+        coefficients: the best ones, by name.
+        score: of the best coefficients.
+        history: coefficients and score of every trial in order; the score is None where it was not finite.
+
+    Examples:
+        >>> from mavis.vectors import search_coefficients
+        >>> found = search_coefficients(lambda c: -abs(c["medical"]), ["medical"], trials=3)
+        >>> found.coefficients, len(found.history)
+        ({'medical': 0.0}, 3)
     """
 
     coefficients: dict[str, float]
@@ -39,33 +45,40 @@ def search_coefficients(
     seed: int = 0,
     storage: str | os.PathLike[str] | None = None,
 ) -> CoefficientSearch:
-    """Look for the coefficients with the highest score, by tree-structured Parzen estimators.
+    """Search for the coefficients with the highest score, with tree-structured Parzen estimators.
 
-    The first trial is at 0, the plain policy. A search that is broken off and repeated with the same `storage` goes on
-    where it stopped and ends with what it would have found undisturbed.
+    The first trial is at 0, the policy without vectors. Interrupted searches resume when rerun with the same `storage`,
+    and find what they would have found without interruption.
 
     Args:
-        score: of coefficients by name, higher is better; it may apply the vectors and generate. Where it is not finite
-            the trial counts as failed.
+        score: of coefficients by name, higher is better; it may apply the vectors and generate. A trial whose score is
+            not finite counts as failed.
         names: of the coefficients, such as a `Vectors`.
         bounds: lowest and highest coefficient, for all or by name.
-        trials: how many scores are asked for, those of earlier calls with the same `storage` included.
-        seed: repeats the search.
-        storage: a file of JSON lines that keeps the trials; made if it does not exist.
+        trials: total number of trials, including those of earlier calls with the same `storage`.
+        seed: makes the search reproducible.
+        storage: a JSON Lines file that stores the trials; created if it does not exist.
 
     Returns:
         The best coefficients, their score, and all trials.
 
     Raises:
         VectorError: if there is no name, bounds or trials are out of range, the storage holds another search or cannot
-            be written, a score is no number, or no score was finite.
+            be written, a score is not a number, or no score was finite.
         MissingPackageError: if optuna is not installed.
 
-    Source: TPE: Bergstra et al. (NeurIPS 2011), as in optuna.
+    Source: TPE, Bergstra et al. (NeurIPS 2011), as implemented by optuna.
+
+    Examples:
+        The score usually applies the vectors, generates and scores the responses; here it is a formula:
+
+        >>> from mavis.vectors import search_coefficients
+        >>> found = search_coefficients(lambda c: -((c["medical"] - 0.5) ** 2), ["medical"], trials=25)
+        >>> abs(found.coefficients["medical"] - 0.5) < 0.1
+        True
     """
     limits = _checked_bounds(list(names), bounds)
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise VectorError(f"trials is {trials!r}, expected an integer ≥ 1.", "trials=50 is a start for two names.")
+    check_whole(VectorError, "trials=50 is a start for two names.", trials=trials)
     optuna = import_optional("optuna", "search_coefficients", "vectors")
     with quiet_optuna():
         study = open_study(
@@ -75,22 +88,22 @@ def search_coefficients(
             error=VectorError,
         )
         states = optuna.trial.TrialState
-        over = (states.COMPLETE, states.FAIL)
-        for number in range(len(study.get_trials(deepcopy=False, states=over)), trials):
+        ended = (states.COMPLETE, states.FAIL)
+        for number in range(len(study.get_trials(deepcopy=False, states=ended)), trials):
             if number == 0:
                 start = {name: min(max(0.0, low), high) for name, (low, high) in limits.items()}
                 study.enqueue_trial(start)
             study.sampler = trial_sampler(seed, number)
             trial = study.ask()
-            found = _number(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
-            if math.isfinite(found):
-                study.tell(trial, found)
+            value = _number(score({name: trial.suggest_float(name, *limits[name]) for name in limits}))
+            if math.isfinite(value):
+                study.tell(trial, value)
             else:
                 study.tell(trial, state=states.FAIL)
-        ended = study.get_trials(deepcopy=False, states=over)
-    history = [(dict(trial.params), trial.value) for trial in ended]
+        finished = study.get_trials(deepcopy=False, states=ended)
+    history = [(dict(trial.params), trial.value) for trial in finished]
     if all(value is None for _, value in history):
-        raise VectorError(f"score was not finite in any of {len(history)} trials.", "try it by hand, e.g. with zeros.")
+        raise VectorError(f"score was not finite in any of {len(history)} trials.", "call it by hand, e.g. with zeros.")
     coefficients, best = max(history, key=lambda entry: -math.inf if entry[1] is None else entry[1])
     assert best is not None
     return CoefficientSearch(coefficients, best, history)
@@ -110,15 +123,15 @@ def _checked_bounds(names: list[str], bounds: Bounds | Mapping[str, Bounds]) -> 
         try:
             low, high = pair
         except (TypeError, ValueError) as error:
-            raise VectorError(f"bounds is {pair!r}.", "give two numbers, such as (-1, 1).") from error
+            raise VectorError(f"bounds is {pair!r}.", "pass two numbers, such as (-1, 1).") from error
         limits[name] = finite(low, "the lower bound"), finite(high, "the upper bound")
         if not limits[name][0] < limits[name][1]:
             raise VectorError(f"bounds is {pair!r}, expected the lower one first.", "e.g. (-1, 1).")
     return limits
 
 
-def _number(found: Any) -> float:
+def _number(value: Any) -> float:
     try:
-        return float(found)
+        return float(value)
     except (TypeError, ValueError) as error:
-        raise VectorError(f"score returned {found!r}, expected a number.", "return one; higher is better.") from error
+        raise VectorError(f"score returned {value!r}, expected a number.", "return one; higher is better.") from error

@@ -1,4 +1,4 @@
-"""EMR-merging: one vector for all tasks, and for each task a mask and a scale."""
+"""EMR-merging: one unified vector, with a mask and a scale per task."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mavis.vectors.vector import AlignmentVector, made_of, names_of
+from mavis.vectors.vector import AlignmentVector, changed_names, lazy_vector
 
 
-def elected(differences: Sequence[Tensor]) -> Tensor:
-    """Elect the sign and the size of every element of the unified vector.
+def elect(differences: Sequence[Tensor]) -> Tensor:
+    """Elect the sign and the magnitude of every element of the unified vector.
 
         γ = sgn(Σ_i Δ_i),   τ = γ ⊙ max { |Δ_i| : sgn(Δ_i) = γ }
 
@@ -34,33 +34,33 @@ def elected(differences: Sequence[Tensor]) -> Tensor:
 
 
 def emr(vectors: Sequence[AlignmentVector], coefficients: Sequence[float]) -> AlignmentVector:
-    """Elect one vector for all tasks, then mask and rescale it for each.
+    """Elect one unified vector for all tasks, then mask and rescale it for each.
 
         M_i = [Δ_i ⊙ τ > 0],   λ_i = Σ|Δ_i| / Σ|M_i ⊙ τ|,   Δ = Σ_i c_i λ_i M_i ⊙ τ
 
     With coefficient 1 for one task and 0 for the others this is the paper's model for that task. Both sums
-    of a rescaler λ_i go over all elements of all tensors: it is their ratio, and no mean of ratios per tensor.
+    of a rescaler λ_i run over all elements of all tensors, so it is a ratio of sums, not a mean of ratios per tensor.
 
     Args:
-        vectors: one per task; all of them elect τ.
+        vectors: one per task; all of them vote on τ.
         coefficients: c_i, finite.
 
     Returns:
-        The combination. The scales λ_i, which are sums over all tensors, are computed here; the rest when it is used.
+        The combination. The scales λ_i are computed immediately, the rest on access.
 
     Source: EMR-merging, Huang et al. (NeurIPS 2024).
     """
-    names = names_of(vectors)
-    wanted = [i for i, coefficient in enumerate(coefficients) if coefficient]
+    names = changed_names(vectors)
+    active = [i for i, coefficient in enumerate(coefficients) if coefficient]
     sizes, masked_sizes = [0.0] * len(vectors), [0.0] * len(vectors)
 
     def parts(name: str) -> tuple[dict[int, Tensor], Tensor]:
         tensors = {i: vector.tensors[name] for i, vector in enumerate(vectors) if name in vector.tensors}
-        return tensors, elected(list(tensors.values()))
+        return tensors, elect(list(tensors.values()))
 
     for name in names:
         tensors, unified = parts(name)
-        for i in wanted:
+        for i in active:
             if i in tensors:
                 sizes[i] += float(tensors[i].double().abs().sum())
                 masked_sizes[i] += float(unified[tensors[i] * unified > 0].double().abs().sum())
@@ -69,9 +69,9 @@ def emr(vectors: Sequence[AlignmentVector], coefficients: Sequence[float]) -> Al
     def merged(name: str) -> Tensor:
         tensors, unified = parts(name)
         result = torch.zeros_like(unified)
-        for i in wanted:
+        for i in active:
             if i in tensors:
                 result += coefficients[i] * scales[i] * (unified * (tensors[i] * unified > 0))
         return result
 
-    return made_of(vectors, names, merged)
+    return lazy_vector(vectors, names, merged)

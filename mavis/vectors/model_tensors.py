@@ -1,4 +1,4 @@
-"""The tensors of a model, in memory or in a folder, under the names that its modules give them."""
+"""The tensors of a model, in memory or in a folder, by the names of its state dict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mavis.vectors.tensor_files import StoredTensors, existing_folder
 
 ModelOrFolder = nn.Module | str | os.PathLike[str]
 _SHOWN = 3
-_APART = "give each tensor memory of its own, e.g. by .clone(), or load the policy with from_pretrained."
+_OVERLAP_HINT = "give each tensor its own memory, e.g. by .clone(), or load the policy with from_pretrained."
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layout:
     Args:
         model_type: the architecture's name in its config, such as `llama`.
         shapes: of every tensor, tied ones once.
-        tied: names that mean the tensor of another name, as `lm_head.weight` may mean that of the embedding.
+        tied: from the name of a tied tensor to the name that `shapes` lists it under, e.g. for `lm_head.weight`.
     """
 
     model_type: str
@@ -37,38 +37,38 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
-        """Read the layout off a model."""
+        """Derive the layout of a model."""
         first: dict[Any, str] = {}
         shapes, tied = {}, {}
         for name, tensor in state_of(model).items():
-            place = _place(tensor)
-            if place in first:
-                tied[name] = first[place]
+            key = _memory_key(tensor)
+            if key in first:
+                tied[name] = first[key]
             else:
-                first[place], shapes[name] = name, tuple(tensor.shape)
+                first[key], shapes[name] = name, tuple(tensor.shape)
         return cls(str(getattr(getattr(model, "config", None), "model_type", "unknown")), shapes, tied)
 
-    def check(self, other: Layout, who: str, whom: str) -> None:
-        """Refuse a layout that is not the same.
+    def check(self, other: Layout, other_name: str, own_name: str) -> None:
+        """Check that another layout equals this one.
 
         Args:
             other: to compare with this one.
-            who: what has the other layout, to begin the message.
-            whom: what has this one.
+            other_name: what has the other layout, for errors.
+            own_name: what has this one.
 
         Raises:
             VectorError: if the architecture, a name, a shape or a tie differs; names the first that do.
         """
-        said = [f"it is {other.model_type!r} and not {self.model_type!r}"] * (self.model_type != other.model_type)
+        mismatches = [f"it is {other.model_type!r} and not {self.model_type!r}"] * (self.model_type != other.model_type)
         for name in dict.fromkeys([*self.shapes, *other.shapes, *self.tied, *other.tied]):
-            mine, its = self._entry(name), other._entry(name)
-            if mine != its:
-                said.append(f"{name!r} is {_words(its)} and not {_words(mine)}")
-        if said:
-            more = f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+            expected, found = self._entry(name), other._entry(name)
+            if expected != found:
+                mismatches.append(f"{name!r} is {_describe(found)} and not {_describe(expected)}")
+        if mismatches:
+            more = f"; and {len(mismatches) - _SHOWN} more" if len(mismatches) > _SHOWN else ""
             raise VectorError(
-                f"{who} does not fit {whom}: {'; '.join(said[:_SHOWN])}{more}.",
-                "vectors go between models of one architecture, vocabulary and shape.",
+                f"{other_name} does not fit {own_name}: {'; '.join(mismatches[:_SHOWN])}{more}.",
+                "vectors need models of the same architecture, vocabulary and shapes.",
             )
 
     def _entry(self, name: str) -> tuple[int, ...] | str | None:
@@ -80,7 +80,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        """Read what `to_json` returned and a file has kept."""
+        """Rebuild a layout from `to_json`."""
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
         return cls(data["model_type"], shapes, dict(data["tied"]))
 
@@ -89,78 +89,78 @@ class ModelTensors(Mapping[str, Tensor]):
     """The tensors of a model by name, tied ones once.
 
     Args:
-        tensors: the tensors by the names they are kept under.
-        kept_as: every name they are kept under, by the name in the layout.
+        tensors: by the names that they are stored under.
+        stored_names: from a name in the layout to every name that the tensor is stored under.
         layout: of the model.
         skeleton: a model of that layout, with or without weights.
-        stored: the files, if it is a folder.
+        stored: the files, if the model is a folder.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        kept_as: dict[str, list[str]],
+        stored_names: dict[str, list[str]],
         layout: Layout,
         skeleton: Any,
         stored: StoredTensors | None = None,
     ) -> None:
-        self._tensors, self.kept_as, self.layout = tensors, kept_as, layout
+        self._tensors, self.stored_names, self.layout = tensors, stored_names, layout
         self.skeleton, self.stored = skeleton, stored
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self.kept_as[name][0]].detach()
+        return self._tensors[self.stored_names[name][0]].detach()
 
     def __contains__(self, name: object) -> bool:
-        return name in self.kept_as
+        return name in self.stored_names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.kept_as)
+        return iter(self.stored_names)
 
     def __len__(self) -> int:
-        return len(self.kept_as)
+        return len(self.stored_names)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells these weights from others."""
+        """The fingerprint of these weights."""
         return Fingerprint.of(self.skeleton, self if self.stored is not None else None)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """List a model's own parameters and lasting buffers; tied ones are one tensor under several names."""
-    model = getattr(model, "_orig_mod", model)  # a compiled module names everything after itself
+    """List a model's parameters and persistent buffers; tied ones are one tensor under several names."""
+    model = getattr(model, "_orig_mod", model)  # a compiled module prefixes every name
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
-def check_apart(state: Mapping[str, Tensor], names: Container[str]) -> None:
-    """Refuse tensors that cannot be changed one by one.
+def check_no_overlap(state: Mapping[str, Tensor], names: Container[str]) -> None:
+    """Check that tensors can be changed one at a time.
 
     Args:
         state: of a model, see `state_of`.
-        names: of those that are to be changed.
+        names: of the tensors to change.
 
     Raises:
-        VectorError: if one of them has an element that is in several places, or is where another tensor is; tensors
-            that are the same are tied and no such case.
+        VectorError: if several elements of one share memory, or it overlaps another tensor. Tied tensors are one tensor
+            and are allowed.
     """
     seen: dict[Any, str] = {}
     for name, tensor in state.items():
-        seen.setdefault(_place(tensor), name)
+        seen.setdefault(_memory_key(tensor), name)
     ranges = []
-    for place, name in seen.items():
+    for key, name in seen.items():
         tensor = state[name]
-        if not isinstance(place, tuple):
+        if not isinstance(key, tuple):
             continue
-        reach: int = 1  # elements from the first to after the last, of the dimensions so far
+        reach: int = 1  # elements spanned by the dimensions so far
         for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
             if stride < reach and name in names:
-                raise VectorError(f"policy keeps several elements of {name!r} in one place.", _APART)
+                raise VectorError(f"policy has elements of {name!r} that share memory.", _OVERLAP_HINT)
             reach += stride * (size - 1)
         start = int(tensor.storage_offset()) * tensor.element_size()
-        ranges.append((place[:2], start, start + int(reach) * tensor.element_size(), name))
+        ranges.append((key[:2], start, start + int(reach) * tensor.element_size(), name))
     end: tuple[Any, int, str] | None = None
-    for storage, start, stop, name in sorted(ranges, key=lambda found: (str(found[0]), *found[1:])):
+    for storage, start, stop, name in sorted(ranges, key=lambda entry: (str(entry[0]), *entry[1:])):
         if end is not None and end[0] == storage and start < end[1] and (name in names or end[2] in names):
-            raise VectorError(f"policy keeps {name!r} in a place that overlaps that of {end[2]!r}.", _APART)
+            raise VectorError(f"policy has {name!r} in memory that overlaps {end[2]!r}.", _OVERLAP_HINT)
         if end is None or end[0] != storage or stop > end[1]:
             end = storage, stop, name
 
@@ -176,25 +176,25 @@ def tensors_of(model: ModelOrFolder, argument: str) -> ModelTensors:
 
     Args:
         model: a causal LM, or a folder with `config.json` and safetensors.
-        argument: what to call it in errors.
+        argument: its name in errors.
 
     Raises:
-        VectorError: if the folder cannot be read, its files do not name their tensors as the model does, or the model
-            wears an adapter or has no weights.
+        VectorError: if the folder cannot be read, its tensors are not named as in the model, or the model has an
+            adapter or no weights.
     """
     if isinstance(model, nn.Module):
         return _of_model(model, argument)
     if isinstance(model, str | os.PathLike):
         return _of_folder(model, argument)
-    raise VectorError(f"{argument} is a {type(model).__name__}.", "give a model, or the folder of one.")
+    raise VectorError(f"{argument} is a {type(model).__name__}.", "pass a model, or the folder of one.")
 
 
 def meta_model(model: Any, argument: str) -> Any:
-    """Build a causal LM without weights from what tells its shape.
+    """Build a causal LM of the same shape without weights.
 
     Args:
         model: a model, or its folder.
-        argument: what to call it in errors.
+        argument: its name in errors.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -205,23 +205,23 @@ def meta_model(model: Any, argument: str) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise VectorError(
-            f"{argument} is {_named(model)}, of which no causal LM can be built: {first_sentence(error)}.",
-            "load the models with from_pretrained and give those.",
+            f"{argument} is {_describe_model(model)}, of which no causal LM can be built: {first_sentence(error)}.",
+            "load the models with from_pretrained and pass those.",
         ) from error
 
 
 def _of_model(model: Any, argument: str) -> ModelTensors:
     if getattr(model, "peft_config", None):
         raise VectorError(
-            f"{argument} is a {type(model).__name__}, a model with an adapter on.",
-            "give the model of model.merge_and_unload(), or as the aligned one the adapter's folder.",
+            f"{argument} is a {type(model).__name__}, a model with an adapter.",
+            "pass model.merge_and_unload(), or as `aligned` the adapter's folder.",
         )
     state, layout = state_of(model), Layout.of(model)
     absent = [name for name in layout.shapes if state[name].device.type == "meta"]
     if absent:
         raise VectorError(
-            f"{argument} keeps {absent[0]!r} on device 'meta', where there are no weights.",
-            "load it whole onto its devices, or give its folder.",
+            f"{argument} has {absent[0]!r} on device 'meta', which holds no weights.",
+            "load it completely onto its devices, or pass its folder.",
         )
     return ModelTensors(state, {name: [name] for name in layout.shapes}, layout, model)
 
@@ -232,29 +232,29 @@ def _of_folder(folder: str | os.PathLike[str], argument: str) -> ModelTensors:
     stored, layout = StoredTensors(path), Layout.of(skeleton)
     found = _module_names(stored, [*layout.shapes, *layout.tied], getattr(skeleton, "base_model_prefix", ""))
     layout = _with_ties_of(stored, found, layout)
-    kept_as: dict[str, list[str]] = {name: [found[name]] if name in found else [] for name in layout.shapes}
+    stored_names: dict[str, list[str]] = {name: [found[name]] if name in found else [] for name in layout.shapes}
     for name, other in layout.tied.items():
-        kept_as[other] += [found[name]] if name in found else []
-    lost = [name for name, files in kept_as.items() if not files]
-    if lost:
+        stored_names[other] += [found[name]] if name in found else []
+    missing = [name for name, files in stored_names.items() if not files]
+    if missing:
         extra = sorted(set(stored) - set(found.values()))
         raise VectorError(
-            f"{argument} is {str(folder)!r}, whose files hold no {_some(lost)}"
-            + (f" but {_some(extra)}." if extra else "."),
-            "where files name tensors otherwise than the model, load the models with from_pretrained and give those.",
+            f"{argument} is {str(folder)!r}, whose files hold no {_listed(missing)}"
+            + (f" but {_listed(extra)}." if extra else "."),
+            "if the files name tensors differently from the model, load both models with from_pretrained.",
         )
-    for name, files in kept_as.items():
+    for name, files in stored_names.items():
         if stored.shapes[files[0]] != layout.shapes[name]:
             raise VectorError(
                 f"{argument} is {str(folder)!r}, whose {files[0]!r} has shape {stored.shapes[files[0]]}, but its "
                 f"config.json says {layout.shapes[name]}.",
-                "give the folder as save_pretrained has written it.",
+                "pass a folder as save_pretrained writes it.",
             )
-    return ModelTensors(stored, kept_as, layout, skeleton, stored)
+    return ModelTensors(stored, stored_names, layout, skeleton, stored)
 
 
 def _with_ties_of(stored: StoredTensors, found: Mapping[str, str], layout: Layout) -> Layout:
-    """Untie what the files hold two tensors of, as transformers does in loading them."""
+    """Untie tensors that the files store with different values, as transformers does when loading them."""
     untied = {
         name: layout.shapes[other]
         for name, other in layout.tied.items()
@@ -265,37 +265,37 @@ def _with_ties_of(stored: StoredTensors, found: Mapping[str, str], layout: Layou
 
 
 def _module_names(stored: Iterable[str], known: Iterable[str], prefix: str) -> dict[str, str]:
-    """Find each of a model's names in a file, which may have been written with or without the prefix of the trunk."""
+    """Map each of a model's names to the stored one, which may lack or have the prefix of the base model."""
     names, found = set(known), {}
-    for kept in stored:
-        for name in (kept, f"{prefix}.{kept}", kept.removeprefix(f"{prefix}.")):
+    for stored_name in stored:
+        for name in (stored_name, f"{prefix}.{stored_name}", stored_name.removeprefix(f"{prefix}.")):
             if name in names:
-                found[name] = kept
+                found[name] = stored_name
                 break
     return found
 
 
-def _words(entry: tuple[int, ...] | str | None) -> str:
+def _describe(entry: tuple[int, ...] | str | None) -> str:
     if entry is None:
         return "missing"
     return f"tied to {entry!r}" if isinstance(entry, str) else f"of shape {entry}"
 
 
-def _place(tensor: Tensor) -> Any:
-    """What two tensors share that are one and the same, even if two objects say so."""
+def _memory_key(tensor: Tensor) -> Any:
+    """Return a key that is equal for tensors that are the same memory, even if they are different objects."""
     if tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
         try:
             pointer = tensor.untyped_storage().data_ptr()
-        except (RuntimeError, NotImplementedError):  # of quantised kinds that have several storages inside
+        except (RuntimeError, NotImplementedError):  # quantised tensors with several storages
             pointer = 0
         if pointer:
             return tensor.device, pointer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     return id(tensor)
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + (" ..." if len(names) > _SHOWN else "")
 
 
-def _named(model: Any) -> str:
+def _describe_model(model: Any) -> str:
     return f"a {type(model).__name__}" if isinstance(model, nn.Module) else repr(str(model))

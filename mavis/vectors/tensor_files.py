@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read one at a time; and the writing of them in shards."""
+"""Tensors in safetensors files, read one at a time and written in shards."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from mavis.errors import VectorError, first_sentence
 from mavis.utils.files import describe_pickles, read_json, write_json
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The precisions of weights that are not quantised."""
+"""The dtypes of weights that are not quantised."""
 
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, and not kept.
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are computed on access and not cached.
 
     Args:
         names: of the tensors, in order.
-        make: makes one from its name.
+        compute: returns a tensor, given its name.
     """
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
         self._names = dict.fromkeys(names)
-        self._make = make
+        self._compute = compute
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._make(name)
+        return self._compute(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -51,54 +51,54 @@ class Lazy(Mapping[str, Tensor]):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files, sharded or not; nothing is read before it is asked for.
+    """The tensors of a folder's safetensors files, sharded or not, read on access.
 
     Args:
-        folder: with `model.safetensors`, or with `model.safetensors.index.json` and the files that it names; if it has
-            both, the index is stale and not read, as in transformers.
+        folder: with `model.safetensors`, or with `model.safetensors.index.json` and the files that it lists; with both,
+            the index is ignored, as in transformers.
 
     Raises:
-        VectorError: if there are no such files, or one is missing, corrupt or truncated; on reading, also if a file has
-            changed since.
+        VectorError: if there are no such files, or one is missing, corrupt or truncated; on access, also if a file has
+            changed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
-        self._stamps: dict[Path, tuple[int, ...]] = {}
+        self._signatures: dict[Path, tuple[int, ...]] = {}
         index, whole = self.folder / INDEX, self.folder / _WHOLE
         self.index = index if index.is_file() and not whole.is_file() else None
-        promised = _weight_map(index) if self.index else {}
-        for file in [self.folder / name for name in sorted({*promised.values()} or {_WHOLE})]:
+        indexed = _weight_map(index) if self.index else {}
+        for file in [self.folder / name for name in sorted({*indexed.values()} or {_WHOLE})]:
             if not file.is_file():
-                raise self._absent(file)
-            self._stamps[file] = _stamp(file)
+                raise self._missing_file(file)
+            self._signatures[file] = _signature(file)
             try:
                 with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    for name in opened.keys():  # noqa: SIM118 (not a mapping)
                         self._files[name] = file
                         self.shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise _corrupt(file, error) from error
-        if lost := sorted(set(promised) - set(self._files)):
+        if missing := sorted(set(indexed) - set(self._files)):
             raise VectorError(
-                f"{str(index)!r} promises {lost[0]!r}, which its file does not hold.", "copy the folder again."
+                f"{str(index)!r} lists {missing[0]!r}, which its file does not hold.", "copy the folder again."
             )
 
     @property
     def files(self) -> list[Path]:
         """The safetensors files."""
-        return list(self._stamps)
+        return list(self._signatures)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
-        if not file.is_file() or _stamp(file) != self._stamps[file]:
+        if not file.is_file() or _signature(file) != self._signatures[file]:
             raise VectorError(
-                f"{str(file)!r} has changed since it was opened.", "leave files as they are while vectors read them."
+                f"{str(file)!r} has changed since it was opened.", "do not change files while vectors read them."
             )
         try:
-            # Opened anew each time: an open file would keep in memory whatever was read of it.
+            # Opened each time: an open file would keep in memory everything that was read from it.
             with safe_open(file, "pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -114,7 +114,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _absent(self, file: Path) -> VectorError:
+    def _missing_file(self, file: Path) -> VectorError:
         return VectorError(
             f"folder {str(self.folder)!r} has no {file.name}{describe_pickles(self.folder)}.",
             "save the weights as safetensors, e.g. by save_pretrained.",
@@ -124,17 +124,17 @@ class StoredTensors(Mapping[str, Tensor]):
 def write_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, dtype: torch.dtype, limit: str
 ) -> None:
-    """Write tensors as `model.safetensors`, or as several files and their index; one file's are in memory at a time.
+    """Write tensors as `model.safetensors`, or as shards and their index, with one file's tensors in memory.
 
     Args:
-        tensors: what to write.
-        shapes: of the tensors, known before they are.
-        folder: where; it exists.
-        dtype: what each is rounded to.
-        limit: the most that one file holds, such as `1GB`.
+        tensors: by name.
+        shapes: of the tensors, as computing them only for that would be slow.
+        folder: an existing folder.
+        dtype: to round to.
+        limit: maximum size of a file, such as `1GB`.
 
     Raises:
-        VectorError: if a number is beyond the dtype.
+        VectorError: if a number overflows the dtype.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -148,8 +148,8 @@ def write_tensors(
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing, such as a full disk, into an error that says so.
+def explain_write_errors(target: Path) -> Iterator[None]:
+    """Convert errors in writing files, such as a full disk, to a `VectorError`.
 
     Raises:
         VectorError: if a file cannot be written.
@@ -159,7 +159,7 @@ def writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise VectorError(
             f"writing {str(target)!r} failed: {first_sentence(error)}.",
-            "see whether there is space left, and whether you may write there.",
+            "check the free space and the permissions.",
         ) from error
 
 
@@ -167,24 +167,24 @@ def existing_folder(folder: str | os.PathLike[str], argument: str) -> Path:
     """Return the path of a folder with a `config.json`.
 
     Raises:
-        VectorError: if there is none.
+        VectorError: if it does not exist or has none.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise VectorError(f"{argument} is {str(folder)!r}, which is no folder.", "name a folder on this machine.")
+        raise VectorError(f"{argument} is {str(folder)!r}, which is not a folder.", "name a local folder.")
     if not (path / "config.json").is_file():
         raise VectorError(
             f"{argument} is {str(folder)!r}, which has no config.json.",
-            "name a folder that save_pretrained or AlignmentVector.save has written.",
+            "name a folder that save_pretrained or AlignmentVector.save wrote.",
         )
     return path
 
 
 def new_folder(folder: str | os.PathLike[str], argument: str) -> Path:
-    """Return the path of a folder that is yet to be written.
+    """Return the path of a folder that does not exist or is empty.
 
     Raises:
-        VectorError: if there is something already.
+        VectorError: if it exists and is not empty.
     """
     path = Path(folder).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -196,7 +196,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         found: dict[str, str] = read_json(index)["weight_map"]
         if not all(isinstance(file, str) for file in found.values()):
-            raise TypeError("weight_map names no files")
+            raise TypeError("weight_map does not map to file names")
     except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _corrupt(index, error) from error
     return found
@@ -205,13 +205,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     rounded = tensor.to(dtype).contiguous()
     if not bool(rounded.isfinite().all()):
-        raise VectorError(f"{name!r} is beyond {dtype}.", "save it as bfloat16 or float32.")
+        raise VectorError(f"{name!r} overflows {dtype}.", "save it as bfloat16 or float32.")
     return rounded
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
+def _signature(file: Path) -> tuple[int, ...]:
     status = file.stat()
-    # A file that another one has replaced may have its size and its time of change, but is another inode.
+    # A file that was replaced may have the same size and modification time, but not the same inode.
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
 
 

@@ -1,4 +1,4 @@
-"""Alignment vectors: what fine-tuning has added to a model's weights, as something to calculate with."""
+"""Alignment vectors: the weight differences of fine-tuning, with vector arithmetic."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.errors import VectorError
+from mavis.errors import VectorError, check_number
 from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors.adapter import adapter_differences, is_adapter
 from mavis.vectors.model_tensors import Layout, ModelOrFolder, ModelTensors, subtracted, tensors_of
-from mavis.vectors.tensor_files import FLOATS, Lazy
+from mavis.vectors.tensor_files import FLOATS, LazyTensors
 from mavis.vectors.vector_folder import VectorContent, load_vector, save_vector
 
 
@@ -25,18 +25,31 @@ class AlignmentVector:
 
         Δ = θ_aligned − θ_base
 
-    It is calculated with like a vector: `0.5 * medical - legal`. A vector of two folders, one that was loaded, and
-    whatever is calculated from such, read their files when they are used and hold nothing in memory.
+    It supports vector arithmetic: `0.5 * medical - legal`. Vectors between two folders, loaded vectors, and everything
+    computed from such read their files on access and hold no tensors in memory.
 
     Args:
-        tensors: Δ by name, float32 and finite; tensors that did not change are left out, tied ones are there once.
-        layout: of the base and of every policy it can be added to.
+        tensors: Δ by name, float32 and finite; without tensors that did not change, and tied ones once.
+        layout: of the base and of every policy that the vector can be added to.
         base: the fingerprint of the base.
 
     Source: Alignment Vectors, arXiv 2410.19206; task vectors: Ilharco et al. (ICLR 2023).
+
+    Examples:
+        >>> import copy
+        >>> import mavis
+        >>> from mavis.vectors import AlignmentVector
+        >>> base, _ = mavis.embedded.load()
+        >>> aligned = copy.deepcopy(base)
+        >>> aligned.model.norm.weight += 0.5  # stands for fine-tuning
+        >>> vector = AlignmentVector.between(base, aligned)
+        >>> list(vector.tensors), vector.is_from(base)
+        (['model.norm.weight'], True)
+        >>> round((3 * vector - vector).norm() / vector.norm(), 4)
+        2.0
     """
 
-    __array_ufunc__ = None  # a numpy number times a vector is a vector and no array
+    __array_ufunc__ = None  # a numpy number times a vector is a vector, not an array
 
     def __init__(self, tensors: Mapping[str, Tensor], layout: Layout, base: Fingerprint) -> None:
         self.tensors, self.layout, self.base = tensors, layout, base
@@ -47,11 +60,11 @@ class AlignmentVector:
 
         Args:
             base: a causal LM, or a folder with `config.json` and safetensors.
-            aligned: the same, or the folder of a LoRA adapter for the base, which peft reads.
+            aligned: the same, or the folder of a LoRA adapter for the base, read by peft.
 
         Returns:
             The vector. If one of the two is a model, it is held in memory, rounded to the wider precision of the two;
-            else it is read from the folders when it is used, one tensor of each at a time.
+            otherwise it is read from the folders on access, one tensor at a time.
 
         Raises:
             VectorError: if the two differ in architecture, names, shapes or ties, if a tensor that differs is
@@ -64,68 +77,68 @@ class AlignmentVector:
         else:
             other = tensors_of(aligned, "aligned")
             one.layout.check(other.layout, "aligned", "base")
-            differences = Lazy(one, lambda name: _difference(one, other, name))
+            differences = LazyTensors(one, lambda name: _difference(one, other, name))
             in_memory = one.stored is None or other.stored is None
-        names, held = [], dict[str, Tensor]()
+        names, cached = [], dict[str, Tensor]()
         for name in differences:
             difference = differences[name]
-            if in_memory:  # rounded as the sum will be, so that a vector takes no more than a model
+            if in_memory:  # rounded as the sum will be, so that a vector takes no more memory than a model
                 difference = difference.to(torch.promote_types(one[name].dtype, other[name].dtype))
             if not bool(difference.isfinite().all()):
                 raise VectorError(f"aligned − base is not finite in {name!r}.", "look for NaN in the two models.")
             if bool(difference.any()):
                 names.append(name)
                 if in_memory:
-                    held[name] = difference
-        make = (lambda name: held[name].float()) if in_memory else differences.__getitem__
-        return cls(Lazy(names, make), one.layout, one.fingerprint)
+                    cached[name] = difference
+        compute = (lambda name: cached[name].float()) if in_memory else differences.__getitem__
+        return cls(LazyTensors(names, compute), one.layout, one.fingerprint)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AlignmentVector:
-        """Open a vector's folder; its tensors are read when they are used.
+        """Open a vector's folder; its tensors are read on access.
 
         Args:
-            folder: what `save` wrote.
+            folder: that `save` wrote.
 
         Raises:
-            VectorError: if it is missing, no vector's, corrupt or truncated.
+            VectorError: if it is missing, holds no vector, or is corrupt or truncated.
         """
         return cls(*load_vector(folder))
 
     def save(
         self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
     ) -> None:
-        """Write the vector as `config.json` and safetensors, whole or not at all.
+        """Write the vector atomically, as `config.json` and safetensors.
 
         Args:
-            folder: where; an older vector there is replaced.
-            dtype: what is written; bfloat16 or float16 halve the files and round.
-            max_shard_size: the most that one file holds, and so that is in memory, such as `1GB`.
+            folder: where to; an existing vector there is replaced.
+            dtype: to round to; bfloat16 or float16 halve the size.
+            max_shard_size: maximum size of a file, and thereby of what is in memory, such as `1GB`.
 
         Raises:
-            VectorError: if the folder holds something that is no vector, a number is beyond the dtype, for another
-                dtype, or if there is no space.
+            VectorError: if the folder holds something other than a vector, the dtype is unsupported, a number overflows
+                it, or the files cannot be written.
         """
         save_vector(VectorContent(self.tensors, self.layout, self.base), folder, dtype, max_shard_size)
 
     def norm(self) -> float:
-        """Compute the Euclidean length, √Σ Δ², over all tensors."""
+        """Compute the Euclidean norm, √Σ Δ², over all tensors."""
         return math.sqrt(_dot(self, self))
 
     def cosine(self, other: AlignmentVector) -> float:
         """Compute the cosine of the angle between two vectors, ⟨Δ, Δ'⟩ / (‖Δ‖·‖Δ'‖).
 
         Raises:
-            VectorError: if one of them is zero, or they are of different layouts.
+            VectorError: if one of them is zero, or their layouts differ.
         """
-        _check_alike([self, other])
+        _check_same_layout([self, other])
         norms = self.norm() * other.norm()
         if norms == 0:
             raise VectorError("one of the vectors is zero, which has no direction.", "leave it out.")
         return min(1.0, max(-1.0, _dot(self, other) / norms))
 
     def check(self, policy: ModelOrFolder) -> None:
-        """Refuse a policy that the vector cannot be added to; its weights need not be those of the vector's base.
+        """Check that the vector can be added to a policy, whose weights need not be those of the vector's base.
 
         Raises:
             VectorError: if architecture, names, shapes or ties differ; names the first that do.
@@ -133,9 +146,9 @@ class AlignmentVector:
         self.layout.check(tensors_of(policy, "policy").layout, "policy", "the vector")
 
     def is_from(self, policy: ModelOrFolder) -> bool:
-        """Whether the policy has the weights of the vector's base, as far as the fingerprint's sample of them tells.
+        """Return whether the policy has the weights of the vector's base, judged by the fingerprint's sample of them.
 
-        A vector may be added to others too, as a transfer.
+        A vector can be added to other policies as well, which transfers it.
         """
         return tensors_of(policy, "policy").fingerprint == self.base
 
@@ -170,59 +183,69 @@ class AlignmentVector:
 def finite(number: Any, what: str) -> float:
     """Return a finite number as a float.
 
+    Args:
+        number: to check.
+        what: it is, for the error.
+
     Raises:
-        VectorError: if it is none.
+        VectorError: if it is not a finite number.
     """
-    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-        raise VectorError(f"{what} is {number!r}, expected a finite number.", "give a number such as 0.5 or -1.")
+    check_number(VectorError, "pass a number such as 0.5 or -1.", **{what: number})
     return float(number)
 
 
 def weighted_sum(terms: Sequence[tuple[float, AlignmentVector]]) -> AlignmentVector:
-    """Add vectors up, in float32 and tensor by tensor when they are used.
+    """Add vectors up in float32, one tensor at a time on access.
 
         Δ = Σ_i c_i Δ_i
 
     Args:
-        terms: at least one, each a finite coefficient and a vector.
+        terms: at least one finite coefficient and its vector.
 
     Raises:
-        VectorError: if the vectors are of different layouts.
+        VectorError: if the layouts of the vectors differ.
     """
     vectors = [vector for _, vector in terms]
 
     def total(name: str) -> Tensor:
         parts = [(factor, vector.tensors[name]) for factor, vector in terms if name in vector.tensors]
         (factor, first), *others = parts
-        if factor == 1 and not others:  # which takes no memory
+        if factor == 1 and not others:  # needs no copy
             return first
         result = first * factor
         for factor, tensor in others:
             result.add_(tensor, alpha=factor)
         return result
 
-    return made_of(vectors, names_of(vectors), total)
+    return lazy_vector(vectors, changed_names(vectors), total)
 
 
-def made_of(vectors: Sequence[AlignmentVector], names: Sequence[str], make: Callable[[str], Tensor]) -> AlignmentVector:
-    """Build a vector that is calculated from others when it is used.
+def lazy_vector(
+    vectors: Sequence[AlignmentVector], names: Sequence[str], compute: Callable[[str], Tensor]
+) -> AlignmentVector:
+    """Build a vector that is computed from others on access.
+
+    Args:
+        vectors: that it is computed from.
+        names: of its tensors.
+        compute: returns a tensor, given its name.
 
     Raises:
-        VectorError: if the vectors are of different layouts.
+        VectorError: if the layouts of the vectors differ.
     """
-    _check_alike(vectors)
+    _check_same_layout(vectors)
     base = vectors[0].base
     if any(vector.base != base for vector in vectors):
         base = replace(base, weights="several")
-    return AlignmentVector(Lazy(names, make), vectors[0].layout, base)
+    return AlignmentVector(LazyTensors(names, compute), vectors[0].layout, base)
 
 
-def names_of(vectors: Sequence[AlignmentVector]) -> list[str]:
-    """List the tensors that at least one of the vectors has, in the order of the layout."""
+def changed_names(vectors: Sequence[AlignmentVector]) -> list[str]:
+    """List the tensors that at least one vector changes, in the order of the layout."""
     return [name for name in vectors[0].layout.shapes if any(name in vector.tensors for vector in vectors)]
 
 
-def _check_alike(vectors: Sequence[AlignmentVector]) -> None:
+def _check_same_layout(vectors: Sequence[AlignmentVector]) -> None:
     for vector in vectors[1:]:
         vectors[0].layout.check(vector.layout, "one vector", "another")
 

@@ -1,4 +1,4 @@
-"""An alignment vector as a folder: `config.json` says what it is of, safetensors hold its numbers."""
+"""Alignment vectors on disk: a `config.json` with layout and base, and safetensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from mavis.errors import VectorError
 from mavis.policies.fingerprint import Fingerprint
 from mavis.utils.files import atomic_folder, read_json, write_json
 from mavis.vectors.model_tensors import Layout
-from mavis.vectors.tensor_files import Lazy, StoredTensors, existing_folder, new_folder, write_tensors, writing
+from mavis.vectors.tensor_files import (
+    LazyTensors,
+    StoredTensors,
+    existing_folder,
+    explain_write_errors,
+    new_folder,
+    write_tensors,
+)
 
 _FORMAT, _KIND = 1, "alignment_vector"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class VectorContent(NamedTuple):
-    """What an alignment vector consists of."""
+    """The parts of an alignment vector."""
 
     tensors: Mapping[str, Tensor]
     layout: Layout
@@ -30,7 +37,7 @@ class VectorContent(NamedTuple):
 
 
 def save_vector(vector: VectorContent, folder: str | os.PathLike[str], dtype: torch.dtype, max_shard_size: str) -> None:
-    """Write a vector's folder, whole or not at all; see `AlignmentVector.save`."""
+    """Write a vector's folder atomically; see `AlignmentVector.save`."""
     target = Path(folder).expanduser()
     if _kind(target) != _KIND:
         new_folder(target, "folder")
@@ -43,7 +50,7 @@ def save_vector(vector: VectorContent, folder: str | os.PathLike[str], dtype: to
         "layout": vector.layout.to_json(),
         "names": list(vector.tensors),
     }
-    with writing(target), atomic_folder(target) as temporary:
+    with explain_write_errors(target), atomic_folder(target) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(vector.tensors, vector.layout.shapes, temporary, dtype, max_shard_size)
 
@@ -53,8 +60,8 @@ def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
     path = existing_folder(folder, "folder")
     if _kind(path) != _KIND:
         raise VectorError(
-            f"folder is {str(folder)!r}, which is no alignment vector.",
-            "name a folder that AlignmentVector.save wrote; one of two models makes AlignmentVector.between.",
+            f"folder is {str(folder)!r}, which is not an alignment vector.",
+            "name a folder that AlignmentVector.save wrote; AlignmentVector.between computes one from two models.",
         )
     config: dict[str, Any] = read_json(path / "config.json")
     if config.get("format") != _FORMAT:
@@ -68,15 +75,17 @@ def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
     except (KeyError, TypeError, AttributeError) as error:
         raise VectorError(f"{str(path / 'config.json')!r} is corrupt: {error}.", "copy the folder again.") from error
     stored = StoredTensors(path)
-    wrong = [name for name in names if stored.shapes.get(name, ()) != layout.shapes.get(name)]
-    if wrong or len(names) != len(stored):
-        odd = (wrong or sorted(set(stored) - set(names)))[0]
-        raise VectorError(f"folder {str(folder)!r}: {odd!r} is not as its config.json says.", "copy the folder again.")
-    return VectorContent(Lazy(names, lambda name: stored[name].float()), layout, base)
+    mismatched = [name for name in names if stored.shapes.get(name, ()) != layout.shapes.get(name)]
+    if mismatched or len(names) != len(stored):
+        first = (mismatched or sorted(set(stored) - set(names)))[0]
+        raise VectorError(
+            f"folder {str(folder)!r}: {first!r} does not match its config.json.", "copy the folder again."
+        )
+    return VectorContent(LazyTensors(names, lambda name: stored[name].float()), layout, base)
 
 
 def _kind(folder: Path) -> str | None:
-    """Read what a folder says that it is, or None."""
+    """Read the kind that a folder's config.json states, or None."""
     try:
         config = read_json(folder / "config.json")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Alignment vectors by name: levels of them for a policy, or a new model with them in it."""
+"""Named alignment vectors, combined with coefficients and applied to a policy or merged into a new model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mavis.errors import VectorError
-from mavis.vectors.applying import Applied, Keep
+from mavis.vectors.applying import AppliedContext, Backup
 from mavis.vectors.combine import Method, combine
 from mavis.vectors.merge import write_merged
 from mavis.vectors.vector import AlignmentVector
@@ -21,17 +21,32 @@ class Vectors(Mapping[str, AlignmentVector]):
             policy.generate(...)
 
     Args:
-        vectors: by name, each a vector or the folder of one; all of one layout, not necessarily of one base.
+        vectors: by name, each a vector or the folder of one; all of the same layout, not necessarily the same base.
 
     Raises:
         VectorError: if there is none, a folder holds none, or two differ in architecture, names, shapes or ties.
 
-    Source: preference levels at inference: Alignment Vectors, arXiv 2410.19206.
+    Source: coefficients chosen at inference: Alignment Vectors, arXiv 2410.19206.
+
+    Examples:
+        >>> import copy
+        >>> import mavis
+        >>> from mavis.vectors import AlignmentVector, Vectors
+        >>> policy, _ = mavis.embedded.load()
+        >>> aligned = copy.deepcopy(policy)
+        >>> aligned.model.norm.weight += 0.5  # stands for fine-tuning
+        >>> vectors = Vectors({"medical": AlignmentVector.between(policy, aligned)})
+        >>> before = policy.model.norm.weight[0].item()
+        >>> with vectors.applied(policy, {"medical": 0.5}):
+        ...     round(policy.model.norm.weight[0].item() - before, 4)
+        0.25
+        >>> policy.model.norm.weight[0].item() == before
+        True
     """
 
     def __init__(self, vectors: Mapping[str, AlignmentVector | str | os.PathLike[str]]) -> None:
         if not isinstance(vectors, Mapping) or not vectors:
-            raise VectorError(f"vectors is {vectors!r}.", "give at least one by name, e.g. {'medical': vector}.")
+            raise VectorError(f"vectors is {vectors!r}.", "pass at least one by name, e.g. {'medical': vector}.")
         self._vectors = {
             name: vector if isinstance(vector, AlignmentVector) else AlignmentVector.load(vector)
             for name, vector in vectors.items()
@@ -57,7 +72,7 @@ class Vectors(Mapping[str, AlignmentVector]):
         density: float | None = None,
         seed: int = 0,
     ) -> AlignmentVector:
-        """Make one vector of them; see `mavis.vectors.combine`."""
+        """Combine the vectors into one; see `mavis.vectors.combine`."""
         return combine(self, coefficients, method, density, seed)
 
     def applied(
@@ -68,15 +83,15 @@ class Vectors(Mapping[str, AlignmentVector]):
         method: Method = "linear",
         density: float | None = None,
         seed: int = 0,
-        keep: Keep = "cpu",
-    ) -> Applied:
-        """Add the vectors to a policy's weights for the time of a `with` block.
+        backup: Backup = "cpu",
+    ) -> AppliedContext:
+        """Add the vectors to a policy's weights within a `with` block.
 
             θ' = round(θ + Δ),   Δ the combination of the vectors
 
-        Afterwards every tensor is, bit for bit, what it was, also after an exception: the tensors that change are kept
-        and put back, nothing is subtracted. By `linear` with coefficient 1 for one vector, the policy is its aligned
-        model, up to rounding where a precision is lower than float32.
+        Afterwards every tensor is bit-identical to before, also after an exception: the tensors that change are backed
+        up and restored, nothing is subtracted. With `linear` and coefficient 1 for a single vector, the policy equals
+        its aligned model, up to rounding in precisions below float32.
 
         Args:
             policy: a causal LM of the vectors' layout, in any precision and on any device, with any weights.
@@ -84,17 +99,17 @@ class Vectors(Mapping[str, AlignmentVector]):
             method: see `combine`.
             density: see `combine`.
             seed: see `combine`.
-            keep: `cpu` keeps the policy's own tensors in memory, `disk` in a folder for temporary files.
+            backup: where the original tensors are stored: `cpu`, in memory, or `disk`, in a temporary folder.
 
         Returns:
-            A context manager, which gives the policy.
+            A context manager, which returns the policy.
 
         Raises:
-            VectorError: see `combine` and `Applied`.
+            VectorError: see `combine` and `AppliedContext`.
         """
         vector = combine(self, coefficients, method, density, seed)
         names = [name for name, coefficient in coefficients.items() if coefficient]
-        return Applied(policy, vector, names or coefficients, keep)
+        return AppliedContext(policy, vector, names or coefficients, backup)
 
     def merge(
         self,
@@ -106,5 +121,5 @@ class Vectors(Mapping[str, AlignmentVector]):
         density: float | None = None,
         seed: int = 0,
     ) -> Path:
-        """Write a base's folder plus the vectors as a new folder; see `combine` and `write_merged`."""
+        """Merge the combined vectors into a base model's folder; see `combine` and `write_merged`."""
         return write_merged(base, combine(self, coefficients, method, density, seed), output)

@@ -1,4 +1,4 @@
-"""Small random policies, untied and tied, in several precisions, and what fine-tuning might have made of them."""
+"""Small random policies, untied and tied, in several precisions, and fine-tuned versions of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _build(tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def _tuned(policy: Any, seed: int = 1, scale: float = 0.05, only: str = "") -> Any:
-    """A copy in which every tensor whose name holds `only` has moved a little."""
+    """A copy in which every tensor whose name contains `only` is perturbed."""
     aligned = copy.deepcopy(policy)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def build() -> Build:
 
 @pytest.fixture
 def tuned() -> Build:
-    """A function that moves the weights of a copy."""
+    """A function that copies a model and perturbs its weights."""
     return _tuned
 
 
@@ -73,7 +73,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def logits() -> Callable[[Any], Tensor]:
-    """A function that reads one sequence of the 40 tokens."""
+    """A function that computes the logits of one sequence."""
 
     def read(policy: Any) -> Tensor:
         with torch.no_grad():
@@ -83,24 +83,24 @@ def logits() -> Callable[[Any], Tensor]:
 
 
 class Before:
-    """What a policy was, to be compared with what it is."""
+    """A snapshot of a policy, to compare it with later."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.tensors = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-        self.places = {name: tensor.data_ptr() for name, tensor in policy.state_dict().items()}
+        self.pointers = {name: tensor.data_ptr() for name, tensor in policy.state_dict().items()}
 
     def assert_unchanged(self) -> None:
-        """Bit for bit, in the same places, tied as before."""
+        """Bit-identical, at the same addresses, tied as before."""
         now = self.policy.state_dict()
         assert list(now) == list(self.tensors)
         for name, tensor in self.tensors.items():
             assert now[name].dtype == tensor.dtype
             assert torch.equal(now[name], tensor), name
-            assert now[name].data_ptr() == self.places[name], name
+            assert now[name].data_ptr() == self.pointers[name], name
 
 
 @pytest.fixture
 def before() -> type[Before]:
-    """What remembers a policy."""
+    """The class that takes a snapshot of a policy."""
     return Before

@@ -26,7 +26,7 @@ Adapt = Callable[..., tuple[Any, Path]]
 
 @pytest.fixture
 def adapt(tmp_path: Path) -> Adapt:
-    """A function that puts a random adapter on a copy of a policy; gives that and the adapter's folder."""
+    """A function that attaches a random adapter to a copy of a policy; returns that and the adapter's folder."""
 
     def make(base: Any, **settings: Any) -> tuple[Any, Path]:
         settings = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": False} | settings
@@ -87,9 +87,7 @@ def test_at_1_the_policy_is_the_adapted_one(
         torch.testing.assert_close(logits(base), wanted, atol=2e-5, rtol=1e-5)
 
 
-def test_layers_that_keep_their_weights_the_other_way_round_work(
-    adapt: Adapt, logits: Callable[[Any], torch.Tensor]
-) -> None:
+def test_layers_with_transposed_weights_work(adapt: Adapt, logits: Callable[[Any], torch.Tensor]) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=40, n_layer=1, n_embd=16, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2)
     base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -98,7 +96,7 @@ def test_layers_that_keep_their_weights_the_other_way_round_work(
         torch.testing.assert_close(logits(base), logits(adapted), atol=2e-5, rtol=1e-5)
 
 
-def test_an_adapter_that_adds_nothing_is_no_change(build: Build, adapt: Adapt) -> None:
+def test_an_adapter_at_zero_changes_nothing(build: Build, adapt: Adapt) -> None:
     base = build()
     _, folder = adapt(base, init_lora_weights=True)
     assert not AlignmentVector.between(base, folder).tensors
@@ -107,15 +105,15 @@ def test_an_adapter_that_adds_nothing_is_no_change(build: Build, adapt: Adapt) -
 @pytest.mark.parametrize(
     ("tied", "settings", "message"),
     [
-        (False, {"use_dora": True}, "variant of LoRA|no plain LoRA"),
+        (False, {"use_dora": True}, "variant of LoRA|not a plain LoRA"),
         (False, {"bias": "all", "target_modules": ["q_proj"]}, None),
-        (False, {"lora_bias": True}, "which is no plain LoRA"),
-        (False, {"trainable_token_indices": [1]}, "which is no plain LoRA"),
+        (False, {"lora_bias": True}, "which is not a plain LoRA"),
+        (False, {"trainable_token_indices": [1]}, "which is not a plain LoRA"),
         (True, {"target_modules": ["q_proj", "lm_head"]}, "changes 'lm_head.weight', which is tied to another"),
         (True, {"modules_to_save": ["lm_head"]}, "changes 'lm_head.weight', which is tied to another"),
     ],
 )
-def test_what_is_more_than_b_times_a_is_refused(
+def test_adapters_other_than_b_times_a_are_refused(
     build: Build, adapt: Adapt, tied: bool, settings: dict[str, Any], message: str | None
 ) -> None:
     base = build(tied)
@@ -135,18 +133,18 @@ def test_an_adapter_of_another_base_is_refused(build: Build, adapt: Adapt) -> No
     with pytest.raises(VectorError, match="does not fit base: .*layers.3.self_attn.q_proj.* is only in the base"):
         AlignmentVector.between(build(num_hidden_layers=4), folder)
     with pytest.raises(
-        VectorError, match="cannot be put on base: .*Hint: give the base that the adapter was trained on"
+        VectorError, match="cannot be attached to base: .*Hint: pass the base that the adapter was trained on"
     ):
         AlignmentVector.between(build(num_hidden_layers=3, hidden_size=32), folder)
 
 
-def test_a_folder_that_is_no_plain_adapters_is_refused(build: Build, adapt: Adapt, monkeypatch: Any) -> None:
+def test_a_folder_without_a_plain_adapter_is_refused(build: Build, adapt: Adapt, monkeypatch: Any) -> None:
     base = build()
     _, folder = adapt(base)
     settings = json.loads((folder / "adapter_config.json").read_text())
     for changes, message in [
         ({"peft_type": "IA3"}, "an adapter of type 'IA3'; expected a plain LoRA"),
-        ({"init_lora_weights": "pissa"}, "begun by 'pissa', which changes the base too"),
+        ({"init_lora_weights": "pissa"}, "initialised by 'pissa', which changes the base as well"),
     ]:
         (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(VectorError, match=message):
@@ -154,7 +152,7 @@ def test_a_folder_that_is_no_plain_adapters_is_refused(build: Build, adapt: Adap
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     weights = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").write_bytes(b"12345678")
-    with pytest.raises(VectorError, match="cannot be put on base"):
+    with pytest.raises(VectorError, match="cannot be attached to base"):
         AlignmentVector.between(base, folder)
     (folder / "adapter_model.safetensors").unlink()
     torch.save(weights, folder / "adapter_model.bin")

@@ -1,4 +1,4 @@
-"""The search for coefficients: it finds an optimum, repeats, resumes, and says when there is nothing to find."""
+"""The search for coefficients finds an optimum, is reproducible, resumes, and reports when no score is finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("optuna")
 
 
 def quadratic(coefficients: dict[str, float]) -> float:
-    """Its highest is 2, at medical 0.4 and legal −0.6."""
+    """The maximum is 2, at medical 0.4 and legal −0.6."""
     return 2 - (coefficients["medical"] - 0.4) ** 2 - (coefficients["legal"] + 0.6) ** 2
 
 
@@ -32,19 +32,19 @@ def test_it_finds_the_optimum_of_a_quadratic() -> None:
     assert found.history[0] == ({"medical": 0.0, "legal": 0.0}, quadratic({"medical": 0, "legal": 0}))
 
 
-def test_the_bounds_are_kept() -> None:
+def test_the_bounds_are_respected() -> None:
     found = search_coefficients(quadratic, NAMES, bounds={"medical": (0.5, 2), "legal": (-3, -1)}, trials=25)
     assert all(0.5 <= c["medical"] <= 2 and -3 <= c["legal"] <= -1 for c, _ in found.history)
-    assert found.history[0][0] == {"medical": 0.5, "legal": -1.0}  # as near to 0 as may be
+    assert found.history[0][0] == {"medical": 0.5, "legal": -1.0}  # as close to 0 as possible
     assert found.score > quadratic({"medical": 1.0, "legal": -1.5})
 
 
-def test_a_seed_repeats_and_another_one_does_not() -> None:
+def test_equal_seeds_agree_and_different_seeds_differ() -> None:
     one, again, other = (search_coefficients(quadratic, NAMES, trials=15, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_a_search_that_is_broken_off_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_and_ends_the_same(tmp_path: Path) -> None:
     whole = search_coefficients(quadratic, NAMES, trials=16)
     storage, calls = tmp_path / "new" / "search.jsonl", 0
 
@@ -89,16 +89,16 @@ def test_a_search_without_a_finite_score_is_an_error(bad: float) -> None:
     [
         ({"names": []}, r"names is \[\], expected at least one"),
         ({"names": ["a", "a"]}, "every name once"),
-        ({"trials": 0}, "trials is 0, expected an integer ≥ 1"),
-        ({"trials": 1.5}, "trials is 1.5, expected an integer ≥ 1"),
+        ({"trials": 0}, "trials is 0, expected a whole number ≥ 1"),
+        ({"trials": 1.5}, "trials is 1.5, expected a whole number ≥ 1"),
         ({"bounds": (1, -1)}, r"bounds is \(1, -1\), expected the lower one first"),
         ({"bounds": (0, math.inf)}, "the upper bound is inf"),
-        ({"bounds": 1}, "bounds is 1. Hint: give two numbers"),
+        ({"bounds": 1}, "bounds is 1. Hint: pass two numbers"),
         ({"bounds": {"a": (0, 1)}}, "bounds and names differ in 'b'"),
         ({"bounds": {"a": (0, 1), "b": (0, 1), "bb": (0, 1)}}, "bounds and names differ in 'bb'. Hint: "),
     ],
 )
-def test_a_mistake_is_an_error_that_says_so(changes: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"names": ["a", "b"]} | changes
     with pytest.raises(VectorError, match=message):
         search_coefficients(lambda _: 0.0, **arguments)
@@ -120,7 +120,7 @@ def test_storage_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytes
         search_coefficients(quadratic, NAMES)
 
 
-def test_a_last_line_that_was_torn_loses_nothing_before_it(tmp_path: Path) -> None:
+def test_a_torn_last_line_loses_nothing_before_it(tmp_path: Path) -> None:
     whole = search_coefficients(quadratic, NAMES, trials=8)
     storage = tmp_path / "search.jsonl"
     search_coefficients(quadratic, NAMES, trials=5, storage=storage)
@@ -135,13 +135,13 @@ def test_a_last_line_that_was_torn_loses_nothing_before_it(tmp_path: Path) -> No
     assert notes.read_text().startswith("hello\nworld")
 
 
-def test_storage_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_storage_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(VectorError, match="which holds no search"):
         search_coefficients(quadratic, NAMES, trials=2, storage=tmp_path / "file" / "search.jsonl")
 
 
 @pytest.mark.parametrize("score", [None, "high"])
-def test_a_score_that_is_no_number_is_refused(score: Any) -> None:
+def test_a_score_that_is_not_a_number_is_refused(score: Any) -> None:
     with pytest.raises(VectorError, match=f"score returned {score!r}, expected a number"):
         search_coefficients(lambda _: score, NAMES, trials=2)

@@ -1,4 +1,4 @@
-"""Ways to make one vector of several: by hand where they are ours, as peft does where they are peft's."""
+"""Combinations of vectors: computed by hand, or compared with peft for the methods that it implements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mavis.errors import MissingPackageError, VectorError
 from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors import AlignmentVector, combine
-from mavis.vectors.emr import elected
+from mavis.vectors.emr import elect
 from mavis.vectors.model_tensors import Layout
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2)}
@@ -61,13 +61,13 @@ def test_coefficients_of_0_change_no_tensor(
 # EMR
 
 
-def test_the_sign_and_the_size_of_each_element_are_elected() -> None:
+def test_the_sign_and_magnitude_of_each_element_are_elected() -> None:
     one, other, third = torch.tensor([[1.0, -2, 3, 0, 1], [4.0, 1, -1, 0, -1], [-2.0, -1, -1, 0, 0]])
     # sums 3, −2, 1, 0, 0; the largest of those with the elected sign
-    assert elected([one, other, third]).tolist() == [4, -2, 3, 0, 0]
+    assert elect([one, other, third]).tolist() == [4, -2, 3, 0, 0]
 
 
-def test_emr_masks_and_rescales_as_by_hand() -> None:
+def test_emr_masks_and_rescales_by_hand() -> None:
     vectors = one_tensor([1.0, -2.0, 3.0], [4.0, 1.0, -1.0], [-2.0, -1.0, -1.0])
     # τ = [4, −2, 3]; masks [1, 1, 1], [1, 0, 0], [0, 1, 0]; λ = 6/9, 6/4, 4/2
     for name, expected in {"t0": [8 / 3, -4 / 3, 2], "t1": [6, 0, 0], "t2": [0, -4, 0]}.items():
@@ -77,7 +77,7 @@ def test_emr_masks_and_rescales_as_by_hand() -> None:
     torch.testing.assert_close(both, torch.tensor([3.0, 4.0, 0.0]))
 
 
-def test_emrs_scales_are_of_all_tensors_together() -> None:
+def test_emr_scales_are_computed_over_all_tensors() -> None:
     shapes = {"a": (2,), "b": (1,)}
     one = vector({"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([2.0])}, shapes)
     other = vector({"a": torch.tensor([3.0, -5.0])}, shapes)
@@ -102,7 +102,7 @@ def rows_of(three: dict[str, AlignmentVector], name: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
-def test_pruning_by_size_is_as_in_peft(three: dict[str, AlignmentVector], method: Any, density: float) -> None:
+def test_pruning_by_magnitude_matches_peft(three: dict[str, AlignmentVector], method: Any, density: float) -> None:
     peft_utils = pytest.importorskip("peft.utils.merge_utils")
     merged = combine(three, {"x": 1.0, "y": -0.5, "z": 2.0}, method, density)
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def test_pruning_by_size_is_as_in_peft(three: dict[str, AlignmentVector], method
             assert torch.equal(merged.tensors[name], expected)
 
 
-def test_ties_is_as_by_hand() -> None:
+def test_ties_by_hand() -> None:
     vectors = one_tensor([1.0, -2.0, 3.0, 0.1], [4.0, 1.0, 0.2, -3.0], [-2.0, -1.0, 0.3, 0.1])
     # The two largest of each: [0, −2, 3, 0], [4, 0, 0, −3], [−2, −1, 0, 0]; signs of the sums + − + −
     merged = combine(vectors, dict.fromkeys(vectors, 1.0), "ties", 0.5).tensors["a"]
@@ -120,7 +120,7 @@ def test_ties_is_as_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
-def test_pruning_at_random_is_as_in_peft_and_repeats(three: dict[str, AlignmentVector], method: Any) -> None:
+def test_random_pruning_matches_peft_and_is_reproducible(three: dict[str, AlignmentVector], method: Any) -> None:
     peft_utils = pytest.importorskip("peft.utils.merge_utils")
     coefficients = torch.tensor([1.0, -0.5, 2.0])
     by_name = dict(zip("xyz", coefficients.tolist(), strict=True))
@@ -146,7 +146,7 @@ def test_pruning_at_random_is_as_in_peft_and_repeats(three: dict[str, AlignmentV
         assert bool(torch.isclose(torch.stack(possible), tensor).any(0).all())
 
 
-def test_dares_mean_is_the_sum(three: dict[str, AlignmentVector]) -> None:
+def test_the_mean_of_dare_is_the_sum(three: dict[str, AlignmentVector]) -> None:
     pytest.importorskip("peft")
     coefficients = {"x": 1.0, "y": -0.5}
     drawn = [combine(three, coefficients, "dare", 0.5, seed=seed).tensors["b"] for seed in range(200)]
@@ -166,12 +166,12 @@ def test_without_peft_it_says_what_to_install(
     assert combine(three, {"x": 1}).tensors
 
 
-def test_other_generators_are_left_alone(three: dict[str, AlignmentVector], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_generators_are_not_seeded(three: dict[str, AlignmentVector], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it was seeded"))
     assert combine(three, {"x": 1}, "dare", 0.5).tensors["a"].any()
 
 
-def test_nothing_cannot_be_combined() -> None:
-    with pytest.raises(VectorError, match=r"vectors is \{\}. Hint: give at least one by name"):
+def test_no_vectors_cannot_be_combined() -> None:
+    with pytest.raises(VectorError, match=r"vectors is \{\}. Hint: pass at least one by name"):
         combine({}, {})

@@ -1,4 +1,4 @@
-"""How much is in memory at once: counted tensor by tensor, and as the system sees it."""
+"""Peak memory: counted in tensors, and as reported by the operating system."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def most_read(monkeypatch: pytest.MonkeyPatch) -> dict[Path, int]:
-    """The most tensors of each folder's files that were in memory at once."""
+    """The maximum number of tensors of each folder that were in memory at once."""
     now: dict[Path, int] = {}
     most: dict[Path, int] = {}
     read = StoredTensors.__getitem__
 
     def counted(self: StoredTensors, name: str) -> Tensor:
-        tensor = read(self, name).clone()  # with a life of its own
+        tensor = read(self, name).clone()  # with its own lifetime
         folder = self.folder
         now[folder] = now.get(folder, 0) + 1
         most[folder] = max(most.get(folder, 0), now[folder])
@@ -72,18 +72,18 @@ from mavis.vectors import AlignmentVector, Vectors
 
 torch.set_num_threads(1)
 
-def model(seed, dtype, layers):
+def make_model(seed, dtype, layers):
     config = LlamaConfig(
         vocab_size=1000, hidden_size=384, intermediate_size=768, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
     )
     with torch.device("meta"):
-        made = LlamaForCausalLM(config).to(dtype)
-    made = made.to_empty(device="cpu").requires_grad_(False)
+        model = LlamaForCausalLM(config).to(dtype)
+    model = model.to_empty(device="cpu").requires_grad_(False)
     torch.manual_seed(seed)
-    for parameter in made.parameters():
+    for parameter in model.parameters():
         parameter.uniform_(-1, 1)
-    return made
+    return model
 
 def resident(which):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -94,36 +94,36 @@ def peak(action):
     action()
     return resident("VmHWM")
 
-def apply(policy, vector, keep):
-    with Vectors({"v": vector}).applied(policy, {"v": 0.5}, keep=keep):
+def apply(policy, vector, backup):
+    with Vectors({"v": vector}).applied(policy, {"v": 0.5}, backup=backup):
         pass
 
-def measure(dtype, here, layers=9):
+def measure(dtype, folder, layers=9):
     for seed, name in enumerate(["base", "aligned"]):
-        made = model(seed, dtype, layers)
-        size = sum(p.numel() * p.element_size() for p in made.parameters())
-        made.save_pretrained(here / name)
-    del made
-    start, found = resident("VmRSS"), {}
-    between = lambda: AlignmentVector.between(here / "base", here / "aligned")
-    found["between, save"] = peak(lambda: between().save(here / "v", max_shard_size="1MB"))
-    found["merge"] = peak(lambda: Vectors({"v": here / "v"}).merge(here / "base", {"v": 0.5}, here / "merged"))
-    policy = model(0, dtype, layers)
-    for keep in ("cpu", "disk"):
-        found["from files, " + keep] = peak(lambda: apply(policy, AlignmentVector.load(here / "v"), keep))
-    vector = AlignmentVector.between(policy, model(1, dtype, layers))
-    found["from memory, cpu"] = peak(lambda: apply(policy, vector, "cpu"))
-    return {name: (most - start) / size for name, most in found.items()}
+        model = make_model(seed, dtype, layers)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(folder / name)
+    del model
+    start, peaks = resident("VmRSS"), {}
+    between = lambda: AlignmentVector.between(folder / "base", folder / "aligned")
+    peaks["between, save"] = peak(lambda: between().save(folder / "v", max_shard_size="1MB"))
+    peaks["merge"] = peak(lambda: Vectors({"v": folder / "v"}).merge(folder / "base", {"v": 0.5}, folder / "merged"))
+    policy = make_model(0, dtype, layers)
+    for backup in ("cpu", "disk"):
+        peaks["from files, " + backup] = peak(lambda: apply(policy, AlignmentVector.load(folder / "v"), backup))
+    vector = AlignmentVector.between(policy, make_model(1, dtype, layers))
+    peaks["from memory, cpu"] = peak(lambda: apply(policy, vector, "cpu"))
+    return {name: (most - start) / size for name, most in peaks.items()}
 
-here = Path(sys.argv[1])
-measure(torch.float32, here / "first", layers=1)  # imports, buffers, threads
-print(json.dumps([measure(dtype, here / str(dtype)) for dtype in (torch.float32, torch.bfloat16)]))
+root = Path(sys.argv[1])
+measure(torch.float32, root / "first", layers=1)  # imports, buffers, threads
+print(json.dumps([measure(dtype, root / str(dtype)) for dtype in (torch.float32, torch.bfloat16)]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of its memory")
-def test_vectors_take_no_more_memory_than_they_must(tmp_path: Path) -> None:
-    """In copies of the model's weights, with a margin of a few tensors and of what Python needs."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux")
+def test_peak_memory_is_bounded(tmp_path: Path) -> None:
+    """In copies of the model's weights, with a margin for a few tensors and for Python itself."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},

@@ -1,4 +1,4 @@
-"""Merged folders: a base plus vectors, as a model that anything loads."""
+"""Merged folders: a base plus vectors, as a model that transformers loads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_merged_folder_is_the_policy_with_the_vectors_applied(
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
-def test_interpolation_has_both_models_at_its_ends(
+def test_interpolation_ends_at_both_models(
     build: Build, tuned: Build, saved: Saved, tmp_path: Path, logits: Callable[[Any], torch.Tensor]
 ) -> None:
     base = build()
@@ -56,19 +56,19 @@ def test_interpolation_has_both_models_at_its_ends(
 
 
 @pytest.mark.parametrize(("method", "density"), [("emr", None), ("ties", 0.4), ("dare", 0.4)])
-def test_every_method_is_applied_and_merged_alike(
+def test_every_method_applies_and_merges_alike(
     build: Build, tuned: Build, saved: Saved, tmp_path: Path, method: Any, density: float | None
 ) -> None:
     base = build()
     folder = saved(base, "base")
     vectors = Vectors({str(seed): AlignmentVector.between(base, tuned(base, seed=seed)) for seed in (1, 2)})
-    how: dict[str, Any] = {"method": method, "density": density}
-    merged = read(vectors.merge(folder, {"1": 1.0}, tmp_path / "merged", **how))
-    with vectors.applied(base, {"1": 1.0}, **how):
+    options: dict[str, Any] = {"method": method, "density": density}
+    merged = read(vectors.merge(folder, {"1": 1.0}, tmp_path / "merged", **options))
+    with vectors.applied(base, {"1": 1.0}, **options):
         assert all(torch.equal(merged.get_parameter(name), t) for name, t in base.named_parameters())
 
 
-def test_tokenizer_and_configs_come_along_and_other_weights_do_not(
+def test_tokenizer_and_configs_are_copied_and_other_weights_are_not(
     tiny_folder: Path, tiny_policy: Any, make_other_policy: Any, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -90,14 +90,12 @@ def test_tokenizer_and_configs_come_along_and_other_weights_do_not(
     assert (again - vectors["v"]).norm() < 1e-5 * again.norm()
 
 
-def test_merging_is_whole_or_not_at_all_and_overwrites_nothing(
-    build: Build, tuned: Build, saved: Saved, tmp_path: Path
-) -> None:
+def test_merging_is_atomic_and_overwrites_nothing(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
     base = build()
     folder, vector = saved(base, "base"), AlignmentVector.between(base, tuned(base))
     vectors = Vectors({"v": vector})
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(VectorError, match="plus the vectors is beyond torch.float32. Hint: use smaller coefficients"):
+    with pytest.raises(VectorError, match="plus the vectors overflows torch.float32. Hint: use smaller coefficients"):
         vectors.merge(folder, {"v": 1e300}, tmp_path / "merged")
     assert sorted(tmp_path.iterdir()) == before
     for taken in (folder, folder / "config.json"):
@@ -110,7 +108,7 @@ def test_merging_is_whole_or_not_at_all_and_overwrites_nothing(
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 40
 
 
-def test_beside_a_whole_file_an_index_is_stale(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
+def test_an_index_next_to_an_unsharded_file_is_stale(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
     base, old = build(), build(seed=9)
     folder = saved(old, "base", max_shard_size="3KB")
     index = (folder / "model.safetensors.index.json").read_bytes()

@@ -1,4 +1,4 @@
-"""Vectors: what two models differ by, as something that is saved, loaded and calculated with."""
+"""Vectors: the difference of two models, its arithmetic, and its folder."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_of_two_precisions_the_difference_is_in_float32(build: Build, tuned: Bui
         assert torch.equal(tensor, aligned.get_parameter(name).float() - base.get_parameter(name))
 
 
-def test_what_did_not_change_is_left_out(build: Build, tuned: Build, saved: Saved) -> None:
+def test_unchanged_tensors_are_left_out(build: Build, tuned: Build, saved: Saved) -> None:
     base = build()
     aligned = tuned(base, only="q_proj")
     names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
@@ -86,7 +86,7 @@ def test_what_did_not_change_is_left_out(build: Build, tuned: Build, saved: Save
     assert nothing.norm() == 0
 
 
-def test_a_vector_of_models_keeps_what_they_were(build: Build, tuned: Build) -> None:
+def test_a_vector_of_models_does_not_change_with_them(build: Build, tuned: Build) -> None:
     base = build()
     aligned = tuned(base)
     vector = AlignmentVector.between(base, aligned)
@@ -112,7 +112,7 @@ def test_files_that_hold_a_tied_tensor_twice_are_read_as_transformers_reads_them
         AlignmentVector.between(folder, other)
 
 
-def test_files_without_the_prefix_of_the_trunk_are_understood(build: Build, tuned: Build, saved: Saved) -> None:
+def test_files_without_the_base_models_prefix_are_read(build: Build, tuned: Build, saved: Saved) -> None:
     base = build(tied=True)
     aligned = tuned(base)
     folder = saved(base, "b")
@@ -170,32 +170,32 @@ def test_a_difference_that_is_not_finite_is_refused(build: Build, tuned: Build) 
 
 def test_a_model_without_weights_or_with_an_adapter_is_refused(build: Build, tuned: Build) -> None:
     peft = pytest.importorskip("peft")
-    with pytest.raises(VectorError, match="aligned keeps 'model.embed_tokens.weight' on device 'meta'"):
+    with pytest.raises(VectorError, match="aligned has 'model.embed_tokens.weight' on device 'meta'"):
         AlignmentVector.between(build(), build().to("meta"))
-    with pytest.raises(VectorError, match="base is a int. Hint: give a model"):
+    with pytest.raises(VectorError, match="base is a int. Hint: pass a model"):
         AlignmentVector.between(3, build())  # type: ignore[arg-type]
     adapted = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), tuned(build()))
     adapted.peft_config = {}
     adapted.peft_config["default"] = None
-    with pytest.raises(VectorError, match="with an adapter on. Hint: .*merge_and_unload"):
+    with pytest.raises(VectorError, match="with an adapter. Hint: .*merge_and_unload"):
         AlignmentVector.between(build(), adapted)
 
 
 def test_a_folder_that_cannot_be_read_is_refused(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
     base = build()
     folder, good = saved(base, "b"), saved(tuned(base), "a")
-    with pytest.raises(VectorError, match="base is 'nowhere', which is no folder"):
+    with pytest.raises(VectorError, match="base is 'nowhere', which is not a folder"):
         AlignmentVector.between("nowhere", good)
     (tmp_path / "empty").mkdir()
     with pytest.raises(VectorError, match="which has no config.json"):
         AlignmentVector.between(tmp_path / "empty", good)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:3000])
+    complete = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(complete[:3000])
     with pytest.raises(VectorError, match="corrupt or truncated"):
         AlignmentVector.between(folder, good)
     tensors = load_file(good / "model.safetensors")
-    lost = {name: tensor for name, tensor in tensors.items() if "norm" not in name} | {"odd": torch.zeros(1)}
-    save_file(lost, folder / "model.safetensors")
+    renamed = {name: tensor for name, tensor in tensors.items() if "norm" not in name} | {"odd": torch.zeros(1)}
+    save_file(renamed, folder / "model.safetensors")
     with pytest.raises(
         VectorError, match=r"hold no 'model.layers.0.input_layernorm.weight', .* but 'odd'. Hint: .*load"
     ):
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_read_is_refused(build: Build, tuned: Build, sav
         AlignmentVector.between(folder, good)
 
 
-def test_a_folder_that_changes_under_a_vector_is_noticed(build: Build, tuned: Build, saved: Saved) -> None:
+def test_a_changed_folder_is_detected(build: Build, tuned: Build, saved: Saved) -> None:
     base = build()
     folder, other = saved(base, "b"), saved(tuned(base), "a")
     vector = AlignmentVector.between(folder, other)
@@ -226,7 +226,7 @@ def test_a_folder_that_changes_under_a_vector_is_noticed(build: Build, tuned: Bu
 
 @pytest.mark.parametrize("limit", ["1GB", "3KB"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_what_is_saved_is_loaded(build: Build, tuned: Build, tmp_path: Path, tied: bool, limit: str) -> None:
+def test_saved_vectors_round_trip(build: Build, tuned: Build, tmp_path: Path, tied: bool, limit: str) -> None:
     base = build(tied)
     vector = AlignmentVector.between(base, tuned(base))
     vector.save(tmp_path / "v", max_shard_size=limit)
@@ -246,7 +246,7 @@ def test_a_vector_that_changes_nothing_is_saved_too(build: Build, tmp_path: Path
     assert AlignmentVector.load(tmp_path / "v").norm() == 0
 
 
-def test_saving_is_whole_or_not_at_all(build: Build, tuned: Build, tmp_path: Path) -> None:
+def test_saving_is_atomic(build: Build, tuned: Build, tmp_path: Path) -> None:
     base = build()
     vector = AlignmentVector.between(base, tuned(base))
     broken = AlignmentVector({**vector.tensors, "lm_head.weight": None}, vector.layout, vector.base)  # type: ignore[dict-item]
@@ -266,9 +266,9 @@ def test_saving_is_whole_or_not_at_all(build: Build, tuned: Build, tmp_path: Pat
         vector.save(tmp_path / "w", dtype=torch.int8)
 
 
-def test_a_folder_that_is_no_vectors_is_refused(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
+def test_a_folder_without_a_vector_is_refused(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
     base = build()
-    with pytest.raises(VectorError, match="which is no alignment vector"):
+    with pytest.raises(VectorError, match="which is not an alignment vector"):
         AlignmentVector.load(saved(base, "b"))
     AlignmentVector.between(base, tuned(base)).save(tmp_path / "v", max_shard_size="3KB")
 
@@ -279,14 +279,14 @@ def test_a_folder_that_is_no_vectors_is_refused(build: Build, tuned: Build, save
     config = json.loads((tmp_path / "v" / "config.json").read_text())
     for changes, message in [
         ({"format": 2}, "has vector format 2; this version reads 1"),
-        ({"names": config["names"][1:]}, "is not as its config.json says"),
+        ({"names": config["names"][1:]}, "does not match its config.json"),
         ({"layout": {}}, "is corrupt"),
     ]:
         folder = broken(next(iter(changes)))
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(VectorError, match=message):
             AlignmentVector.load(folder)
-    folder = broken("lost")
+    folder = broken("missing")
     next(folder.glob("*00002*")).unlink()
     with pytest.raises(VectorError, match="has no model-00002"):
         AlignmentVector.load(folder)
@@ -295,7 +295,7 @@ def test_a_folder_that_is_no_vectors_is_refused(build: Build, tuned: Build, save
 # arithmetic
 
 
-def test_vectors_are_calculated_with() -> None:
+def test_vector_arithmetic() -> None:
     v, w = toy(a=[1.0, -2.0], b=[4.0]), toy(a=[0.5, 0.5], c=[3.0])
     assert numbers(v + w) == {"a": [1.5, -1.5], "b": [4.0], "c": [3.0]}
     assert numbers(v - w) == {"a": [0.5, -2.5], "b": [4.0], "c": [-3.0]}
@@ -316,7 +316,7 @@ def test_the_laws_of_a_vector_space_hold() -> None:
     assert (v - v).norm() == 0
 
 
-def test_length_and_angle() -> None:
+def test_norm_and_cosine() -> None:
     v, w = toy(a=[3.0, 0.0], b=[4.0]), toy(a=[0.0, 2.0], b=[4.0], c=[4.0])
     assert v.norm() == 5
     assert w.norm() == 6
@@ -327,14 +327,14 @@ def test_length_and_angle() -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, True], ids=str)
-def test_a_factor_that_is_no_finite_number_is_refused(number: float) -> None:
+def test_a_factor_that_is_not_finite_is_refused(number: float) -> None:
     with pytest.raises(VectorError, match=f"factor is {number}, expected a finite number"):
         number * toy(b=[1.0])
     with pytest.raises(VectorError, match=f"divisor is {number}, expected a finite number"):
         toy(b=[1.0]) / number
 
 
-def test_what_is_no_arithmetic_of_vectors_is_refused() -> None:
+def test_other_operations_are_refused() -> None:
     v = toy(b=[1.0])
     with pytest.raises(VectorError, match="divisor is 0"):
         v / 0
@@ -343,7 +343,7 @@ def test_what_is_no_arithmetic_of_vectors_is_refused() -> None:
             wrong()  # type: ignore[no-untyped-call]
 
 
-def test_what_is_calculated_from_vectors_of_several_bases_is_from_none(build: Build, tuned: Build) -> None:
+def test_a_combination_of_several_bases_has_no_base(build: Build, tuned: Build) -> None:
     one, other = build(), build(seed=3)
     v, w = AlignmentVector.between(one, tuned(one)), AlignmentVector.between(other, tuned(other))
     assert (v - 2 * v).is_from(one)
@@ -367,15 +367,15 @@ def test_an_infinity_in_both_models_is_no_difference(build: Build, tuned: Build,
         assert math.isfinite(vector.norm())
 
 
-def test_a_number_that_a_precision_does_not_have_is_not_saved(tmp_path: Path) -> None:
+def test_a_number_that_overflows_the_dtype_is_not_saved(tmp_path: Path) -> None:
     vector = toy(a=[1.0, 1e5])
-    with pytest.raises(VectorError, match="'a' is beyond torch.float16. Hint: save it as bfloat16"):
+    with pytest.raises(VectorError, match="'a' overflows torch.float16. Hint: save it as bfloat16"):
         vector.save(tmp_path / "v", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
     vector.save(tmp_path / "v", dtype=torch.bfloat16)
 
 
-def test_a_file_that_another_replaces_is_noticed(build: Build, tuned: Build, saved: Saved) -> None:
+def test_a_replaced_file_is_detected(build: Build, tuned: Build, saved: Saved) -> None:
     base = build()
     folder, other = saved(base, "b"), saved(tuned(base), "a")
     vector = AlignmentVector.between(folder, other)
@@ -390,7 +390,7 @@ def test_a_file_that_another_replaces_is_noticed(build: Build, tuned: Build, sav
 
 
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', "{"])
-def test_an_index_that_is_none_is_corrupt(build: Build, tuned: Build, saved: Saved, index: str) -> None:
+def test_an_invalid_index_is_corrupt(build: Build, tuned: Build, saved: Saved, index: str) -> None:
     folder = saved(build(), "b", max_shard_size="3KB")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(VectorError, match="index.json' is corrupt"):
@@ -398,7 +398,7 @@ def test_an_index_that_is_none_is_corrupt(build: Build, tuned: Build, saved: Sav
 
 
 @pytest.mark.parametrize("config", ["[]", "{", "3"])
-def test_a_config_of_an_adapter_that_is_none_is_corrupt(build: Build, tmp_path: Path, config: str) -> None:
+def test_an_invalid_adapter_config_is_corrupt(build: Build, tmp_path: Path, config: str) -> None:
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(VectorError, match="adapter_config.json' is corrupt.*Hint: save the adapter again"):

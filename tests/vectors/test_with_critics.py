@@ -1,4 +1,4 @@
-"""Vectors and critics on one policy: the tilt works, and a critic that was trained without the vectors says so."""
+"""Vectors and critics on one policy: the tilt works, and a critic that was trained without the vectors warns."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def test_a_vector_and_a_tilt_steer_together(tiny_policy: Any, make_tiny_critic: 
     inputs = {"input_ids": torch.tensor([[1, 12, 20], [1, 13, 21]]), "attention_mask": torch.ones(2, 3).long()}
     steer: dict[str, Any] = {"weights": {"good": 1.0}, "beta": 2.0, "do_sample": False, "max_new_tokens": 12}
 
-    def tell(critic: HiddenStateCritic, **changes: Any) -> torch.Tensor:
+    def respond(critic: HiddenStateCritic, **changes: Any) -> torch.Tensor:
         return mavis.generate(tiny_policy, inputs, critic=critic, **(steer | changes))
 
-    plain, tilted = tell(make_tiny_critic(), beta=0.0), tell(make_tiny_critic())
+    plain, tilted = respond(make_tiny_critic(), beta=0.0), respond(make_tiny_critic())
     with vectors.applied(tiny_policy, {"happy": 1.0}):
         critic = make_tiny_critic()  # for the policy as it is now
-        both, moved = tell(critic), tell(critic, beta=0.0)
+        both, moved = respond(critic), respond(critic, beta=0.0)
     assert len({tuple(ids.flatten().tolist()) for ids in (plain, tilted, moved, both)}) == 4
-    assert torch.equal(tell(make_tiny_critic()), tilted)
+    assert torch.equal(respond(make_tiny_critic()), tilted)
 
 
-def test_a_critic_that_was_trained_without_the_vectors_says_which_are_applied(
+def test_a_critic_trained_without_the_vectors_warns_and_names_them(
     tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors
 ) -> None:
     critic = make_tiny_critic()
@@ -51,7 +51,7 @@ def test_a_critic_that_was_trained_without_the_vectors_says_which_are_applied(
     critic.attach(tiny_policy).detach()
 
 
-def test_a_critic_of_another_policy_hears_of_the_vectors_too(
+def test_a_critic_of_another_policy_warns_of_the_vectors_as_well(
     tiny_policy: Any, make_tiny_critic: MakeCritic, make_other_policy: Callable[[], Any], vectors: Vectors
 ) -> None:
     critic = make_tiny_critic()
@@ -64,7 +64,7 @@ def test_a_critic_of_another_policy_hears_of_the_vectors_too(
         critic.attach(tiny_policy).detach()
 
 
-def test_a_critic_that_was_trained_under_the_vectors_says_nothing(
+def test_a_critic_trained_under_the_vectors_does_not_warn(
     tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors
 ) -> None:
     with warnings.catch_warnings():
@@ -79,23 +79,23 @@ def test_a_critic_that_was_trained_under_the_vectors_says_nothing(
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["one", "group"])
-def test_a_critic_that_is_there_first_says_so_once(
+def test_a_critic_that_was_attached_first_warns_once(
     tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors, group: bool
 ) -> None:
     members = [make_tiny_critic("good")]
     critic = CriticGroup(members) if group else members[0]
 
-    def tell() -> Any:
+    def respond() -> Any:
         inputs = torch.tensor([[1, 12, 20]])
         return mavis.generate(tiny_policy, inputs, critic=critic, weights=[1.0], beta=1.0, max_new_tokens=2)
 
     with critic.attach(tiny_policy):
         with pytest.warns(UserWarning, match=WITHOUT) as warned, vectors.applied(tiny_policy, {"happy": 0.5}):
-            assert [tell() for _ in range(3)]
+            assert [respond() for _ in range(3)]
         assert [w.filename for w in warned] == [__file__]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tell()
+            respond()
             with pytest.raises(UserWarning, match=WITHOUT), vectors.applied(tiny_policy, {"happy": 0.5}):
                 pytest.fail("the warning was no error")
     assert vectors["happy"].norm() > 0
@@ -116,7 +116,7 @@ def test_a_coefficient_can_be_searched_for_under_a_tilt(
     assert found.score == likelihood(found.coefficients) > likelihood({})
 
 
-def test_what_changes_only_weights_that_are_not_sampled_is_told_too(
+def test_changes_outside_the_fingerprints_sample_are_warned_of(
     tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors
 ) -> None:
     critic, vector = make_tiny_critic(), vectors["happy"]
@@ -134,7 +134,7 @@ def test_what_changes_only_weights_that_are_not_sampled_is_told_too(
 
 
 @pytest.mark.parametrize("is_wrapper_first", [False, True])
-def test_a_critic_on_the_model_in_a_wrapper_says_so_too(
+def test_a_critic_on_a_wrapped_model_warns_as_well(
     tiny_policy: Any, make_tiny_critic: MakeCritic, vectors: Vectors, is_wrapper_first: bool
 ) -> None:
     policies = tiny_policy, torch.compile(tiny_policy, backend="eager")
