@@ -1,4 +1,4 @@
-"""The sweeper of `mavis search`, where Hydra looks for sweepers; every Hydra app imports it, so it imports little."""
+"""The sweeper of `mavis search`, where Hydra looks for plugins; every Hydra app imports it, so it imports little."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 
 
 class MavisSearch(Sweeper):
-    """Lets `mavis.cli.search` choose the runs of a sweep, batch by batch, and the configured launcher run them.
+    """Lets `mavis.cli.search` choose the runs of a sweep in batches, which the configured launcher runs.
 
     Args:
-        options: those of Hydra's own sweeper, none of which is used.
+        options: of Hydra's own sweeper; unused.
     """
 
     def __init__(self, **options: Any) -> None:

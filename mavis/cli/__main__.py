@@ -1,4 +1,4 @@
-"""`python -m mavis.cli <command>`, where the `mavis` script is not on the path."""
+"""Runs `python -m mavis.cli <command>`, where the `mavis` script is not on the path."""
 
 import sys
 

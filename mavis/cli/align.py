@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mavis.cli.app import (
+from mavis.cli.build import (
+    align_settings,
+    build_objectives,
     check_objectives_manifest,
-    hydra_app,
     load_policy,
-    make_objectives,
-    progress_bars,
+    plain,
     read_prompts,
-    show_table,
 )
+from mavis.cli.console import print_table
+from mavis.cli.hydra_app import hydra_app
+from mavis.cli.progress import progress_reporter
 
-
-def align_settings(config: Any) -> Any:
-    """Build the settings of the alignment from the `alignment` node, β and the seed."""
-    from mavis.training.alignment.settings import AlignSettings
-
-    return AlignSettings(**config.alignment, beta=config.beta, seed=config.seed)
+if TYPE_CHECKING:
+    from mavis.training import AlignReport
 
 
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
-    from mavis.training.alignment.loop import align
+    from mavis.training import align
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     settings = align_settings(config)
-    objectives = make_objectives(config)
-    weights: Any = [1 / len(objectives)] * len(objectives)
-    if config.weights is not None:
-        weights = OmegaConf.to_container(config, resolve=True)["weights"]  # type: ignore[index, call-overload]
+    objectives = build_objectives(config)
+    weights = plain(config.weights) if config.weights is not None else [1 / len(objectives)] * len(objectives)
     prompts, evaluation_prompts = read_prompts(config.data.prompts), read_prompts(config.data.evaluation_prompts)
     policy, tokenizer = load_policy(config.policy)
     check_objectives_manifest(config, list(objectives), folder)
-    with progress_bars() as progress:
+    with progress_reporter() as progress:
         report = align(
             policy,
             tokenizer,
@@ -50,26 +45,25 @@ def _run(config: Any) -> None:
             evaluation_prompts=evaluation_prompts,
             progress=progress,
         )
-    show_table(
-        "alignment; rewards in standard deviations of the reference policy",
-        [
-            {
-                "objective": "weighted sum",
-                "weights": report.weights,
-                "reward before": report.reward_before,
-                "reward after": report.reward_after,
-                "± its error": report.reward_error,
-                "KL (nats)": report.kl,
-                "J = reward − KL/β": report.goal,
-            },
-            *(
-                {"objective": name, "weights": None, "before": report.rewards_before[name], "after": after}
-                | {"error": None, "kl": None, "goal": None}
-                for name, after in report.rewards_after.items()
-            ),
-        ],
-    )
+    _print_report(report)
     print(f"aligned: {report.folder}")
+
+
+def _print_report(report: AlignReport) -> None:
+    total: dict[str, Any] = {
+        "objective": "weighted sum",
+        "weights": report.weights,
+        "reward before": report.reward_before,
+        "reward after": report.reward_after,
+        "± standard error": report.reward_error,
+        "KL (nats)": report.kl,
+        "J = reward − KL/β": report.goal,
+    }
+    by_objective = [
+        dict.fromkeys(total) | {"objective": name, "reward before": report.rewards_before[name], "reward after": reward}
+        for name, reward in report.rewards_after.items()
+    ]
+    print_table("alignment; rewards in standard deviations of the reference policy", [total, *by_objective])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`mavis demo`: the main job from beginning to end on the embedded policy."""
+"""`mavis demo`: the whole workflow on the embedded policy."""
 
 from __future__ import annotations
 
@@ -6,49 +6,59 @@ import multiprocessing
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mavis.cli.app import hydra_app, load_policy, make_objectives, prepare, read_prompts
-from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
+from mavis.cli.build import (
+    build_objectives,
+    evaluation_settings,
+    load_policy,
+    plain,
+    read_evaluation_prompts,
+    read_prompts,
+)
+from mavis.cli.evaluate import evaluate
 from mavis.cli.generate import continuations
+from mavis.cli.hydra_app import hydra_app, prepare_process
 from mavis.cli.train import train
 from mavis.utils.files import write_json
 
-_STARTED = time.perf_counter()
+if TYPE_CHECKING:
+    from mavis.critics import Critic
+
+_START = time.perf_counter()
+_TARGET_KL = 2.0
 
 
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    evaluation_settings(config)  # a mistake in what is needed last is found first
-    unseen_prompts(config.data)
-    # The reference rollouts need no critic, so another core can draw them while this one trains. Should that process
-    # die, its shards are taken up from where it stopped.
-    helper = multiprocessing.get_context("spawn").Process(
-        target=_draw_reference,
-        args=(OmegaConf.to_container(config, resolve=True), str(folder / "evaluation")),
-        daemon=True,
+    evaluation_settings(config)  # errors in the last step's settings are found before the first
+    read_evaluation_prompts(config.data)
+    # The reference rollouts need no critic, so a second core samples them during training. Whatever that process
+    # leaves undone, should it die, the evaluation completes.
+    sampling = multiprocessing.get_context("spawn").Process(
+        target=_sample_reference, args=(plain(config), str(folder / "evaluation")), daemon=True
     )
-    helper.start()
+    sampling.start()
     policy, tokenizer = load_policy(config.policy)
     critic = train(config, policy, tokenizer, folder)
-    helper.join()
+    sampling.join()
     report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
-    assert report is not None  # one process
+    assert report is not None  # there is one process
 
-    critic.save_pretrained(folder / "critic")  # its card now tells the efficiency
+    critic.save_pretrained(folder / "critic")  # its model card now reports the efficiency
     paths = write_report(folder, report)
     print("\n" + "\n".join(str(path) for path in [folder / "critic", *paths]))
-    _tell(config, policy, tokenizer, critic, [o for o in HydraConfig.get().overrides.task if o.startswith("policy")])
-    write_json(folder / "report.json", {"seconds": time.perf_counter() - _STARTED} | report.to_json())
+    policy_overrides = [one for one in HydraConfig.get().overrides.task if one.startswith("policy")]
+    _print_continuations(config, policy, tokenizer, critic, policy_overrides)
+    write_json(folder / "report.json", {"seconds": time.perf_counter() - _START} | report.to_json())
 
 
-def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_overrides: list[str]) -> None:
-    """Continue one prompt under different weights, and say how to go on from here."""
+def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Critic, policy_overrides: list[str]) -> None:
+    """Continue one prompt under different weights, and print a command to try next."""
     import torch
 
     first, last = critic.objectives[0], critic.objectives[-1]
@@ -56,36 +66,36 @@ def _tell(config: Any, policy: Any, tokenizer: Any, critic: Any, policy_override
     next_weights = f"{{{last}: 0.7, {first}: 0.3}}"
     if first == last:
         choices, next_weights = [{first: 1.0}], f"{{{first}: 1}}"
-        if not critic.conditioned:  # for which a negative weight lies outside what it has learnt
+        if not critic.conditioned:  # a conditioned critic was not trained on negative weights
             choices, next_weights = [*choices, {first: -1.0}], f"{{{first}: -1}}"
-    reached = critic.calibration.reach() if critic.calibration is not None else 0.0
-    strength: dict[str, Any] = {"beta": None, "target_kl": 2.0}
-    if reached < 2.0:  # a short training may not reach two nats, and none at all reaches nothing
-        kl = float(f"{0.99 * reached:.3g}")
-        strength = {"beta": None, "target_kl": kl} if kl > 0 else {"beta": config.beta, "target_kl": None}
+    strength = _strength(config, critic)
     shown = next(f"{name}={value:g}" for name, value in strength.items() if value is not None)
-    many = f"{len(choices)} choices of weights, each" if len(choices) > 1 else "its only weight,"
-    print(f"\n{config.story!r}, continued under {many} at {shown}:")
+    under = f"{len(choices)} choices of weights, each" if len(choices) > 1 else "its only weight,"
+    print(f"\n{config.story!r}, continued under {under} at {shown}:")
     for weights in choices:
         torch.manual_seed(config.seed)
-        told = continuations(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
-        print(f"\n{weights}\n  {told[0]}")
+        texts = continuations(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
+        print(f"\n{weights}\n  {texts[0]}")
     command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
-    if critic.calibration is None:  # which would tell
-        command.append(f"decoding.top_k={'null' if config.decoding.top_k is None else config.decoding.top_k}")
-        command.append(f"decoding.temperature={config.decoding.temperature}")
     print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 
 
-def _draw_reference(plain_config: dict[str, Any], folder: str) -> None:
+def _strength(config: Any, critic: Critic) -> dict[str, Any]:
+    """Choose the target KL that the demo shows, or less if the critic's calibration does not reach it."""
+    reach = critic.calibration.reach() if critic.calibration is not None else 0.0
+    target_kl = _TARGET_KL if reach >= _TARGET_KL else float(f"{0.99 * reach:.3g}")
+    return {"beta": None, "target_kl": target_kl} if target_kl > 0 else {"beta": config.beta, "target_kl": None}
+
+
+def _sample_reference(plain_config: dict[str, Any], folder: str) -> None:
     from omegaconf import OmegaConf
 
     from mavis.evaluation.sweep_rollouts import reference_rollouts
 
     config = OmegaConf.create(plain_config)
-    prepare(config)
+    prepare_process(config)
     policy, tokenizer = load_policy(config.policy)
-    objectives, prompts = make_objectives(config), read_prompts(config.data.evaluation_prompts)
+    objectives, prompts = build_objectives(config), read_prompts(config.data.evaluation_prompts)
     for _ in reference_rollouts(policy, tokenizer, objectives, prompts, folder, evaluation_settings(config)):
         pass
 

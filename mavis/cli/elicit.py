@@ -4,90 +4,104 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mavis.cli.app import (
+from mavis.cli.build import (
+    build_objectives,
     check_objectives_manifest,
-    hydra_app,
     load_policy,
-    make_objectives,
     read_prompts,
-    sampling_settings,
-    show_table,
+    rollout_settings,
 )
+from mavis.cli.console import print_table
+from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError, DataError
 from mavis.utils.files import write_json
 
-_CHOICES = "1 or 2 for the one you prefer, 0 to skip, q to stop"
-# Overrides of this command that `mavis generate` needs too, to decode as here.
-_SHARED = ("policy", "decoding", "beta=", "target_kl=")
+if TYPE_CHECKING:
+    from mavis.critics import Critic
+    from mavis.preference import CandidatePairs, InferredWeights, Pair
+    from mavis.rewards import Objective
+
+_PROMPT = "--- 1 or 2 for the one you prefer, 0 to skip, q to stop: "
+# Overrides that `mavis generate` needs as well, to decode in the same way.
+_SHARED_OVERRIDES = ("policy", "decoding", "beta=", "target_kl=")
 
 
-def _ask(config: Any, critic: Any, objectives: dict[str, Any], folder: Path) -> list[Any]:
-    """Ask until there are as many answers as wanted; returns the pairs of this and of earlier calls."""
+def _ask(config: Any, critic: Critic, objectives: dict[str, Objective], folder: Path) -> list[Pair]:
+    """Ask until there are `questions` answers; return the answered pairs of this and earlier calls."""
     import torch
 
-    from mavis.preference import candidate_pairs, next_pair, reward_differences
+    from mavis.preference import next_pair, reward_differences
     from mavis.preference.pairs import read_answers, write_answers
 
     path = folder / "answers.jsonl"
     answers = read_answers(path) if path.is_file() else []
-    answered = torch.zeros(0, len(critic.objectives), dtype=torch.float64)
-    if kept := [pair for pair, is_skipped in answers if not is_skipped]:
-        answered = reward_differences(kept, objectives, critic)
-    if len(answered) >= config.questions:
-        return kept
-    prompts = read_prompts(config.data.prompts)[: config.prompts]
-    check_objectives_manifest(config, critic.objectives, folder)
-    policy, tokenizer = load_policy(config.policy)
-    print(f"getting responses to {len(prompts)} prompts ...", flush=True)
-    pool = candidate_pairs(
-        policy,
-        tokenizer,
-        critic,
-        objectives,
-        prompts,
-        folder / "responses",
-        sampling_settings(config, config.shard_size, critic),
-        beta=config.beta,
-        target_kl=config.target_kl,
-        divisions=config.divisions,
-    )
+    differences = torch.zeros(0, len(critic.objectives), dtype=torch.float64)
+    if answered := [pair for pair, is_skipped in answers if not is_skipped]:
+        differences = reward_differences(answered, objectives, critic)
+    if len(differences) >= config.questions:
+        return answered
+    pool = _sample_pairs(config, critic, objectives, folder)
     known = {pair for pair, _ in answers}
     asked = {i for i, pair in enumerate(pool.pairs) if pair in known or pair.swapped() in known}
-    while len(answered) < config.questions and len(asked) < len(pool.pairs):
-        index = next_pair(pool.differences, answered, asked)
+    while len(differences) < config.questions and len(asked) < len(pool.pairs):
+        index = next_pair(pool.differences, differences, asked)
         pair, difference = pool.pairs[index], pool.differences[index : index + 1]
-        print(f"\n=== question {len(answered) + 1} of {config.questions}")
-        choice = _choice(pair)
+        print(f"\n=== question {len(differences) + 1} of {config.questions}")
+        choice = _read_choice(pair)
         if choice is None:
             break
         asked.add(index)
         if choice == 2:
             pair, difference = pair.swapped(), -difference
         if choice:
-            answered = torch.cat([answered, difference])
+            differences = torch.cat([differences, difference])
         answers.append((pair, choice == 0))
         write_answers(path, answers)
     else:
-        if len(answered) < config.questions:
-            print(f"\nThere is no other pair to ask about; prompts={2 * config.prompts} samples more in a new output.")
+        if len(differences) < config.questions:
+            print(
+                f"\nAll pairs have been asked. To sample more, choose a new output folder and "
+                f"prompts={2 * config.prompts}."
+            )
     return [pair for pair, is_skipped in answers if not is_skipped]
 
 
-def _choice(pair: Any) -> int | None:
+def _sample_pairs(config: Any, critic: Critic, objectives: dict[str, Objective], folder: Path) -> CandidatePairs:
+    from mavis.preference import candidate_pairs
+
+    prompts = read_prompts(config.data.prompts)[: config.prompts]
+    check_objectives_manifest(config, critic.objectives, folder)
+    policy, tokenizer = load_policy(config.policy)
+    print(f"sampling responses to {len(prompts)} prompts ...", flush=True)
+    return candidate_pairs(
+        policy,
+        tokenizer,
+        critic,
+        objectives,
+        prompts,
+        folder / "responses",
+        rollout_settings(config, config.shard_size, critic),
+        beta=config.beta,
+        target_kl=config.target_kl,
+        divisions=config.divisions,
+    )
+
+
+def _read_choice(pair: Pair) -> int | None:
     """Show two responses and read which one is preferred; 0 for neither, None to stop."""
     for number, response in enumerate((pair.chosen, pair.rejected), 1):
         print(f"--- {number}\n{pair.prompt}{response}")
     while True:
         try:
-            said = input(f"--- {_CHOICES}: ").strip().lower()
+            answer = input(_PROMPT).strip().lower()
         except EOFError:
             print()
             return None
-        if said in ("0", "1", "2"):
-            return int(said)
-        if said == "q":
+        if answer in ("0", "1", "2"):
+            return int(answer)
+        if answer == "q":
             return None
 
 
@@ -102,20 +116,35 @@ def _run(config: Any) -> None:
             raise ConfigError(f"{name} is {config[name]}, expected ≥ 1.", f"{name}=10 is a good number.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     critic = Critic.from_pretrained(config.checkpoint)
-    objectives = make_objectives(config, critic.objectives)
+    objectives = build_objectives(config, critic.objectives)
     if config.pairs is None:
         pairs = _ask(config, critic, objectives, folder)
         if not pairs:
-            print("No question was answered, so there are no weights yet; repeat the command to go on.")
+            print("No question was answered, so there are no weights yet; rerun the command to resume.")
             return
     else:
         pairs = read_pairs(config.pairs)
         if not pairs:
-            raise DataError(f"pairs come from {config.pairs!r}, which holds no pair.", "give at least one choice.")
+            raise DataError(f"pairs is {config.pairs!r}, a file without any pair.", "add at least one choice.")
     inferred = infer_weights(reward_differences(pairs, objectives, critic), critic.objectives)
-    normalised = inferred.normalised()
     write_json(folder / "weights.json", inferred.to_json())
-    show_table(
+    _print_weights(inferred)
+    weights = inferred.normalised()
+    if critic.conditioned and min(weights.values()) < 0:
+        print(
+            "This critic is conditioned and takes weights ≥ 0 only: negative weights are 0 in the command below. "
+            "To train a critic for all weights, use improvement=independent."
+        )
+        weights = {name: max(weight, 0.0) for name, weight in weights.items()}
+    shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in weights.items())
+    shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED_OVERRIDES)]
+    command = ["mavis", "generate", f"checkpoint={config.checkpoint}", *shared, f"weights={{{shown}}}"]
+    print(f"\n{folder / 'weights.json'}\n\ntry next:\n  {shlex.join([*command, f'prompt={pairs[0].prompt}'])}")
+
+
+def _print_weights(inferred: InferredWeights) -> None:
+    normalised = inferred.normalised()
+    print_table(
         f"weights from {inferred.pairs} choices",
         [
             {
@@ -128,17 +157,9 @@ def _run(config: Any) -> None:
             for name, weight in inferred.weights.items()
         ],
     )
-    print("in logits per standard deviation of reward; normalised, their sizes sum to one")
-    if inferred.untold:
-        print(f"No pair differs on {', '.join(inferred.untold)}: of that nothing is known yet.")
-    if critic.conditioned and min(normalised.values()) < 0:
-        print("This critic knows weights ≥ 0 alone: those below are left out of the command. improvement=independent")
-        print("trains one for all weights.")
-        normalised = {name: max(weight, 0.0) for name, weight in normalised.items()}
-    shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in normalised.items())
-    shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED)]
-    command = ["mavis", "generate", f"checkpoint={config.checkpoint}", *shared, f"weights={{{shown}}}"]
-    print(f"\n{folder / 'weights.json'}\n\ntry next:\n  {shlex.join([*command, f'prompt={pairs[0].prompt}'])}")
+    print("Weights are in logits per standard deviation of reward; the magnitudes of normalised ones sum to one.")
+    if inferred.undetermined:
+        print(f"No pair differs on {', '.join(inferred.undetermined)}, so the choices say nothing about it.")
 
 
 def main() -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mavis.cli.app import as_trained, hydra_app, load_policy
+from mavis.cli.build import load_policy, plain
+from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError
 from mavis.policies.devices import states_device
+
+if TYPE_CHECKING:
+    from mavis.critics import Critic
+    from mavis.decoding.weights import Weights
 
 
 def continuations(
     policy: Any,
     tokenizer: Any,
-    critic: Any,
+    critic: Critic,
     prompts: list[str],
     decoding: Any,
     *,
-    weights: Any,
+    weights: Weights,
     beta: float | None,
     target_kl: float | None,
     samples: int = 1,
@@ -27,8 +32,20 @@ def continuations(
 ) -> list[str]:
     """Continue each prompt `samples` times.
 
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        critic: steers the policy.
+        prompts: B texts.
+        decoding: a `decoding` group: `max_new_tokens`, `top_k` and `temperature`.
+        weights: see `mavis.generate`.
+        beta: see `mavis.generate`.
+        target_kl: see `mavis.generate`.
+        samples: responses per prompt.
+        greedy: whether to choose the most likely token at every step instead of sampling.
+
     Returns:
-        Prompt and response together, those of one prompt side by side.
+        B × samples texts, prompt and response together; those of one prompt are adjacent.
     """
     from mavis.decoding import generate
 
@@ -41,8 +58,8 @@ def continuations(
         weights=weights,
         beta=beta,
         target_kl=target_kl,
-        top_k=as_trained(decoding, "top_k", critic),
-        temperature=as_trained(decoding, "temperature", critic),
+        top_k=decoding.top_k,
+        temperature=decoding.temperature,
         max_new_tokens=decoding.max_new_tokens,
         num_return_sequences=samples,
         do_sample=not greedy,
@@ -51,8 +68,42 @@ def continuations(
     return texts
 
 
+def _check(config: Any) -> None:
+    if (config.prompt is None) == (config.prompt_file is None):
+        raise ConfigError(
+            f"prompt is {config.prompt!r} and prompt_file is {config.prompt_file!r}; expected exactly one of them.",
+            "prompt_file=- reads standard input.",
+        )
+    if config.prompt_file not in (None, "-") and not Path(config.prompt_file).expanduser().is_file():
+        raise ConfigError(  # otherwise the name would be looked up on the hub
+            f"prompt_file is {config.prompt_file!r}, which does not exist.",
+            "name a file with one prompt per line, or - for standard input.",
+        )
+    if config.samples < 1:
+        raise ConfigError(f"samples is {config.samples}, expected ≥ 1.", "samples=3 continues each prompt three times.")
+    if config.greedy and config.samples > 1:
+        raise ConfigError(
+            f"samples is {config.samples} and greedy is {config.greedy}, but greedy decoding gives one text.",
+            "leave one of them out.",
+        )
+
+
+def _read_prompts(config: Any) -> list[str]:
+    from mavis.rollouts import load_prompts
+
+    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file, repeated=True)
+    if not prompts[0].strip():
+        raise ConfigError("prompt is empty.", "give at least one word to continue.")
+    return prompts
+
+
 def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]:
-    """Add the alignment vectors of folders to a policy's weights, each with its coefficient."""
+    """Add alignment vectors to a policy's weights.
+
+    Args:
+        policy: the policy, which gets its own weights back at the end of the `with` block.
+        coefficients: by the folder of each vector; None adds nothing.
+    """
     if coefficients is None:
         return nullcontext()
     if not isinstance(coefficients, Mapping) or not coefficients:
@@ -67,37 +118,16 @@ def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]
 
 
 def _run(config: Any) -> None:
-    from omegaconf import OmegaConf
-
     from mavis.critics import Critic
-    from mavis.rollouts import load_prompts
 
-    if (config.prompt is None) == (config.prompt_file is None):
-        raise ConfigError(
-            f"prompt is {config.prompt!r} and prompt_file is {config.prompt_file!r}; exactly one of them is needed.",
-            "use prompt_file=- to read standard input.",
-        )
-    if config.prompt_file not in (None, "-") and not Path(config.prompt_file).expanduser().is_file():
-        raise ConfigError(  # it may only be a file here; the hub is not asked
-            f"prompt_file is {config.prompt_file!r}, which does not exist.", "give a file with one prompt a line, or -."
-        )
-    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file, repeated=True)
-    if not prompts[0].strip():
-        raise ConfigError("prompt is empty.", "give at least one word to go on from.")
-    if config.samples < 1:
-        raise ConfigError(f"samples is {config.samples}, expected ≥ 1.", "samples=3 continues each prompt three times.")
-    if config.greedy and config.samples > 1:
-        raise ConfigError(
-            f"samples is {config.samples} and greedy is {config.greedy}, but greedy has one answer only.",
-            "the likeliest tokens are the same every time; leave one of them out.",
-        )
+    _check(config)
+    prompts = _read_prompts(config)
     critic = Critic.from_pretrained(config.checkpoint)
-    given: Any = OmegaConf.to_container(config, resolve=True)
-    weights = given["weights"]
+    weights = plain(config.weights)
     if weights is None:
         weights = [1 / len(critic.objectives)] * len(critic.objectives)
     policy, tokenizer = load_policy(config.policy)
-    with _with_vectors(policy, given["vectors"]):
+    with _with_vectors(policy, plain(config.vectors)):
         texts = continuations(
             policy,
             tokenizer,
@@ -113,7 +143,7 @@ def _run(config: Any) -> None:
     if len(texts) == 1:
         print(texts[0])
         return
-    for index, text in enumerate(texts):  # stories have lines of their own, so only a heading tells them apart
+    for index, text in enumerate(texts):  # texts can span lines, so each gets a heading
         print(f"--- prompt {index // config.samples + 1}, sample {index % config.samples + 1}\n{text}")
 
 

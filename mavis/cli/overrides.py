@@ -1,4 +1,4 @@
-"""What is wrong with the overrides of a command, in one line, before Hydra says it in seven."""
+"""Overrides on the command line: free text is quoted, and errors are explained in one line instead of Hydra's seven."""
 
 from __future__ import annotations
 
@@ -11,20 +11,71 @@ from typing import Any
 from mavis.cli.conf_dir import conf_dir
 from mavis.errors import ConfigError, closest
 
-MULTIRUN = {"-m", "--multirun"}
-"""The flags of a sweep."""
+_MULTIRUN_FLAGS = {"-m", "--multirun"}
 
-SEARCHES = {"search"}
-"""The commands that are sweeps without a flag."""
+_SWEEPING_COMMANDS = {"search"}
+"""Commands that are sweeps without a flag."""
+
+_MAPPINGS = {"weights": ("objective", "weight"), "vectors": ("folder", "coefficient")}
+"""Settings that map names to numbers, with the words for both."""
+
+_FREE_TEXT = ("prompt", "story", "folder")
+
+
+def refuse_duplicates(overrides: Sequence[str]) -> None:
+    """Check that no mapping such as `weights` names a key twice: Hydra would silently keep the last.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, value in (override.partition("=")[::2] for override in overrides):
+        key, number = _MAPPINGS.get(name.lstrip("+"), ("", ""))
+        keys = re.findall(r"[{,]\s*['\"]?([^\s:,{}'\"]+)['\"]?\s*:", value) if key else []
+        duplicates = sorted({one for one in keys if keys.count(one) > 1})
+        if duplicates:
+            raise ConfigError(f"{name} names {key} {duplicates[0]!r} twice.", f"give each {key} one {number}.")
+
+
+def quote_text(override: str) -> str:
+    """Quote the value of an override of free text, so that commas, quotes, braces and equals signs are taken literally.
+
+    Examples:
+        >>> from mavis.cli.overrides import quote_text
+        >>> quote_text("prompt=Tom said, {hi}"), quote_text("beta=2,4")
+        ("prompt='Tom said, {hi}'", 'beta=2,4')
+    """
+    name, equals, value = override.partition("=")
+    if not equals or name.lstrip("+") not in _FREE_TEXT or value in ("", "null"):
+        return override
+    # OmegaConf unescapes backslashes before an interpolation, Hydra those before a quote; others are literal.
+    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
+    return f"{name}='{value}'"
+
+
+def exclude_shared_overrides(overrides: list[str]) -> list[str]:
+    """Keep overrides that are the same in all runs of a sweep out of the runs' folder names, which are long enough."""
+    if not _MULTIRUN_FLAGS & set(overrides):
+        return overrides
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides([item for item in overrides if not item.startswith("-")])
+    except HydraException:  # Hydra reports it later
+        return overrides
+    shared = [f"'{item.key_or_group}'" for item in parsed if not item.is_sweep_override()]
+    excluded = ",".join(["output", "threads", *shared])
+    return [*overrides, f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
 
 
 def check_overrides(command: str, overrides: Sequence[str]) -> None:
-    """Compose a command's config as Hydra will.
+    """Compose a command's config as Hydra will, and explain what is wrong with an override.
 
     Args:
         command: the name of its file in the conf tree.
-        overrides: `name=value` each, with `-m` also several values, of which the first is tried; where there are other
-            flags, such as `--help`, Hydra is left alone.
+        overrides: `name=value` each. In a sweep the first of several values is tried. With any other flag, such as
+            `--help`, nothing is checked.
 
     Raises:
         ConfigError: if Hydra would refuse an override, or the launcher is not installed.
@@ -35,65 +86,66 @@ def check_overrides(command: str, overrides: Sequence[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     flags = {override for override in overrides if override.startswith("-")}
-    if flags - MULTIRUN:
+    if flags - _MULTIRUN_FLAGS:
         return
-    given = [override for override in overrides if override not in flags]
+    assignments = [override for override in overrides if override not in flags]
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         try:
-            sweeps = flags or command in SEARCHES
-            compose(config_name=command, overrides=_first_values(given) if sweeps else given)
+            is_sweep = flags or command in _SWEEPING_COMMANDS
+            compose(config_name=command, overrides=_first_values(assignments) if is_sweep else assignments)
         except (HydraException, OmegaConfBaseException) as error:
-            known = set(_names(OmegaConf.to_container(compose(config_name=command), resolve=False)))
-            said = " ".join(str(error).split())
-            raise ConfigError(*_explained(said, given, known)) from error
+            settings = set(_setting_names(OmegaConf.to_container(compose(config_name=command), resolve=False)))
+            text = " ".join(str(error).split())
+            raise ConfigError(*_explanation(text, assignments, settings)) from error
 
 
 def _first_values(overrides: Sequence[str]) -> list[str]:
-    """Leave one value of each override that has several."""
+    """Reduce each override with several values to the first."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
 
-    kept = []
+    reduced = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         value: Any = override.value()
-        if isinstance(value, Glob):  # which options it stands for, Hydra alone knows
+        if isinstance(value, Glob):  # only Hydra knows which options it matches
             continue
         if override.is_interval_sweep():
-            kept.append(f"{override.get_key_element()}={value.start}")
+            reduced.append(f"{override.get_key_element()}={value.start}")
         elif override.is_sweep_override():
-            kept += [f"{override.get_key_element()}={first}" for first in islice(override.sweep_string_iterator(), 1)]
+            first = islice(override.sweep_string_iterator(), 1)
+            reduced += [f"{override.get_key_element()}={value}" for value in first]
         else:
-            kept.append(str(override.input_line))
-    return kept
+            reduced.append(str(override.input_line))
+    return reduced
 
 
-def _explained(said: str, overrides: Sequence[str], known: set[str]) -> tuple[str, str]:
-    """Turn what Hydra says into a message and a hint."""
-    groups = sorted(path.name for path in Path(conf_dir()).iterdir() if path.is_dir())
-    if found := re.match(r"Could not override '([^']+)'", said):
-        return f"there is no setting {found[1]!r}.", closest(found[1], sorted({*known, *groups}))
-    if found := re.search(r"Could not find 'hydra/launcher/([^'_]+)", said):
+def _explanation(text: str, overrides: Sequence[str], settings: set[str]) -> tuple[str, str]:
+    """Turn Hydra's error into a message and a hint."""
+    groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} - {"hydra"}
+    if match := re.match(r"Could not override '([^']+)'", text):
+        return f"there is no setting {match[1]!r}.", closest(match[1], sorted(settings | groups))
+    if match := re.search(r"Could not find 'hydra/launcher/([^'_]+)", text):
         return (
-            f"launcher needs hydra-{found[1]}-launcher, which is not installed.",
+            f"launcher needs hydra-{match[1]}-launcher, which is not installed.",
             "pip install 'mavis-decoding[sweep]'.",
         )
-    if found := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", said):
-        options = sorted(path.stem for path in (Path(conf_dir()) / found[1]).glob("*.yaml"))
-        return f"{found[1]} has no option {found[2]!r}.", closest(found[2], options)
-    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", said):
+    if match := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", text):
+        options = sorted(path.stem for path in (Path(conf_dir()) / match[1]).glob("*.yaml"))
+        return f"{match[1]} has no option {match[2]!r}.", closest(match[2], options)
+    if match := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
         return (
-            f"{found[1]} is given several values.",
-            f"write {found[1]}=[{found[2]}] for all of them, with -m for each.",
+            f"{match[1]} is given several values.",
+            f"write {match[1]}=[{match[2]}] to use all of them in one run, or add -m for one run each.",
         )
-    culprit = next((override for override in overrides if override in said), None)
+    culprit = next((override for override in overrides if override in text), None)
     return (
-        f"{culprit or ' '.join(overrides)!r} cannot be read: {said.split(' See ')[0].rstrip('.')}.",
-        "quote what holds spaces, commas or braces: 'name={a: 1, b: 2}'.",
+        f"{culprit or ' '.join(overrides)!r} cannot be parsed: {text.split(' See ')[0].rstrip('.')}.",
+        "quote values that contain spaces, commas or braces: 'name={a: 1, b: 2}'.",
     )
 
 
-def _names(config: Any, prefix: str = "") -> Iterator[str]:
+def _setting_names(config: Any, prefix: str = "") -> Iterator[str]:
     for name, value in config.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
-            yield from _names(value, f"{prefix}{name}.")
+            yield from _setting_names(value, f"{prefix}{name}.")

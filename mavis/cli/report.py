@@ -1,11 +1,12 @@
-"""`mavis report`: the runs of a sweep in one table and one plot."""
+"""`mavis report`: gather the runs of a sweep into one table and one plot."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from mavis.cli.app import hydra_app, show_table
+from mavis.cli.console import print_table
+from mavis.cli.hydra_app import hydra_app
 
 
 def _run(config: Any) -> None:
@@ -16,7 +17,7 @@ def _run(config: Any) -> None:
     paths = write_runs(config.output or config.folder, runs, config.format)
     states = Counter(run["state"] for run in runs)
     title = f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}"
-    show_table(title, [{name: cell for name, cell in row.items() if name != "error"} for row in table_of_runs(runs)])
+    print_table(title, [{name: cell for name, cell in row.items() if name != "error"} for row in table_of_runs(runs)])
     for run in runs:
         if run["error"]:
             print(f"{run['run']}: {run['error']}")

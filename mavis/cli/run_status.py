@@ -1,4 +1,4 @@
-"""What a run does otherwise when it is one of a sweep: it fails alone, and leaves word of it in its folder."""
+"""The status of a run within a sweep: whether it is in one, and the error that it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from hydra.types import RunMode
 
 from mavis.utils.files import write_json
 
-ERROR = "error.json"
-"""The file in a run's folder that tells why the run failed; the next attempt takes it away."""
+ERROR_FILE = "error.json"
+"""The file in a run's folder that says why the run failed; the next attempt removes it."""
 
 
 class RunError(CompactHydraException):
-    """One run of a sweep has failed; the others go on, and Hydra tells of the first at the end.
+    """One run of a sweep has failed; the others continue, and Hydra raises the first such error at the end.
 
     Args:
-        said: why, in a line. One text alone, so that it comes back whole from another process.
+        message: the reason, in one line. A single argument, so that it survives pickling by the launchers.
     """
 
 
 def in_sweep() -> bool:
-    """Say whether the process's current Hydra run is one of a sweep."""
+    """Return whether the current Hydra run is one of a sweep."""
     return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def side_by_side() -> bool:
-    """Say whether other runs of the sweep may write to the same terminal."""
-    launcher: Any = HydraConfig.get().launcher if in_sweep() else {}
-    return not str(launcher.get("_target_", "BasicLauncher")).endswith("BasicLauncher")
+def run_label() -> str | None:
+    """Name the run if other runs of a sweep may share its terminal; None if it has the terminal to itself."""
+    if not in_sweep():
+        return None
+    config: Any = HydraConfig.get()
+    serial = str(config.launcher.get("_target_", "BasicLauncher")).endswith("BasicLauncher")
+    return None if serial else Path(config.runtime.output_dir).name
 
 
-def begin_run() -> None:
-    """Forget how an earlier attempt at this run failed, be it one of a sweep or by itself."""
-    if HydraConfig.get().output_subdir is not None:  # else its folder is no run's
-        _marker().unlink(missing_ok=True)
+def clear_error() -> None:
+    """Remove the error that an earlier attempt at this run left in its folder."""
+    if HydraConfig.get().output_subdir is not None:  # otherwise the folder is not a run's
+        _error_path().unlink(missing_ok=True)
 
 
-def fail_run(said: str) -> RunError:
-    """Leave word of a failure in the folder of this run of a sweep, and make the error that ends it."""
-    write_json(_marker(), {"error": said})
-    return RunError(f"mavis: {said}")
+def record_error(message: str) -> RunError:
+    """Write an error to the folder of this run of a sweep, and return the exception that ends the run."""
+    write_json(_error_path(), {"error": message})
+    return RunError(f"mavis: {message}")
 
 
-def _marker() -> Path:
-    return Path(HydraConfig.get().runtime.output_dir) / ERROR
+def _error_path() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir) / ERROR_FILE

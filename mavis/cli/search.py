@@ -1,4 +1,4 @@
-"""`mavis search`: search the settings of training, with one trained and measured critic per trial."""
+"""`mavis search`: search the settings of training, with a critic trained and evaluated in each trial."""
 
 from __future__ import annotations
 
@@ -12,34 +12,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mavis.cli.app import hydra_app, load_policy, make_objectives, show_table
-from mavis.cli.evaluate import evaluate, evaluation_settings, unseen_prompts
-from mavis.cli.run_status import ERROR
-from mavis.cli.search_space import as_it_is, search_space
+from mavis.cli.build import (
+    build_objectives,
+    evaluation_settings,
+    load_policy,
+    plain,
+    read_evaluation_prompts,
+)
+from mavis.cli.console import print_table
+from mavis.cli.evaluate import evaluate
+from mavis.cli.hydra_app import hydra_app
+from mavis.cli.run_status import ERROR_FILE
+from mavis.cli.search_space import current_settings, search_space
 from mavis.cli.train import train
 from mavis.errors import ConfigError, MavisError, check_whole, closest, first_sentence, import_optional
 from mavis.utils.files import read_json, write_json
 from mavis.utils.optuna_study import open_study, quiet_optuna, trial_sampler
 
-FIGURES = ("efficiency", "seconds")
-"""What a trial is measured by: mean frontier efficiency, and the seconds that its training took."""
+METRICS = ("efficiency", "seconds")
+"""What a trial is judged by: mean frontier efficiency, and the duration of its training in seconds."""
 
-_HOPELESS = 3
-"""After so many failed trials and none that came to anything, a search gives up."""
+_MAX_FAILURES = 3
+"""A search stops after this many failed trials if none has succeeded."""
+
+_MAY_CHANGE = ("search.", "launcher=", "output=", "threads=", "tracking.", "hydra.", "hydra/")
+"""Prefixes of the overrides that may change when a search is rerun."""
 
 Launch = Callable[..., Sequence[Any]]
 
 
 def search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
-    """Choose, run and judge trials until there are as many as a config asks for, and write and show what they came to.
+    """Choose, run and record trials until there are as many as a config asks for; write and print the results.
 
     Args:
-        config: of `conf/search.yaml`, with Hydra's own part.
-        arguments: the overrides as they were given, among them ranges and choices.
-        launch: of Hydra's launcher: from lists of overrides to what the runs return.
+        config: of `conf/search.yaml`, including Hydra's own node.
+        arguments: the overrides as given, with ranges and choices.
+        launch: Hydra's launcher: a function from lists of overrides to what the runs return.
     """
     try:
-        with _alone(Path(str(config.hydra.sweep.dir))):
+        with _folder_lock(Path(str(config.hydra.sweep.dir))):
             _search(config, arguments, launch)
     except MavisError as error:
         print(f"mavis: {error}", file=sys.stderr)
@@ -47,8 +58,8 @@ def search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second search out of a folder: it would take up, as broken off, the trials that the first is at."""
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Refuse a second search in the same folder: it would mistake running trials for interrupted ones."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / "lock")
@@ -57,11 +68,12 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"output is {str(folder)!r}, in which another search is at work.", "wait for it, or name a new folder."
+            f"output is {str(folder)!r}, where another search is running.", "wait for it, or name a new folder."
         ) from error
     except OSError as error:
         raise ConfigError(
-            f"output is {str(folder)!r}, which cannot be written: {first_sentence(error)}.", "name a folder of yours."
+            f"output is {str(folder)!r}, which cannot be written: {first_sentence(error)}.",
+            "name a folder that you may write to.",
         ) from error
     try:
         yield
@@ -71,204 +83,207 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _search(config: Any, arguments: Sequence[str], launch: Launch) -> None:
     options, folder = config.search, Path(str(config.hydra.sweep.dir))
-    check_whole(ConfigError, "e.g. search.trials=20.", trials=options.trials, together=options.together)
+    parallel = options.parallel_trials
+    check_whole(ConfigError, "e.g. search.trials=20.", trials=options.trials, parallel_trials=parallel)
     directions = _directions(options)
-    optuna = import_optional("optuna", "search", "sweep")
+    import_optional("optuna", "search", "sweep")
     fixed, space, texts = search_space(arguments, dict(options.space or {}))
-    claim = {
+    manifest = {
         "space": texts,
-        "fixed": sorted(one for one in fixed if not one.startswith(_FREE)),
+        "fixed": sorted(one for one in fixed if not one.startswith(_MAY_CHANGE)),
         "directions": directions,
         "seed": config.seed,
     }
     with quiet_optuna():
         study = open_study(
             folder / "study.jsonl",
-            claim,
+            manifest,
             directions=list(directions.values()),
             holds="a search with different settings, space or metrics",
             error=ConfigError,
         )
         if not study.get_trials(deepcopy=False):
-            study.enqueue_trial(as_it_is(config, space))
-        states = optuna.trial.TrialState
-        while (done := len(_over(study, states))) < options.trials:
-            numbers = range(done, min(done + options.together, options.trials))
-            batch = [_take(study, number, space, config.seed, options.together > 1) for number in numbers]
+            study.enqueue_trial(current_settings(config, space))
+        while (done := len(_ended_trials(study))) < options.trials:
+            numbers = range(done, min(done + parallel, options.trials))
+            batch = [_next_trial(study, number, space, config.seed, parallel > 1) for number in numbers]
             overrides = [
-                [*fixed, *(f"{name}={value}" for name, value in trial.params.items()), f"hydra.sweep.subdir={_name(n)}"]
-                for n, trial in zip(numbers, batch, strict=True)
+                [*fixed, *(f"{k}={v}" for k, v in trial.params.items()), f"hydra.sweep.subdir={_trial_name(number)}"]
+                for number, trial in zip(numbers, batch, strict=True)
             ]
-            results = _launched(launch, overrides, done)
-            for trial, result in zip(batch, results, strict=True):
-                values = _values(result, list(directions))
-                study.tell(trial.number, values, state=states.COMPLETE if values else states.FAIL)
-            found = _found(folder, study, states, directions, texts)
-            write_json(folder / "search.json", found)
-            _refuse_hopeless(found["trials"], options.trials)
-        found = _found(folder, study, states, directions, texts)
-    write_json(folder / "search.json", found)
-    show_table(
-        "trials; * marks what no other trial beats",
+            for trial, result in zip(batch, _launch_batch(launch, overrides, done), strict=True):
+                _record(study, trial, result, list(directions))
+            _check_any_success(_write_summary(folder, study, directions, texts)["trials"], options.trials)
+        summary = _write_summary(folder, study, directions, texts)
+    _print_summary(summary, folder)
+
+
+def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    print_table(
+        "trials; * marks those that no other trial beats",
         [
             {
-                "trial": f"{_name(trial['trial'])}{'*' if trial['trial'] in found['best'] else ''}",
+                "trial": f"{_trial_name(trial['trial'])}{'*' if trial['trial'] in summary['best'] else ''}",
                 **trial["settings"],
-                **{name: (trial["figures"] or {}).get(name) for name in directions},
+                **{name: (trial["metrics"] or {}).get(name) for name in summary["directions"]},
                 "error": trial["error"],
             }
-            for trial in found["trials"]
+            for trial in summary["trials"]
         ],
     )
-    print("\n".join(f"best: {folder / _name(number) / 'critic'}" for number in found["best"]))
-
-
-def _launched(launch: Launch, overrides: Sequence[Sequence[str]], first: int) -> Sequence[Any]:
-    """Run a batch; what a launcher itself raises, as when a run was killed, breaks the search off."""
-    try:
-        return launch(overrides, initial_job_idx=first)
-    except Exception as error:  # of whatever the launcher is made of
-        raise ConfigError(
-            f"the launcher broke off: {type(error).__name__}: {first_sentence(error)}.",
-            "repeat the command to go on; if a trial was killed for memory, with fewer trials together.",
-        ) from error
-
-
-_FREE = ("search.", "launcher=", "output=", "threads=", "tracking.", "hydra.", "hydra/")
-"""How overrides begin that may change from one call to the next of the same search."""
-
-
-def _name(number: int) -> str:
-    return f"trial-{number:03d}"
+    print("\n".join(f"best: {folder / _trial_name(number) / 'critic'}" for number in summary["best"]))
 
 
 def _directions(options: Any) -> dict[str, str]:
-    """Read which figures are to be high and which low."""
-    found = {}
-    for wanted, direction in ((options.maximise, "maximize"), (options.minimise, "minimize")):
-        for name in [wanted] if isinstance(wanted, str) else wanted or ():
-            if name not in FIGURES:
-                raise ConfigError(f"{name!r} is not measured.", closest(str(name), FIGURES))
-            if name in found:
-                raise ConfigError(f"{name!r} is searched for twice.", "name every figure once.")
-            found[name] = direction
-    if not found:
+    """Read which metrics are maximised and which minimised."""
+    directions = {}
+    for names, direction in ((options.maximise, "maximize"), (options.minimise, "minimize")):
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in METRICS:
+                raise ConfigError(f"metric {name!r} does not exist.", closest(str(name), METRICS))
+            if name in directions:
+                raise ConfigError(f"metric {name!r} is named twice.", "name each metric once.")
+            directions[name] = direction
+    if not directions:
         raise ConfigError("maximise and minimise are empty.", "search.maximise=[efficiency] is the default.")
-    return found
+    return directions
 
 
-def _over(study: Any, states: Any) -> list[Any]:
-    ended: list[Any] = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
-    return ended
+def _ended_trials(study: Any) -> list[Any]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _take(study: Any, number: int, space: dict[str, Any], seed: int, together: bool) -> Any:
-    """Take up the trial that a search was broken off in, or ask for a new one."""
-    running = (trial for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished())
-    begun = next((trial for trial in running if trial.user_attrs.get("number") == number), None)
-    if begun is not None:
-        return begun
-    study.sampler = trial_sampler(seed, number, constant_liar=together)
-    asked = study.ask(fixed_distributions=space)
-    asked.set_user_attr("number", number)
-    return study.get_trials(deepcopy=False)[asked.number]
+def _next_trial(study: Any, number: int, space: dict[str, Any], seed: int, parallel: bool) -> Any:
+    """Return the trial of this number that an interrupted search left unfinished, or a new one."""
+    unfinished = (trial for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished())
+    found = next((trial for trial in unfinished if trial.user_attrs.get("number") == number), None)
+    if found is not None:
+        return found
+    study.sampler = trial_sampler(seed, number, constant_liar=parallel)
+    trial = study.ask(fixed_distributions=space)
+    trial.set_user_attr("number", number)
+    return study.get_trials(deepcopy=False)[trial.number]
 
 
-def _values(result: Any, names: Sequence[str]) -> list[float] | None:
-    """Read the figures of a trial; None if it has failed, or one of them is missing."""
+def _launch_batch(launch: Launch, overrides: Sequence[Sequence[str]], first: int) -> Sequence[Any]:
+    """Run a batch of trials; an error of the launcher itself, such as a killed worker, ends the search."""
     try:
-        figures = result.return_value
-    except Exception:  # the run has left word of it in its folder
-        return None
-    values = [figures[name] for name in names]
-    return values if all(value is not None and math.isfinite(value) for value in values) else None
+        return launch(overrides, initial_job_idx=first)
+    except Exception as error:  # each launcher has its own exceptions
+        raise ConfigError(
+            f"the launcher failed: {type(error).__name__}: {first_sentence(error)}.",
+            "rerun the command to resume; with fewer parallel trials if one was killed for memory.",
+        ) from error
 
 
-def _found(folder: Path, study: Any, states: Any, directions: dict[str, str], texts: dict[str, str]) -> dict[str, Any]:
-    """Gather what a search came to so far."""
-    ended = _over(study, states)
-    complete = any(trial.state == states.COMPLETE for trial in ended)
-    return {
+def _record(study: Any, trial: Any, result: Any, names: Sequence[str]) -> None:
+    """Record the metrics of a trial; it counts as failed if it raised an error or one of them is missing."""
+    from optuna.trial import TrialState
+
+    try:
+        metrics = result.return_value
+    except Exception:  # the run has written its error to its folder
+        metrics = {}
+    values = [metrics.get(name) for name in names]
+    if all(value is not None and math.isfinite(value) for value in values):
+        study.tell(trial.number, values, state=TrialState.COMPLETE)
+    else:
+        study.tell(trial.number, None, state=TrialState.FAIL)
+
+
+def _write_summary(folder: Path, study: Any, directions: dict[str, str], texts: dict[str, str]) -> dict[str, Any]:
+    """Write `search.json`, the trials so far, and return its content."""
+    trials = _ended_trials(study)
+    summary = {
         "directions": directions,
         "space": texts,
-        "best": [trial.user_attrs["number"] for trial in study.best_trials] if complete else [],
+        "best": [trial.user_attrs["number"] for trial in study.best_trials] if any(t.values for t in trials) else [],
         "trials": [
             {
                 "trial": (number := trial.user_attrs["number"]),
                 "settings": dict(trial.params),
-                "figures": dict(zip(directions, trial.values, strict=True)) if trial.values else None,
-                "error": None if trial.values else _why(folder / _name(number)),
+                "metrics": dict(zip(directions, trial.values, strict=True)) if trial.values else None,
+                "error": None if trial.values else _failure(folder / _trial_name(number)),
             }
-            for trial in ended
+            for trial in trials
         ],
     }
+    write_json(folder / "search.json", summary)
+    return summary
 
 
-def _why(run: Path) -> str:
-    if (run / ERROR).is_file():
-        return str(read_json(run / ERROR)["error"])
-    return "at every target KL the limit has too few effective samples, or the cut to candidates costs more"
+def _trial_name(number: int) -> str:
+    return f"trial-{number:03d}"
 
 
-def _refuse_hopeless(trials: Sequence[dict[str, Any]], asked: int) -> None:
-    if len(trials) >= min(_HOPELESS, asked) and not any(trial["figures"] for trial in trials):
+def _failure(run: Path) -> str:
+    if (run / ERROR_FILE).is_file():
+        return str(read_json(run / ERROR_FILE)["error"])
+    return "no target KL has an efficiency: the frontier has too few effective samples, or truncation costs more KL"
+
+
+def _check_any_success(trials: Sequence[dict[str, Any]], wanted: int) -> None:
+    if len(trials) >= min(_MAX_FAILURES, wanted) and not any(trial["metrics"] for trial in trials):
         raise ConfigError(
             f"all of {len(trials)} trials failed, the last with: {trials[-1]['error']}",
-            "mend that, and name a new output folder.",
+            "fix the cause, and name a new output folder.",
         )
 
 
 def _run(config: Any) -> dict[str, float | None]:
-    """Run one trial and return its figures."""
+    """Run one trial and return its metrics."""
     from hydra.core.hydra_config import HydraConfig
 
     from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if (folder / "figures.json").is_file():  # of a batch that was broken off while others were at work
-        figures: dict[str, float | None] = read_json(folder / "figures.json")
-        return figures
+    metrics: dict[str, float | None]
+    if (folder / "metrics.json").is_file():  # finished in a batch that was interrupted before its other trials
+        metrics = read_json(folder / "metrics.json")
+        return metrics
     policy, tokenizer = load_policy(config.policy)
-    with _clock(folder / "seconds.json"):
+    with _accumulated_seconds(folder / "seconds.json"):
         critic = train(config, policy, tokenizer, folder)
-    place = _reference(config, policy, tokenizer, Path(HydraConfig.get().sweep.dir))
-    report = evaluate(config, policy, tokenizer, critic, folder / "evaluation", reference=place)
-    assert report is not None  # one process
+    reference = _shared_reference(config, policy, tokenizer, Path(HydraConfig.get().sweep.dir))
+    report = evaluate(config, policy, tokenizer, critic, folder / "evaluation", reference=reference)
+    assert report is not None  # there is one process
     write_report(folder, report)
-    figures = {"efficiency": report.mean_efficiency(), "seconds": read_json(folder / "seconds.json")["seconds"]}
-    write_json(folder / "figures.json", figures)
-    return figures
+    metrics = {"efficiency": report.mean_efficiency(), "seconds": read_json(folder / "seconds.json")["seconds"]}
+    write_json(folder / "metrics.json", metrics)
+    return metrics
 
 
 @contextmanager
-def _clock(path: Path) -> Iterator[None]:
-    """Add the seconds of a block to a file, which those of earlier attempts are in; a killed attempt adds nothing."""
+def _accumulated_seconds(path: Path) -> Iterator[None]:
+    """Add the duration of a block to a file that earlier attempts have added to; a killed attempt adds nothing."""
     before = read_json(path)["seconds"] if path.is_file() else 0.0
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         yield
     finally:
-        write_json(path, {"seconds": before + time.perf_counter() - began})
+        write_json(path, {"seconds": before + time.perf_counter() - start})
 
 
-def _reference(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Path:
-    """Draw the reference rollouts that trials with the same policy, prompts and sampling share, one trial for all."""
+def _shared_reference(config: Any, policy: Any, tokenizer: Any, folder: Path) -> Path:
+    """Sample the reference rollouts that trials with the same policy, prompts and sampling share, once for all.
+
+    Returns:
+        Their folder.
+    """
     from filelock import FileLock
-    from omegaconf import OmegaConf
 
     from mavis.evaluation.sweep_rollouts import reference_rollouts
 
-    made_of = [
-        OmegaConf.to_container(config[group], resolve=True) for group in ("policy", "objectives", "data", "decoding")
-    ]
-    made_of += [config.evaluation.reference_samples, config.evaluation.shard_size, config.seed]
-    place = folder / "reference" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-    place.mkdir(parents=True, exist_ok=True)
-    objectives, prompts, settings = make_objectives(config), unseen_prompts(config.data), evaluation_settings(config)
-    with FileLock(place / "lock"):
-        for _ in reference_rollouts(policy, tokenizer, objectives, prompts, place, settings):
+    key = [plain(config[group]) for group in ("policy", "objectives", "data", "decoding")]
+    key += [config.evaluation.reference_samples, config.evaluation.shard_size, config.seed]
+    shared = folder / "reference" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    shared.mkdir(parents=True, exist_ok=True)
+    objectives, settings = build_objectives(config), evaluation_settings(config)
+    prompts = read_evaluation_prompts(config.data)
+    with FileLock(shared / "lock"):
+        for _ in reference_rollouts(policy, tokenizer, objectives, prompts, shared, settings):
             pass
-    return place
+    return shared
 
 
 def main() -> None:

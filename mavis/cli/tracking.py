@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard and to whatever other tracker Accelerate knows, as a config says."""
+"""Logging of metrics to TensorBoard, or to any other tracker that Accelerate supports."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from typing import Any
 
 import torch
 
+from mavis.cli.build import plain
 from mavis.errors import ConfigError, closest
 from mavis.training.accelerate_session import accelerator
 from mavis.training.metrics import Log
 
+_CUSTOM_TRACKER = "write e.g. '{_target_: my_module.MyTracker}', a subclass of accelerate.tracking.GeneralTracker."
+
 
 @contextmanager
-def trackers(config: Any, folder: Path, device: torch.device) -> Iterator[Log | None]:
-    """Start the trackers of a config, and end them with the block, however it ends.
+def start_trackers(config: Any, folder: Path, device: torch.device) -> Iterator[Log | None]:
+    """Start the trackers of a config for the duration of a `with` block.
 
     Args:
         config: with `tracking`: `with`, names that Accelerate knows or `_target_` mappings of a `GeneralTracker`;
-            `project`; and `options` by name. The trackers are told all settings but these, which may hold keys.
-        folder: of the run; what a tracker writes on this machine goes to `folder/tracking`.
-        device: where the training is; Accelerate, through which trackers are reached, is borrowed for it.
+            `project`; and `options` by name. Trackers get all settings except these, which may contain keys.
+        folder: of the run; trackers write their local files to `folder/tracking`.
+        device: where training runs, for Accelerate.
 
     Yields:
-        What to tell figures to; None if there is no tracker.
+        A function that logs metrics by name at a step; None if there is no tracker.
 
     Raises:
         ConfigError: if a tracker is unknown, not installed, or does not start.
@@ -33,26 +36,24 @@ def trackers(config: Any, folder: Path, device: torch.device) -> Iterator[Log | 
     if not config.tracking["with"]:
         yield None
         return
-    from omegaconf import OmegaConf
-
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    options = plain.pop("tracking")
-    wanted = options["with"] if isinstance(options["with"], list) else [options["with"]]
+    settings = plain(config)
+    options = settings.pop("tracking")
+    requested = options["with"] if isinstance(options["with"], list) else [options["with"]]
     with ExitStack() as stack:
-        main = stack.enter_context(accelerator(device)).is_main_process
+        is_main = stack.enter_context(accelerator(device)).is_main_process
         started = []
-        for one in wanted:
-            tracker = _make(one, options, folder)
-            if not main and tracker.main_process_only:
+        for one in requested:
+            tracker = _build_tracker(one, options, folder)
+            if not is_main and tracker.main_process_only:
                 continue
             try:
                 tracker.start()
-                tracker.store_init_configuration(dict(_flat(plain)))
-            except Exception as error:  # whatever a tracker's own library raises
-                said = " ".join(str(error).split()) or type(error).__name__
+                tracker.store_init_configuration(dict(_flattened(settings)))
+            except Exception as error:  # each tracker's library has its own exceptions
+                text = " ".join(str(error).split()) or type(error).__name__
                 raise ConfigError(
-                    f"tracking.with names {tracker.name!r}, which does not start: {said}",
-                    "see its own documentation; tracking.options holds what it takes.",
+                    f"tracking.with names {tracker.name!r}, which does not start: {text}",
+                    "see its documentation; its options are given in tracking.options.",
                 ) from error
             stack.callback(tracker.finish)
             started.append(tracker)
@@ -64,42 +65,48 @@ def trackers(config: Any, folder: Path, device: torch.device) -> Iterator[Log | 
         yield log
 
 
-def _make(wanted: Any, options: Mapping[str, Any], folder: Path) -> Any:
-    """Build a tracker, not started yet."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+def _build_tracker(requested: Any, options: Mapping[str, Any], folder: Path) -> Any:
+    """Build a tracker without starting it."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if isinstance(requested, Mapping):
+        return _build_custom_tracker(dict(requested))
+    known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
+    if requested not in known:
+        raise ConfigError(f"tracking.with names {requested!r}.", closest(str(requested), known))
+    if requested not in map(str, get_available_trackers()):
+        package = "'mavis-decoding[tracking]'" if requested == "tensorboard" else requested.replace("_", "-")
+        raise ConfigError(f"tracking.with names {requested!r}, which is not installed.", f"pip install {package}.")
+    # A resumed run logs everything again, so TensorBoard discards what was logged before.
+    defaults = {"purge_step": 0} if requested == "tensorboard" else {}
+    arguments = defaults | ((options["options"] or {}).get(requested) or {})
+    if known[requested].requires_logging_directory:
+        directory = folder / "tracking"
+        directory.mkdir(parents=True, exist_ok=True)
+        return known[requested](options["project"], str(directory), **arguments)
+    return known[requested](options["project"], **arguments)
+
+
+def _build_custom_tracker(requested: dict[str, Any]) -> Any:
+    from accelerate.tracking import GeneralTracker
     from hydra.utils import instantiate
 
-    if isinstance(wanted, Mapping):
-        try:
-            tracker = instantiate(dict(wanted), _convert_="all")
-        except Exception as error:  # Hydra wraps whatever the constructor raised
-            said = " ".join(str(error.__cause__ or error).split())
-            raise ConfigError(f"tracking.with holds {dict(wanted)}, which cannot be built: {said}", _OWN) from error
-        if not isinstance(tracker, GeneralTracker):
-            raise ConfigError(f"tracking.with holds {dict(wanted)}, which is no GeneralTracker.", _OWN)
-        return tracker
-    known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
-    if wanted not in known:
-        raise ConfigError(f"tracking.with names {wanted!r}.", closest(str(wanted), known))
-    if wanted not in map(str, get_available_trackers()):
-        extra = "'mavis-decoding[tracking]'" if wanted == "tensorboard" else wanted.replace("_", "-")
-        raise ConfigError(f"tracking.with names {wanted!r}, which is not installed.", f"pip install {extra}.")
-    # A run that goes on tells everything again; TensorBoard then forgets what an earlier call told.
-    own = ({"purge_step": 0} if wanted == "tensorboard" else {}) | ((options["options"] or {}).get(wanted) or {})
-    if known[wanted].requires_logging_directory:
-        place = folder / "tracking"
-        place.mkdir(parents=True, exist_ok=True)
-        return known[wanted](options["project"], str(place), **own)
-    return known[wanted](options["project"], **own)
+    try:
+        tracker = instantiate(requested, _convert_="all")
+    except Exception as error:  # Hydra wraps the constructor's exception
+        text = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(
+            f"tracking.with contains {requested}, which cannot be built: {text}", _CUSTOM_TRACKER
+        ) from error
+    if not isinstance(tracker, GeneralTracker):
+        raise ConfigError(f"tracking.with contains {requested}, which is not a GeneralTracker.", _CUSTOM_TRACKER)
+    return tracker
 
 
-_OWN = "write e.g. '{_target_: my_module.MyTracker}', a subclass of accelerate.tracking.GeneralTracker."
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name every setting by its path; what is no plain value is told as text."""
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List all settings by dotted path, those that are not plain values as text."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flattened(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)

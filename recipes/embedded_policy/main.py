@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mavis.cli.app import check_alone
+from mavis.cli.hydra_app import check_single_process
 from mavis.errors import ConfigError, MavisError
 from mavis.utils.files import atomic_folder, write_json
 
@@ -131,7 +131,7 @@ def _progress() -> Iterator[Progress]:
 def main(config: DictConfig) -> None:
     """Run the command; a mistake that the user can mend ends it with one line instead of a traceback."""
     try:
-        check_alone("this recipe")
+        check_single_process("this recipe")
         run(config)
     except MavisError as error:
         sys.exit(f"error: {error}")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mavis.cli.app import data_name
-from mavis.cli.evaluate import _note_efficiency
+from mavis.cli.build import describe_prompts
+from mavis.cli.evaluate import update_model_card
 from mavis.critics import Critic, ValueModelCritic
 from mavis.vectors import AlignmentVector
 
@@ -41,8 +41,10 @@ def test_training_ends_in_a_critic_and_a_table(mavis: Any, small: tuple[str, ...
     assert critic.calibration is not None
     assert (critic.calibration.max_new_tokens, critic.calibration.top_k) == (8, 20)
     assert f"critic: {tmp_path / 'run' / 'critic'}" in ran.out
-    for word in ("iteration", "positive", "brevity", "KL (nats)", "iteration 0: rollouts", "iteration 0: fit"):
+    for word in ("iteration", "positive", "brevity", "KL (nats)"):
         assert word in ran.out
+    for stage in ("iteration 0: rollouts", "iteration 0: fit"):
+        assert stage in ran.err
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
 
 
@@ -73,9 +75,7 @@ def test_other_options_of_an_objective_in_the_same_folder_are_refused(
 ) -> None:
     shutil.copytree(trained.parent, tmp_path / "run")
     ran = mavis("train", *small, "output=run", "objectives.brevity.scale=10")
-    assert_refused(
-        ran, "holds a run whose objectives are configured otherwise: brevity.scale. Hint: name a new output folder"
-    )
+    assert_refused(ran, "holds a run with different objective settings: brevity.scale. Hint: name a new output folder")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,10 @@ def test_critics_become_one_that_is_used_like_any_other(
     assert critic.calibration is None
     assert torch.equal(critic.reward_std[:2], Critic.from_pretrained(trained).reward_std)
     assert f"critic: {tmp_path / 'run' / 'critic'}" in ran.out
-    for word in ("kindness", "of all variance", "of that between candidates", "rollouts", "fit"):
+    for word in ("kindness", "all", "between candidates"):
         assert word in ran.out
+    for stage in ("rollouts", "fit"):
+        assert stage in ran.err
     told = mavis("generate", *TELL, "checkpoint=run/critic", "prompt=the dog", "decoding=default")
     assert told.code == 0, told.err
     assert told.out.startswith("the dog")
@@ -269,8 +271,10 @@ def test_aligning_ends_in_a_policy_and_a_table(mavis: Any, tmp_path: Path) -> No
     ran = mavis(*ALIGN, "weights={brevity: 1.0}")
     assert ran.code == 0, ran.err
     assert f"aligned: {tmp_path / 'run' / 'policy'}" in ran.out
-    for word in ("KL", "brevity", "weighted sum", "reward after", "reference rollouts", "steps", "responses after"):
+    for word in ("KL", "brevity", "weighted sum", "reward after"):
         assert word in ran.out
+    for stage in ("reference rollouts", "steps", "responses after"):
+        assert stage in ran.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["weights"] == {"brevity": 1.0, "positive": 0.0}
     assert report["evaluated_on"] == "evaluation prompts"
@@ -427,13 +431,13 @@ def test_alignment_vectors_may_be_added_to_the_policy(mavis: Any, trained: Path,
     [
         ("{VECTOR: nan}", "the coefficient of 'VECTOR' is nan, expected a finite number"),
         ("{VECTOR: much}", "the coefficient of 'VECTOR' is 'much', expected a finite number"),
-        ("{VECTOR: 1e300}", "plus the vectors is beyond torch.float32. Hint: use smaller coefficients"),
-        ("{nowhere: 1}", "'nowhere', which is no folder"),
+        ("{VECTOR: 1e300}", "plus the vectors overflows torch.float32. Hint: use smaller coefficients"),
+        ("{nowhere: 1}", "'nowhere', which is not a folder"),
         ("{vectors: 1}", "which has no config.json"),
         ("{}", "vectors is {}, expected a coefficient for each folder"),
         ("0.5", "vectors is 0.5, expected a coefficient for each folder"),
         ("VECTOR", "vectors is 'VECTOR', expected a coefficient for each folder"),
-        ("{VECTOR: 1, VECTOR: 2}", "vectors names folder 'VECTOR' twice. Hint: give each one coefficient."),
+        ("{VECTOR: 1, VECTOR: 2}", "vectors names folder 'VECTOR' twice. Hint: give each folder one coefficient."),
     ],
 )
 def test_a_mistake_in_the_vectors_is_one_line(mavis: Any, trained: Path, vector: str, value: str, message: str) -> None:
@@ -444,8 +448,8 @@ def test_a_mistake_in_the_vectors_is_one_line(mavis: Any, trained: Path, vector:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "prompt is None and prompt_file is None; exactly one of them is needed"),
-        (["prompt=a", "prompt_file=b"], "exactly one of them is needed"),
+        ([], "prompt is None and prompt_file is None; expected exactly one of them"),
+        (["prompt=a", "prompt_file=b"], "expected exactly one of them"),
         (["prompt="], "prompt is empty"),
         (["prompt=???"], "prompt is not given"),
         (["prompt_file=-"], "'-', which holds no prompt"),
@@ -524,8 +528,8 @@ def test_a_card_names_prompts_and_not_where_they_lie(tmp_path: Path, monkeypatch
         "owner/dataset": "owner/dataset",
         "embedded": "the story openings that ship with mavis",
     }.items():
-        assert data_name(OmegaConf.create({"source": source})) == name
-    assert data_name(OmegaConf.create({"source": ["the dog", "a cat"]})) == "2 prompts of its own"
+        assert describe_prompts(OmegaConf.create({"source": source})) == name
+    assert describe_prompts(OmegaConf.create({"source": ["the dog", "a cat"]})) == "a list of 2 prompts"
 
 
 def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
@@ -537,16 +541,16 @@ def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
     other = Critic.from_pretrained(place)
     other.reward_mean += 1
     other.save_pretrained(place)
-    _note_efficiency(measured, place)
+    update_model_card(measured, place)
     assert Critic.from_pretrained(place).about == other.about
-    _note_efficiency(measured, Path("me/on-the-hub"))  # there is nothing to write
+    update_model_card(measured, Path("me/on-the-hub"))  # there is nothing to write
 
     def refused(*arguments: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("mavis.critics.io.save.write_json", refused)
-    _note_efficiency(other, place)
-    assert "critic stays as it is: Permission denied" in capsys.readouterr().out
+    update_model_card(other, place)
+    assert "critic is not updated: Permission denied" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

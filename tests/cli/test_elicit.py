@@ -68,7 +68,7 @@ def test_a_conditioned_critic_is_not_asked_for_weights_below_zero(
     assert ran.code == 0, ran.err
     found = json.loads((tmp_path / "out" / "weights.json").read_text())
     assert found["weights"]["positive"] < 0 < found["weights"]["brevity"]
-    assert "knows weights ≥ 0 alone" in ran.out
+    assert "takes weights ≥ 0 only" in ran.out
     *_, line = ran.out.strip().splitlines()
     assert "weights={positive: 0, brevity: " in line
     again = mavis(*shlex.split(line)[1:])
@@ -95,7 +95,7 @@ def test_skipped_questions_are_left_out_and_asked_no_more(mavis: Any, trained: P
 def test_the_end_of_the_input_is_no_error(mavis: Any, trained: Path, tmp_path: Path) -> None:
     ran = mavis("elicit", *ROOM, *FEW, f"checkpoint={trained}", stdin="")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.endswith("No question was answered, so there are no weights yet; repeat the command to go on.\n")
+    assert ran.out.endswith("No question was answered, so there are no weights yet; rerun the command to resume.\n")
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     assert not (tmp_path / "out" / "weights.json").exists()
 
@@ -120,7 +120,7 @@ def test_a_repeated_call_goes_on_as_if_it_had_never_stopped(
         patched.setattr(builtins, "input", broken_off)
         first = mavis(*base, "output=parts")
     assert first.code == 130
-    assert "what is finished is kept; repeat the command to go on" in first.err
+    assert "finished work is kept; rerun the command to resume" in first.err
     second = mavis(*base, "output=parts", stdin="2\n")
     assert second.code == 0
     assert "weights from 2 choices" in second.out
@@ -145,14 +145,17 @@ def test_when_there_is_nothing_left_to_ask_it_says_so(mavis: Any, trained: Path)
     )
     assert ran.code == 0, ran.err
     assert 1 <= ran.out.count("=== question") <= 3
-    assert "There is no other pair to ask about; prompts=2 samples more in a new output." in ran.out
+    assert "All pairs have been asked. To sample more, choose a new output folder and prompts=2." in ran.out
 
 
 def test_other_settings_in_the_same_folder_are_refused(mavis: Any, trained: Path) -> None:
     base = ("elicit", *ROOM, f"checkpoint={trained}", "output=out", "prompts=2", "questions=3")
     assert mavis(*base, stdin="1\n").code == 0
     assert_refused(mavis(*base, "seed=1", stdin="1\n"), "holds rollouts with different settings.seed")
-    assert_refused(mavis(*base, "objectives.brevity.scale=7", stdin="1\n"), "whose objectives are configured otherwise")
+    assert_refused(
+        mavis(*base, "objectives.brevity.scale=7", stdin="1\n"),
+        "a run with different objective settings: brevity.scale",
+    )
 
 
 def test_pairs_from_a_file_are_enough_and_take_no_policy(
@@ -185,9 +188,9 @@ def test_what_no_pair_tells_is_said(mavis: Any, trained: Path, tmp_path: Path) -
         (["beta=-1"], "beta is -1"),
         (["checkpoint=nothing"], "'nothing', which does not exist"),
         (["objective=[positive]"], "the critic's objective 'brevity' is not among the configured ones"),
-        (["pairs=nothing.jsonl"], "pairs come from 'nothing.jsonl', which cannot be read"),
-        (["pairs=empty.jsonl"], "pairs come from 'empty.jsonl', which holds no pair"),
-        (["pairs=broken.jsonl"], "line 1 of 'broken.jsonl' is no JSON"),
+        (["pairs=nothing.jsonl"], "path is 'nothing.jsonl', which cannot be read"),
+        (["pairs=empty.jsonl"], "pairs is 'empty.jsonl', a file without any pair"),
+        (["pairs=broken.jsonl"], "line 1 of 'broken.jsonl' is not JSON"),
         (["pairs=equal.jsonl"], "none of the 1 pairs differs on any objective (positive, brevity)"),
     ],
 )

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mavis.cli import COMMANDS, _named_by_what_differs, _quoted, main
+from mavis.cli import COMMANDS, main
+from mavis.cli.overrides import exclude_shared_overrides, quote_text
 from mavis.version import __version__
 
 
@@ -82,18 +83,18 @@ def parsed(override: str) -> Any:
 def test_a_prompt_is_parsed_back_to_exactly_what_was_written(text: str) -> None:
     if text in ("null", "???"):  # nothing, and what Hydra holds for missing
         return
-    assert parsed(_quoted(f"prompt={text}")) == text
-    assert parsed(_quoted(f"story={text}")) == text
+    assert parsed(quote_text(f"prompt={text}")) == text
+    assert parsed(quote_text(f"story={text}")) == text
 
 
 @pytest.mark.parametrize("override", ["prompt=", "prompt=null", "weights={a: 1}", "beta=2,4", "-m", "prompt_file=-"])
 def test_what_is_no_prompt_is_left_alone(override: str) -> None:
-    assert _quoted(override) == override
+    assert quote_text(override) == override
 
 
-def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
+def test_runs_of_a_sweep_areexclude_shared_overrides() -> None:
     given = ["-m", "policy=pretrained", "policy.path='a/b'", "beta=2,4", "critic.hidden=choice(8,16)", "output=x"]
-    *kept, added = _named_by_what_differs(given)
+    *kept, added = exclude_shared_overrides(given)
     assert kept == given
     assert added.startswith("hydra.job.config.override_dirname.exclude_keys=")
     excluded = OverridesParser.create().parse_override(added).value()
@@ -102,18 +103,18 @@ def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
 
 
 def test_a_sweep_in_which_everything_differs_is_named_by_everything() -> None:
-    *_, added = _named_by_what_differs(["-m", "beta=2,4"])
+    *_, added = exclude_shared_overrides(["-m", "beta=2,4"])
     assert OverridesParser.create().parse_override(added).value() == ["output", "threads"]
 
 
 @pytest.mark.parametrize("given", [["beta=2,4"], ["-m", "beta=[2,"]])
 def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> None:
-    assert _named_by_what_differs(given) == given
+    assert exclude_shared_overrides(given) == given
 
 
 def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "prompt=Hi", "weights={positive: 1.0, 'positive': 0.5}"]) == 2
-    assert "weights names objective 'positive' twice. Hint: give each one weight." in capsys.readouterr().err
+    assert "weights names objective 'positive' twice. Hint: give each objective one weight." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFix
         (["train", "policy=embeded"], "policy has no option 'embeded'. Hint: did you mean 'embedded'?"),
         (
             ["train", "objective=brevity,positive"],
-            "objective is given several values. Hint: write objective=[brevity,positive] for all of them",
+            "objective is given several values. Hint: write objective=[brevity,positive] to use all of them",
         ),
-        (["train", "beta=[2,"], "'beta=[2,' cannot be read: "),
+        (["train", "beta=[2,"], "'beta=[2,' cannot be parsed: "),
     ],
 )
 def test_an_override_that_cannot_be_is_told_in_one_line(mavis: Any, arguments: list[str], said: str) -> None:
@@ -142,7 +143,7 @@ def test_breaking_off_is_told_in_one_line(mavis: Any, monkeypatch: pytest.Monkey
     def broken_off(config: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mavis.cli.app.prepare", broken_off)
+    monkeypatch.setattr("mavis.cli.hydra_app.prepare_process", broken_off)
     ran = mavis("train")
     assert ran.code == 130
-    assert ran.err == "\nmavis: interrupted. Hint: what is finished is kept; repeat the command to go on.\n"
+    assert ran.err == "\nmavis: interrupted. Hint: finished work is kept; rerun the command to resume.\n"

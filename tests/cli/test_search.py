@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mavis.cli.conf_dir import conf_dir
 from mavis.cli.search import search
-from mavis.cli.search_space import as_it_is, search_space
+from mavis.cli.search_space import current_settings, search_space
 from mavis.critics import Critic
 from mavis.errors import ConfigError
 from mavis.utils.files import write_json
@@ -88,7 +88,7 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
     assert {run["output"] for run in launched.tried} == {str(tmp_path)}
     assert [run["hydra.sweep.subdir"] for run in launched.tried] == [f"trial-{number:03d}" for number in range(40)]
     scores = [measured(run)["efficiency"] for run in launched.tried]
-    assert [trial["figures"]["efficiency"] for trial in found["trials"]] == scores
+    assert [trial["metrics"]["efficiency"] for trial in found["trials"]] == scores
     (best,) = found["best"]
     assert scores[best] == max(scores, key=lambda score: score or 0.0)
     # The highest is 0.976. Of 39 random trials the best falls below 0.9 with probability (1 − 0.114)^39 < 0.01.
@@ -97,7 +97,7 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
 
 @pytest.mark.parametrize("together", [1, 4])
 def test_a_search_that_is_broken_off_tries_what_it_would_have_tried(tmp_path: Path, together: int) -> None:
-    asked = (f"search.together={together}",)
+    asked = (f"search.parallel_trials={together}",)
     whole = Launched(measured, tmp_path / "whole")
     expected = searched(tmp_path / "whole", whole, *asked)
     assert {len(batch) for batch in whole.batches} == {together}
@@ -122,13 +122,13 @@ def test_a_search_that_is_broken_off_tries_what_it_would_have_tried(tmp_path: Pa
 
 def test_trials_of_a_batch_are_not_all_the_same(tmp_path: Path) -> None:
     launched = Launched(measured, tmp_path)
-    searched(tmp_path, launched, "search.together=6", trials=6)
+    searched(tmp_path, launched, "search.parallel_trials=6", trials=6)
     assert len({run["beta"] for run in launched.tried}) == 6
 
 
 def test_two_figures_end_in_the_trials_that_no_other_beats(tmp_path: Path) -> None:
     found = searched(tmp_path, Launched(measured, tmp_path), "search.minimise=[seconds]", trials=24)
-    points = [(trial["figures"]["efficiency"], -trial["figures"]["seconds"]) for trial in found["trials"]]
+    points = [(trial["metrics"]["efficiency"], -trial["metrics"]["seconds"]) for trial in found["trials"]]
     best = {
         number
         for number, (a, b) in enumerate(points)
@@ -150,12 +150,12 @@ def test_a_trial_that_fails_is_one_of_the_trials_and_says_why(tmp_path: Path) ->
     assert len(found["trials"]) == 20
     said = {
         "256": "too wide",
-        "64": "at every target KL the limit has too few effective samples, or the cut to candidates costs more",
+        "64": "no target KL has an efficiency: the frontier has too few effective samples, or truncation costs more KL",
     }
     for trial in found["trials"]:
         hidden = trial["settings"]["critic.hidden"]
         assert trial["error"] == said.get(hidden)
-        assert (trial["figures"] is None) == (hidden in said)
+        assert (trial["metrics"] is None) == (hidden in said)
     assert found["trials"][found["best"][0]]["settings"]["critic.hidden"] == "128"
 
 
@@ -170,7 +170,7 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path: Path, capsys: pyt
     assert len(launched.tried) == 3
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == (
-        "mavis: all of 3 trials failed, the last with: no such policy Hint: mend that, and name a new output folder."
+        "mavis: all of 3 trials failed, the last with: no such policy Hint: fix the cause, and name a new output folder."
     )
 
 
@@ -178,10 +178,10 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path: Path, capsys: pyt
     ("arguments", "message"),
     [
         (["search.trials=0"], "trials is 0, expected a whole number ≥ 1"),
-        (["search.together=1.5"], "together is 1.5, expected a whole number ≥ 1"),
-        (["search.maximise=[efficency]"], "'efficency' is not measured. Hint: did you mean 'efficiency'?"),
+        (["search.parallel_trials=1.5"], "parallel_trials is 1.5, expected a whole number ≥ 1"),
+        (["search.maximise=[efficency]"], "metric 'efficency' does not exist. Hint: did you mean 'efficiency'?"),
         (["search.maximise=[]"], "maximise and minimise are empty"),
-        (["search.minimise=[efficiency]"], "'efficiency' is searched for twice"),
+        (["search.minimise=[efficiency]"], "metric 'efficiency' is named twice"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -205,7 +205,7 @@ def test_two_searches_are_never_at_work_in_one_folder(tmp_path: Path, capsys: py
         with pytest.raises(SystemExit) as stop:
             searched(tmp_path, second)
         assert stop.value.code == 2
-        assert "in which another search is at work. Hint: " in capsys.readouterr().err
+        assert "where another search is running. Hint: " in capsys.readouterr().err
         return measured(settings)
 
     assert len(searched(tmp_path, Launched(meanwhile, tmp_path), trials=2)["trials"]) == 2
@@ -236,7 +236,7 @@ def test_a_launcher_that_breaks_off_is_told_in_one_line_and_nothing_is_lost(
         searched(tmp_path, killed, trials=3)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert "mavis: the launcher broke off: RuntimeError: A worker process was unexpectedly terminated. Hint: " in said
+    assert "mavis: the launcher failed: RuntimeError: A worker process was unexpectedly terminated. Hint: " in said
     assert searched(tmp_path, Launched(measured, tmp_path), trials=3)["trials"][:2] == first["trials"]
 
 
@@ -295,7 +295,7 @@ def test_the_settings_as_they_are_are_found_among_choices(setting: str, choices:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = compose("search", [setting], return_hydra_config=True)
     _, space, _ = search_space([f"{name}={choices}"], {})
-    assert as_it_is(config, space) == ({} if chosen is None else {name: chosen})
+    assert current_settings(config, space) == ({} if chosen is None else {name: chosen})
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_the_settings_as_they_are_are_found_among_choices(setting: str, choices:
         (["beta=3"], {"beta": "interval(1,2)"}, "there is nothing to search"),
         (["beta=interval(3,1)"], {}, "'beta=interval(3,1)' cannot be searched: "),
         (["beta=tag(log,interval(0.0,1.0))"], {}, "cannot be searched: "),
-        ([], {"beta": "interval(1"}, "search.space cannot be read: "),
-        ([], {"beta": "3"}, "search.space has one value of beta"),
+        ([], {"beta": "interval(1"}, "search.space cannot be parsed: "),
+        ([], {"beta": "3"}, "search.space has a single value for beta"),
     ],
 )
 def test_an_impossible_space_is_refused(given: list[str], defaults: dict[str, str], message: str) -> None:
@@ -341,8 +341,8 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
     for trial in found["trials"]:
         assert trial["error"] is None
         run = tmp_path / "found" / f"trial-{trial['trial']:03d}"
-        figures = json.loads((run / "figures.json").read_text())
-        assert figures["efficiency"] == trial["figures"]["efficiency"]
+        figures = json.loads((run / "metrics.json").read_text())
+        assert figures["efficiency"] == trial["metrics"]["efficiency"]
         assert math.isfinite(figures["efficiency"])
         assert figures["seconds"] > 0
         # The prompts that chose the critic are not those on which it may be praised.
@@ -366,7 +366,7 @@ def test_trials_that_run_together_share_what_they_can(
     ours = ("policy", "critic.hidden", "improvement.iterations", "decoding.top_k")
     given = [*(one for one in small if not one.startswith(ours)), *FEW, "improvement.iterations=1", "output=found"]
     given += ["policy=pretrained", f"policy.path={tiny_folder}", "critic.hidden=4,8,16", "search.minimise=[seconds]"]
-    given += ["launcher=joblib", "hydra.launcher.n_jobs=2", "search.together=2", "search.trials=2"]
+    given += ["launcher=joblib", "hydra.launcher.n_jobs=2", "search.parallel_trials=2", "search.trials=2"]
     done = subprocess.run(
         [sys.executable, "-m", "mavis.cli", "search", *given],
         cwd=tmp_path,
@@ -377,5 +377,5 @@ def test_trials_that_run_together_share_what_they_can(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found" / "search.json").read_text())
-    assert [set(trial["figures"]) for trial in found["trials"]] == [{"efficiency", "seconds"}] * 2
+    assert [set(trial["metrics"]) for trial in found["trials"]] == [{"efficiency", "seconds"}] * 2
     assert len(list((tmp_path / "found").rglob("reference/shard-*"))) == 1

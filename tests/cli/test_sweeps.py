@@ -138,7 +138,7 @@ def test_breaking_off_a_sweep_ends_all_of_it(
     monkeypatch.setattr(import_module("mavis.training.improvement.stages"), "fit", broken_off)
     ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
     assert ran.code == 130
-    assert ran.err.endswith("mavis: interrupted. Hint: what is finished is kept; repeat the command to go on.\n")
+    assert ran.err.endswith("mavis: interrupted. Hint: finished work is kept; rerun the command to resume.\n")
     assert not (tmp_path / "sweep" / "beta=4").exists()
     told = mavis("report", "sweep")
     assert "1 unfinished, 1 not started" in told.out

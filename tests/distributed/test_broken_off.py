@@ -108,7 +108,7 @@ def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happe
         code, _, err = ended(job)
         assert code != 0
         assert not (where / "marker").exists()
-        assert name != "alone" or err.count("mavis: interrupted. Hint: what is finished is kept") == 1
+        assert name != "alone" or err.count("mavis: interrupted. Hint: finished work is kept") == 1
         assert assert_whole(run) > len(first)
 
     # A quota: no file may be longer than this, so that shards still fit, but no critic.
@@ -117,7 +117,7 @@ def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happe
     limits = (resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
     code, _, err = ended(start("alone", where, preexec_fn=lambda: resource.setrlimit(*limits)))
     assert code == 2
-    assert re.search(r"^mavis: .*File too large.* Hint: what is finished is kept", err, flags=re.MULTILINE), err
+    assert re.search(r"^mavis: .*File too large.* Hint: finished work is kept", err, flags=re.MULTILINE), err
     assert "Traceback" not in err
     assert_whole(run)
     assert not (run / "critic").exists()

@@ -8,13 +8,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import mavis.vllm.sampler
-from mavis.cli.train import make_sampler
+from mavis.cli.build import build_sampler
 from mavis.errors import ConfigError, MissingPackageError
 from mavis.vllm.sampler import VllmSampler
 
 
 def sampler(kind: str, **options: Any) -> Any:
-    return make_sampler(OmegaConf.create({"sampler": {"kind": kind, "options": options}}))
+    return build_sampler(OmegaConf.create({"sampler": {"kind": kind, "options": options}}))
 
 
 def test_sampling_with_vllm_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,279 @@
+"""Builders: from the groups of a config to policies, objectives, prompts, settings, critics and samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mavis.distributed import join_processes
+from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
+
+if TYPE_CHECKING:
+    from mavis.critics import Critic
+    from mavis.critics.head_critic import HeadCritic
+    from mavis.evaluation import EvaluationSettings
+    from mavis.rewards import Objective
+    from mavis.rollouts import RolloutSettings, Sampler
+    from mavis.training import AlignSettings, DistillSettings, ImprovementSettings
+
+
+def plain(config: Any) -> Any:
+    """Convert a node of a config to plain Python data, with interpolations resolved.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: if a required setting is missing.
+    """
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(config):
+        return config
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `policy.device` that let transformers spread the policy over several accelerators."""
+
+
+def load_policy(config: Any) -> tuple[Any, Any]:
+    """Load the policy and the tokenizer that a `policy` group describes.
+
+    Args:
+        config: with `path`, None for the embedded policy; else also dtype, device, revision and trust_remote_code.
+
+    Returns:
+        The policy in evaluation mode, without gradients, and its tokenizer, padding on the left.
+
+    Raises:
+        PolicyError: if there is no such model, or its weights are no safetensors.
+    """
+    if config.path is None:
+        from mavis.policies import embedded
+
+        return embedded.load()
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = Path(config.path).expanduser()
+    if not local.exists() and (local.is_absolute() or str(config.path).startswith((".", "~"))):
+        raise PolicyError(f"policy.path is {config.path!r}, which does not exist.", "name a folder or a model id.")
+    source = str(local) if local.exists() else config.path
+    shared = {"revision": config.get("revision") or "main", "trust_remote_code": config.get("trust_remote_code", False)}
+    device = config.get("device", "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        policy = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=config.get("dtype", "auto"),
+            use_safetensors=True,
+            **({"device_map": device} if device in DEVICE_MAPS else {}),
+            **shared,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PolicyError(
+            f"policy.path is {config.path!r}, which cannot be loaded: {first_sentence(error)}.",
+            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise PolicyError(
+                f"the tokenizer of {config.path!r} has neither padding nor an end token.", "give it a pad token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    policy = policy if device in DEVICE_MAPS else policy.to(device)
+    return policy.eval().requires_grad_(False), tokenizer
+
+
+def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str, Objective]:
+    """Build the objectives of a config.
+
+    Args:
+        config: with `objectives`, a mapping from name to `_target_` and options.
+        names: which objectives, in this order; None builds all.
+
+    Raises:
+        ConfigError: if there is none, one is unknown, or one cannot be built.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import MissingMandatoryValue
+
+    configured = config.get("objectives") or {}
+    selected = list(configured) if names is None else list(names)
+    if not selected:
+        raise ConfigError("objective is empty.", "choose at least one, e.g. objective=[positive,dialogue].")
+    objectives = {}
+    for name in selected:
+        if name not in configured:
+            raise ConfigError(
+                f"the critic's objective {name!r} is not among the configured ones.",
+                f"{closest(name, configured)} Select the critic's objectives with objective=[{','.join(selected)}].",
+            )
+        try:
+            objectives[name] = instantiate(configured[name], _convert_="all")
+        except MissingMandatoryValue:
+            raise
+        except Exception as error:  # Hydra wraps the constructor's exception
+            cause = error.__cause__ or error
+            text = cause.message if isinstance(cause, MavisError) else " ".join(str(cause).split())
+            hint = cause.hint if isinstance(cause, MavisError) else "check its options."
+            raise ConfigError(f"objective {name!r} cannot be built: {text}", hint) from error
+    return objectives
+
+
+def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -> None:
+    """Record how a run's objectives are configured in its folder: stored rewards are only valid for these options.
+
+    Raises:
+        DataError: if the folder holds a run whose objectives are configured differently.
+    """
+    from mavis.utils.files import matches_manifest, write_json
+
+    manifest = {name: plain(config.objectives[name]) for name in names}
+    path = folder / "objectives.json"
+    if join_processes().is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
+        write_json(path, manifest)
+
+
+def read_prompts(config: Any) -> list[str]:
+    """Read the prompts that one entry of a `data` group describes."""
+    from mavis.policies import embedded
+    from mavis.rollouts import load_prompts
+
+    options = plain(config)
+    if options["source"] == "embedded":
+        options["source"] = str(embedded.path() / "openings.txt")
+    return load_prompts(**options)
+
+
+def read_evaluation_prompts(data: Any) -> list[str]:
+    """Read the evaluation prompts of a `data` group.
+
+    Raises:
+        ConfigError: if some of them are training prompts of the same group.
+    """
+    from omegaconf import OmegaConf
+
+    prompts = read_prompts(data.evaluation_prompts)
+    trained = set() if OmegaConf.is_missing(data.prompts, "source") else set(read_prompts(data.prompts))
+    shared = [prompt for prompt in prompts if prompt in trained]
+    if shared:
+        raise ConfigError(
+            f"data.evaluation_prompts contains {len(shared)} of the training prompts, such as {shared[0]!r}.",
+            "evaluate on prompts that the critic was not trained on; training prompts overestimate it.",
+        )
+    return prompts
+
+
+def describe_prompts(config: Any) -> str:
+    """Name the prompts of one entry of a `data` group for a model card, which shows no path on this machine."""
+    source = plain(config.source)
+    if isinstance(source, list):
+        return f"a list of {len(source)} prompts"
+    if source == "embedded":
+        return "the story openings that ship with mavis"
+    path = Path(source).expanduser()
+    return path.name if path.exists() else str(source)
+
+
+def rollout_settings(config: Any, shard_size: int, critic: Critic | None = None) -> RolloutSettings:
+    """Build the settings of sampling from the `decoding` group and the seed.
+
+    Args:
+        config: with that group.
+        shard_size: responses sampled and written together.
+        critic: a trained critic, which knows what `as_trained` stands for.
+    """
+    from mavis.decoding.settings import check_settings, trained_temperature, trained_top_k
+    from mavis.rollouts import RolloutSettings
+
+    decoding = plain(config.decoding)
+    if critic is not None:
+        check_settings(None, None, decoding["top_k"], decoding["temperature"])
+        decoding["top_k"] = trained_top_k(decoding["top_k"], critic)
+        decoding["temperature"] = trained_temperature(decoding["temperature"], critic)
+    return RolloutSettings(**decoding, shard_size=shard_size, seed=config.seed)
+
+
+def improvement_settings(config: Any) -> ImprovementSettings:
+    """Build the settings of training from the `improvement` and `decoding` groups, β and the seed."""
+    from mavis.training import FitSettings, ImprovementSettings
+
+    options = plain(config.improvement)
+    sampling = rollout_settings(config, options.pop("shard_size"))
+    fit = FitSettings(**options.pop("fit"))
+    return ImprovementSettings(**options, beta=config.beta, sampling=sampling, fit=fit)
+
+
+def distill_settings(config: Any) -> DistillSettings:
+    """Build the settings of a distillation from `distillation`, the `decoding` group and the seed."""
+    from mavis.training import DistillSettings, RegressionSettings
+
+    options = plain(config.distillation)
+    sampling = rollout_settings(config, options.pop("shard_size"))
+    fit = RegressionSettings(**options.pop("fit"))
+    return DistillSettings(**options, sampling=sampling, fit=fit)
+
+
+def align_settings(config: Any) -> AlignSettings:
+    """Build the settings of an alignment from `alignment`, β and the seed."""
+    from mavis.training import AlignSettings
+
+    return AlignSettings(**plain(config.alignment), beta=config.beta, seed=config.seed)
+
+
+def evaluation_settings(config: Any, critic: Critic | None = None) -> EvaluationSettings:
+    """Build the settings of a sweep from the `evaluation` and `decoding` groups and the seed."""
+    from mavis.evaluation import EvaluationSettings
+
+    options = plain(config.evaluation)
+    del options["held_out"]
+    sampling = rollout_settings(config, options.pop("shard_size"), critic)
+    options |= {name: tuple(options[name]) for name in ("betas", "target_kls")}
+    return EvaluationSettings(**options, sampling=sampling)
+
+
+def build_critic(config: Any, policy: Any, tokenizer: Any, objectives: list[str], composition: str) -> HeadCritic:
+    """Build the untrained critic that a `critic` group describes.
+
+    Args:
+        config: with that group and a seed.
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        objectives: their names.
+        composition: `independent` or `conditioned`.
+
+    Raises:
+        ConfigError: if there is no such kind of critic.
+    """
+    from mavis.critics import HiddenStateCritic, ValueModelCritic
+
+    options = plain(config.critic)
+    kind = options.pop("kind")
+    options |= {"composition": composition, "seed": config.seed}
+    if kind == HiddenStateCritic.kind:
+        return HiddenStateCritic.for_policy(policy, objectives, **options)
+    if kind == ValueModelCritic.kind:
+        return ValueModelCritic.for_policy(policy, objectives, tokenizer=tokenizer, **options)
+    raise ConfigError(f"critic.kind is {kind!r}.", closest(str(kind), [HiddenStateCritic.kind, ValueModelCritic.kind]))
+
+
+def build_sampler(config: Any) -> AbstractContextManager[Sampler]:
+    """Build the sampler of rollouts that a `sampler` group describes; leaving its `with` block releases it.
+
+    Args:
+        config: with that group.
+
+    Raises:
+        ConfigError: if there is no such sampler.
+    """
+    from mavis.rollouts.sampler import GENERATE_SAMPLER
+    from mavis.vllm.sampler import VllmSampler
+
+    kind = str(config.sampler.kind)
+    if kind == GENERATE_SAMPLER.name:
+        return nullcontext(GENERATE_SAMPLER)
+    if kind == VllmSampler.name:
+        return VllmSampler(**plain(config.sampler.options))
+    raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GENERATE_SAMPLER.name, VllmSampler.name]))

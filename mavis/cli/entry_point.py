@@ -1,0 +1,77 @@
+"""The `mavis` command: which Hydra app each subcommand runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mavis.cli.overrides import check_overrides, exclude_shared_overrides, quote_text, refuse_duplicates
+from mavis.distributed import launcher_rank
+from mavis.errors import ConfigError, closest
+
+COMMANDS = {
+    "demo": "train, evaluate and use a critic on the embedded policy; takes minutes, downloads nothing",
+    "train": "train a critic for a policy",
+    "search": "search the settings of training for the best critic",
+    "distill": "distill several critics into one",
+    "evaluate": "sweep weights and β, and compare with the optimal reward at each KL",
+    "generate": "continue prompts under preference weights",
+    "elicit": "infer a user's preference weights from choices between two responses",
+    "align": "fine-tune a copy of a policy for an objective under a KL penalty",
+    "report": "gather the runs of a sweep into one table and one plot",
+}
+
+_WRITE_NOTHING = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides that keep Hydra from writing files; of several processes only the main one writes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command and its overrides; None reads the process's own.
+
+    Returns:
+        The exit status: 0, or 2 for an error in the arguments.
+
+    Examples:
+        >>> from mavis.cli import main
+        >>> main(["generated"])  # "there is no command 'generated'" goes to standard error
+        2
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_help()
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from mavis.version import __version__
+
+        print(__version__)
+        return 0
+    command, overrides = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    if command == "report" and overrides and not overrides[0].startswith(("-", "folder=", "output=", "format=")):
+        overrides[0] = f"folder={overrides[0]}"  # the names of run folders contain commas and equals signs
+    try:
+        refuse_duplicates(overrides)
+        overrides = [quote_text(override) for override in overrides]
+        check_overrides(command, overrides)
+    except ConfigError as error:
+        if launcher_rank() == 0:  # all processes have the same arguments
+            print(f"mavis: {error}", file=sys.stderr)
+        return 2
+    # Hydra reads the process's arguments and names the app after the script.
+    silent = _WRITE_NOTHING if launcher_rank() else ()
+    sys.argv = [f"mavis-{command}", *exclude_shared_overrides(overrides), *silent]
+    importlib.import_module(f"mavis.cli.{command}").main()
+    return 0
+
+
+def _print_help() -> None:
+    width = max(map(len, COMMANDS))
+    print("usage: mavis <command> [name=value ...]\n")
+    print("\n".join(f"  {name:<{width}}  {description}" for name, description in COMMANDS.items()))
+    print("\nmavis <command> --help lists the settings of a command; --cfg job prints them with overrides applied.")
