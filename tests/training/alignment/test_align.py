@@ -319,7 +319,7 @@ def test_the_process_is_as_it_was(
 def test_a_missing_extra_is_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.delitem(sys.modules, "mavis.training.alignment.reinforce", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(MissingPackageError, match="align needs TRL and PEFT.*pip install 'mavis\\[align\\]'"):
+    with pytest.raises(MissingPackageError, match="align needs TRL and PEFT.*pip install 'mavis-decoding\\[align\\]'"):
         start(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
