@@ -57,9 +57,9 @@ in the arguments.
 CONFIGURATION = """\
 # Configuration
 
-Commands are configured with [Hydra](https://hydra.cc): each folder of `conf/` is a group, and each file in it an option,
-chosen by `group=option` and changed by `group.setting=value`. The defaults are those of the settings dataclasses in the
-Python API.
+Commands are configured with [Hydra](https://hydra.cc): each folder of `conf/` is a group, and each file in it an
+option, chosen by `group=option` and changed by `group.setting=value`. The defaults are those of the settings
+dataclasses in the Python API.
 
 `mavis <command> --cfg job` prints the configuration that a command would use, and every run keeps its own in `.hydra/`
 beside its results.
@@ -121,9 +121,7 @@ def configuration_page() -> str:
     found = [folder.name for folder in sorted(CONF.iterdir()) if folder.is_dir()]
     groups = [name for name in GROUPS if name in found]
     groups += [name for name in found if name not in GROUPS and _options(name)]
-    lines = [
-        CONFIGURATION,
-    ]
+    lines = [CONFIGURATION]
     for group in groups:
         if not (options := _options(group)):
             continue

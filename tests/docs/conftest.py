@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -57,7 +58,8 @@ def run_mavis(workspace: Path) -> Callable[[list[str]], str]:
 
     def run(arguments: list[str]) -> str:
         out, err = io.StringIO(), io.StringIO()
-        with restored_process(workspace), redirect_stdout(out), redirect_stderr(err):
+        with restored_process(workspace), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a user sees them, and the command goes on
             sys.stdin = io.StringIO(ANSWERS)
             try:
                 code = main(arguments)

@@ -76,6 +76,36 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{command[1]}:", makefile, flags=re.MULTILINE) for command in commands)
 
 
+def test_settings_that_pages_name_exist() -> None:
+    files = [path for path in (ROOT / "conf").rglob("*.yaml") if "hydra" not in path.parts]
+    known = {setting for path in files for setting in settings(path)}
+    groups = "|".join(
+        sorted({setting.partition(".")[0] for setting in known if "." in setting} - {"hydra", "objectives"})
+    )
+    missing = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(rf"(?<![\w./+])((?:{groups})\.[a-z_.]+[a-z_])(?==|`)", text)
+        missing += [(name_of(page), name) for name in named if name not in known]
+    assert not missing
+
+
+def settings(path: Path) -> set[str]:
+    """List the dotted names of a YAML file's settings, as they are in the composed configuration."""
+    text = path.read_text(encoding="utf-8")
+    directive = re.search(r"^# @package (\S+)", text, flags=re.MULTILINE)
+    package = directive[1] if directive else path.parent.name if path.parent.name != "conf" else "_global_"
+    found: set[str] = set()
+
+    def walk(value: object, name: str) -> None:
+        found.add(name)
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            walk(inner, f"{name}.{key}" if name else str(key))
+
+    walk(yaml.safe_load(text) or {}, "" if package == "_global_" else package)
+    return found
+
+
 def test_every_page_is_in_the_navigation(site: list[str]) -> None:
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     generated = {"reference/cli.md", "reference/configuration.md", "contributing.md", "changelog.md"}
