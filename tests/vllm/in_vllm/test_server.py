@@ -1,4 +1,4 @@
-"""`make serve` and what the README shows of it: many clients at once, each under its own weights."""
+"""`make serve` and what the guide shows of it: many clients at once, each under its own weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ pytest.importorskip("vllm")
 import openai
 
 ROOT = Path(__file__).resolve().parents[3]
+GUIDE = ROOT / "docs" / "guides" / "vllm.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def critic(story: tuple[Any, Any]) -> HiddenStateCritic:
     critic = build_critic(story[0], ("positive", "dialogue"), memory=8)
     betas = [0.5, 1.0, 2.0, 4.0]
     rows = [[beta**2 for beta in betas]] * 3
-    critic.calibration = Calibration(betas, rows, max_new_tokens=16, top_k=None, temperature=0.8)
+    critic.calibration = Calibration(betas, rows, max_new_tokens=16, top_k=None, temperature=1.0)
     return critic
 
 
@@ -130,15 +131,15 @@ def test_a_mistake_is_answered_with_400_and_others_are_unharmed(
         assert len({other.result() for other in others}) == 1
 
 
-def test_the_readmes_client_runs_as_it_is_written(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [snippet] = [block for block in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL) if "openai" in block]
+def test_the_client_of_the_guide_runs_as_it_is_written(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = GUIDE.read_text(encoding="utf-8")
+    [snippet] = [block for block in re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL) if "openai" in block]
     assert "http://localhost:8000/v1" in snippet
-    exec(compile(snippet.replace("http://localhost:8000/v1", address), "README.md", "exec"), {})
+    exec(compile(snippet.replace("http://localhost:8000/v1", address), str(GUIDE), "exec"), {})
     assert len(capsys.readouterr().out) > 20
 
 
-def test_the_readme_names_the_variables_and_the_class(critics: Callable[[str], Any]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_names_the_variables_and_the_class(critics: Callable[[str], Any]) -> None:
+    guide = GUIDE.read_text(encoding="utf-8")
     for name in ("MAVIS_CRITIC", "mavis.vllm.logits_processor:MavisLogitsProcessor", "mavis_critic"):
-        assert name in readme
+        assert name in guide
