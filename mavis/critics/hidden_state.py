@@ -157,6 +157,6 @@ class HiddenStateCritic(HeadCritic):
             return normed
         assert self._capture is not None
         assert self._memory_rows is not None
-        ids, place = prefix_ids.to(normed.device), self._capture.place(prefix_ids)
-        remembered = self._memory_rows.advance(self.memory, ids, normed, place, self._capture.raise_if_missing)
+        ids, position = prefix_ids.to(normed.device), self._capture.position(prefix_ids)
+        remembered = self._memory_rows.advance(self.memory, ids, normed, position, self._capture.raise_if_missing)
         return torch.cat([normed, remembered], dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mavis.math.position_hash import position_multipliers
-from mavis.policies.forward_pass import Place
+from mavis.policies.forward_pass import ResponsePosition
 
 
 class RecurrentMemory(nn.Module):
@@ -69,7 +69,7 @@ class RecurrentRows:
         memory: RecurrentMemory,
         prefix_ids: Tensor,
         states: Tensor,
-        place: Place,
+        position: ResponsePosition,
         missing: Callable[[Tensor], None],
     ) -> Tensor:
         """Return the memory of every row after its latest state.
@@ -89,16 +89,20 @@ class RecurrentRows:
         length = prefix_ids.shape[1]
         factors = self._factors_for(length, prefix_ids.device)
         products = prefix_ids * factors[:length]
-        now = products.sum(dim=1) + place.lengths.to(prefix_ids.device) * _OF_LENGTH
+        now = products.sum(dim=1) + position.lengths.to(prefix_ids.device) * _OF_LENGTH
         asked_before = levels.get(length)
-        if asked_before is not None and not place.begins and _equal(asked_before[0], now):
+        if asked_before is not None and not position.starts_response and _equal(asked_before[0], now):
             return asked_before[1]
         before = None
-        if not place.begins:
+        if not position.starts_response:
             earlier = now - products[:, -1] - _OF_LENGTH
-            before = self._find(levels.get(length - 1), earlier, place.begins, missing)
+            before = self._find(levels.get(length - 1), earlier, position.starts_response, missing)
         after = memory.step(states, before)
-        kept = {} if place.begins else {past: level for past, level in levels.items() if past >= place.oldest}
+        kept = (
+            {}
+            if position.starts_response
+            else {past: level for past, level in levels.items() if past >= position.shortest_resumable}
+        )
         self._thread.levels = kept | {length: (now, after)}
         return after
 
@@ -106,11 +110,11 @@ class RecurrentRows:
         self,
         known: tuple[Tensor, Tensor] | None,
         keys: Tensor,
-        begins: bool | None,
+        starts_response: bool | None,
         missing: Callable[[Tensor], None],
     ) -> Tensor | None:
         if known is None:
-            if begins is False:
+            if starts_response is False:
                 missing(torch.tensor(True))
             return None
         known_keys, memories = known
@@ -118,7 +122,7 @@ class RecurrentRows:
             return memories
         same = keys[:, None] == known_keys
         lost = ~same.any(dim=1).all()
-        if begins is None and bool(lost):
+        if starts_response is None and bool(lost):
             return None
         missing(lost)
         return memories[same.int().argmax(dim=1)]

@@ -269,8 +269,8 @@ class ValueModelCritic(HeadCritic):
         watched: weakref.ref[Any] | None = getattr(self._watched, "cache", None)
         if cache is not None and (watched is None or watched() is not cache):
             self._watched.cache = weakref.ref(cache, lambda _: reader.release())
-        place = self._capture.place(prefix_ids)
-        missing = self._capture.raise_if_missing if place.begins is False else None
+        position = self._capture.position(prefix_ids)
+        missing = self._capture.raise_if_missing if position.starts_response is False else None
         return reader.read(prefix_ids, self._capture.is_token(prefix_ids), candidate_ids, missing=missing)
 
 

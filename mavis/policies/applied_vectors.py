@@ -1,4 +1,4 @@
-"""Which alignment vectors are in which policy's weights at the moment."""
+"""The registry of alignment vectors currently applied to policies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AppliedVectors:
-    """The alignment vectors that are in a policy's weights for a while.
+    """The alignment vectors applied to a policy.
 
     Args:
         names: of the vectors.
-        weights_before: the hash of the policy's weights without them.
+        weights_before: hash of the policy's weights without them.
         has_effect: whether they change any weight.
     """
 
@@ -23,10 +23,10 @@ class AppliedVectors:
 
 
 vectors_of_policies: weakref.WeakKeyDictionary[Any, AppliedVectors] = weakref.WeakKeyDictionary()
-"""Which vectors are applied to which policy; `mavis.vectors` writes it."""
+"""Applied vectors by policy; written by `mavis.vectors`."""
 
 
 def applied_vectors(policy: Any) -> AppliedVectors | None:
-    """Say which alignment vectors are in a policy's weights, or in those of a model that it wraps."""
+    """Return the alignment vectors applied to a policy, or to a model that it wraps; None if there are none."""
     found = (vectors_of_policies.get(module) for module in policy.modules())
     return next((added for added in found if added is not None), None)

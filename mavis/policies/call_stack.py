@@ -1,7 +1,7 @@
-"""Who is asking: what the call stack says about scores and forward passes that are not a decoding step's own.
+"""Recognising assisted decoding and other logits processors by the call stack.
 
-The ids of a draft can look like those of a step, and on an accelerator the host does not know them; the function that
-is running is known at once and for certain.
+The ids of a draft can look like those of a decoding step, and on an accelerator the host cannot see them without
+waiting; the calling function is known immediately and for certain.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 
 def assistance() -> Literal["drafting", "verifying"] | None:
-    """Say whether the caller is part of assisted decoding.
+    """Return the role of the caller in assisted decoding.
 
     Returns:
-        `drafting` where tokens are being proposed, by whatever model or lookup; `verifying` where the policy's own
-        scores of proposed tokens are processed; None in every other way of generating.
+        `drafting` while tokens are proposed by a draft model or a lookup; `verifying` while the policy's own scores of
+        proposed tokens are processed; None otherwise.
     """
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
@@ -31,7 +31,7 @@ def assistance() -> Literal["drafting", "verifying"] | None:
 
 
 def inside_processor() -> bool:
-    """Whether the caller was called by a logits processor, such as that of classifier-free guidance."""
+    """Return whether a logits processor, such as that of classifier-free guidance, is on the call stack."""
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         if frame.f_code.co_name == "__call__" and isinstance(

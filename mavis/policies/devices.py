@@ -13,16 +13,16 @@ from mavis.policies.embeddings import output_embedding
 
 
 def states_device(policy: Any) -> torch.device:
-    """Say on which device the hidden states reach the output embedding.
+    """Return the device on which hidden states reach the output embedding.
 
     Raises:
         PolicyError: if the policy has no output embedding, or no weights.
     """
     embedding = output_embedding(policy)
-    # Weights that accelerate brings from elsewhere for each forward pass are on no device in between.
+    # Offloaded weights are on the execution device only during a forward pass.
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     if device is None:
-        weight = getattr(embedding, "weight", None)  # of a quantised layer it is a method
+        weight = getattr(embedding, "weight", None)  # a method in quantised layers
         device = weight.device if isinstance(weight, torch.Tensor) else policy.device
     device = torch.device(device)
     if device.type == "meta":
@@ -35,7 +35,7 @@ def states_device(policy: Any) -> torch.device:
 
 @contextmanager
 def weights_loaded(module: torch.nn.Module) -> Iterator[None]:
-    """Bring a module's own weights back for a moment, where accelerate keeps them elsewhere between forward passes."""
+    """Load a module's own weights for the block, if accelerate keeps them offloaded between forward passes."""
     if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
         from accelerate.utils import align_module_device
 

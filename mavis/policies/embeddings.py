@@ -10,7 +10,7 @@ from mavis.errors import PolicyError
 
 
 def output_embedding(policy: Any) -> torch.nn.Module:
-    """Find the layer that turns hidden states into logits.
+    """Return the layer that maps hidden states to logits.
 
     Raises:
         PolicyError: if there is none.
@@ -26,7 +26,7 @@ def output_embedding(policy: Any) -> torch.nn.Module:
 
 
 def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
-    """Read (hidden size, vocabulary size) off an output embedding, not off a config, which some families break."""
+    """Return (hidden size, vocabulary size) of an output embedding; some families' configs disagree with it."""
     sizes = getattr(embedding, "in_features", None), getattr(embedding, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]

@@ -1,4 +1,4 @@
-"""What tells one policy from another: its shape, and a hash over a sample of its weights."""
+"""The fingerprint of a policy: its shape, and a hash over a sample of its weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SAMPLES_PER_TENSOR = 64
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The policy a critic was made for.
+    """Identifies the policy that a critic was made for.
 
     Args:
         model_type: the architecture's name in its config, such as `llama`.
-        hidden_size: H, what the output embedding reads.
-        vocab_size: V, what the output embedding writes.
+        hidden_size: H, input size of the output embedding.
+        vocab_size: V, output size of the output embedding.
         weights: hexadecimal hash over a sample of every weight, rounded to bfloat16 so that it does not depend on the
-            precision the policy is loaded in.
+            precision in which the policy is loaded.
     """
 
     model_type: str
@@ -37,11 +37,11 @@ class Fingerprint:
 
     @classmethod
     def of(cls, policy: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> Fingerprint:
-        """Take the fingerprint of a policy.
+        """Compute the fingerprint of a policy.
 
         Args:
             policy: a causal LM.
-            tensors: its weights by name, where the policy itself is only a skeleton without any.
+            tensors: its weights by name, if the policy itself is on the meta device.
 
         Raises:
             PolicyError: if the policy has no output embedding.
@@ -56,7 +56,7 @@ class Fingerprint:
         )
 
     def check(self, policy: Any) -> None:
-        """Refuse a policy of another shape and warn about one with other weights.
+        """Check that a policy has this shape, and warn if it has other weights.
 
         Raises:
             CriticError: if the hidden size or the vocabulary differs.
@@ -70,7 +70,7 @@ class Fingerprint:
                 "attach the critic to the policy it was trained on, or train one with for_policy(policy, ...).",
             )
         added = applied_vectors(policy)
-        # What vectors change may lie between the weights that are sampled.
+        # The weights that vectors change may not be among the sampled ones.
         was_added = added is not None and added.has_effect and added.weights_before == self.weights
         if was_added or other.weights != self.weights:
             warnings.warn(
@@ -99,7 +99,7 @@ def _weights_hash(policy: Any, tensors: Mapping[str, torch.Tensor] | None) -> st
     for path, module in policy.named_modules():
         fresh = []
         for name, parameter in module.named_parameters(recurse=False):
-            # Offloading gives tied weights a stand-in each.
+            # Offloading gives each tied weight a placeholder of its own.
             again = id(parameter) in seen or (parameter.device.type == "meta" and f"{path}.{name}".lstrip(".") in tied)
             seen.add(id(parameter))
             fresh += [] if again else [name]
@@ -109,7 +109,7 @@ def _weights_hash(policy: Any, tensors: Mapping[str, torch.Tensor] | None) -> st
                 flat = weight.detach().reshape(-1)
                 if flat.device.type == "meta" or not flat.numel():
                     continue
-                # A copy: a view would keep in memory what is only here for a moment.
+                # A copy: a view would keep the whole weight in memory.
                 few = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)]
                 samples.append(few.to("cpu", copy=True).to(torch.bfloat16))
     joined = torch.cat(samples).float() if samples else torch.zeros(0)

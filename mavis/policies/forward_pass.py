@@ -1,4 +1,4 @@
-"""One forward pass of the policy, as a hook before it sees it: which tokens it reads, and where."""
+"""One forward pass of the policy, as a hook sees it: which tokens it reads, at which positions."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch.nn import functional as F
 from mavis.errors import DecodingError
 
 
-class Place(NamedTuple):
-    """Where in their responses the rows of a step are."""
+class ResponsePosition(NamedTuple):
+    """Where in their responses the rows of a decoding step are."""
 
     lengths: Tensor
-    """How many of each row's ids are tokens, (B,) integer."""
-    begins: bool | None
-    """Whether their last token ends a prompt; None where it cannot be told from the pass."""
-    oldest: int
-    """The shortest prefix that a later step can go on from."""
+    """Number of tokens (not padding) in each row, (B,) integer."""
+    starts_response: bool | None
+    """Whether the last token ends a prompt, so that a response starts; None where the pass does not show it."""
+    shortest_resumable: int
+    """Length of the shortest prefix that a later step may continue from."""
 
 
 @dataclass(slots=True)
-class Forward:
-    """Which tokens at which positions made which hidden states.
+class ForwardPass:
+    """The tokens that one forward pass reads, their positions, and the hidden states that it makes.
 
     Args:
         ids: (B, S) token ids that go in.
-        start: position of the first of them, which is the length of the cache before the pass.
-        mask: what tells padding: (B, ≥ start + S), a mask of four dimensions, several of them by name, or None.
+        start: position of the first of them: the length of the cache before the pass.
+        mask: attention mask: (B, ≥ start + S), one of four dimensions, a mapping of several by name, or None.
         positions: (B or 1, S) integer, counted without padding, or None.
-        cache: what the pass writes to, or None.
-        hidden: (B, S', H) states that reached the output embedding: the last S' ≤ S positions.
+        cache: weak reference to the cache that the pass writes to, or None.
+        hidden: (B, S', H) states at the output embedding: of the last S' ≤ S positions.
         asked: the first index into S whose states were asked for, or None.
     """
 
@@ -44,11 +44,11 @@ class Forward:
     positions: Tensor | None = None
     cache: weakref.ref[Any] | None = None
     hidden: Tensor | None = None
-    asked: int | None = None
+    first_read: int | None = None
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], previous: Forward | None) -> Forward | None:
-        """Read a pass off the arguments of the policy's `forward`.
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], previous: ForwardPass | None) -> ForwardPass | None:
+        """Describe a pass by the arguments of the policy's `forward`.
 
         Args:
             args: the arguments by position.
@@ -56,7 +56,7 @@ class Forward:
             previous: the pass before, in the same thread.
 
         Returns:
-            The pass, or None if it has no ids or how long its cache is cannot be told.
+            The pass, or None if it has no ids or the length of its cache is unknown.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
@@ -72,7 +72,7 @@ class Forward:
             return None
         mask = kwargs.get("attention_mask")
         if mask is None and before is not None and isinstance(before.mask, Tensor) and before.mask.dim() == 2:
-            mask = F.pad(before.mask, (0, ids.shape[1]), value=1)  # state-space models are told of padding only once
+            mask = F.pad(before.mask, (0, ids.shape[1]), value=1)  # state-space models are given the mask only once
         return cls(
             ids,
             start,
@@ -83,20 +83,20 @@ class Forward:
 
     @property
     def taken(self) -> int:
-        """S, how many tokens of each row the pass reads."""
+        """S, the number of tokens of each row that the pass reads."""
         return self.ids.shape[1]
 
     @property
     def end(self) -> int:
         """The position after the last token."""
-        return self.start + self.taken
+        return self.start + self.new_tokens
 
     @property
     def cached(self) -> bool:
         """Whether the pass writes to a cache."""
         return self.cache is not None
 
-    def place(self, length: int) -> Place:
+    def position(self, length: int) -> ResponsePosition:
         """Say where in their responses the rows are at a prefix whose states were asked for.
 
         The first index of a pass that is asked about ends a prompt if all before it was read in this pass, or several
@@ -106,11 +106,11 @@ class Forward:
             length: number of ids, of which the last is in this pass.
         """
         index = length - 1 - self.start
-        begins = index == self.asked and (self.start == 0 or index > 0)
-        return Place(
+        starts_response = index == self.first_read and (self.start == 0 or index > 0)
+        return ResponsePosition(
             lengths=self._lengths(length),
-            begins=begins if self.cached else None,
-            oldest=self.start if self.cached else length - 1,
+            starts_response=starts_response if self.cached else None,
+            shortest_resumable=self.start if self.cached else length - 1,
         )
 
     def is_padding(self, index: int) -> Tensor | None:
@@ -119,9 +119,9 @@ class Forward:
         mask = next((mask for mask in masks if isinstance(mask, Tensor)), None)
         if self.start or mask is None:
             return None
-        if mask.dim() == 2 and mask.shape[1] >= self.taken:
+        if mask.dim() == 2 and mask.shape[1] >= self.new_tokens:
             return mask[:, index] == 0
-        if mask.dim() == 4 and mask.shape[2] == self.taken:  # a token sees itself, padding does not
+        if mask.dim() == 4 and mask.shape[2] == self.new_tokens:  # a token sees itself, padding does not
             own = mask[:, 0, index, index]
             return ~own if own.dtype == torch.bool else own != 0
         return None
@@ -131,7 +131,7 @@ class Forward:
         mask = self.mask
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= self.end:
             return mask[:, :length].bool()
-        if mask is not None and (self.positions is None or self.positions.shape[1] != self.taken):
+        if mask is not None and (self.positions is None or self.positions.shape[1] != self.new_tokens):
             raise DecodingError(
                 "the policy's attention mask is not by token and comes without position_ids, so that padding cannot be "
                 "told from tokens.",
@@ -145,12 +145,17 @@ class Forward:
         mask, positions = self.mask, self.positions
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= self.end:
             return mask[:, :length].sum(dim=1)
-        if mask is not None and positions is not None and positions.dim() == 2 and positions.shape[1] == self.taken:
+        if (
+            mask is not None
+            and positions is not None
+            and positions.dim() == 2
+            and positions.shape[1] == self.new_tokens
+        ):
             return positions[:, length - 1 - self.start] + 1
         return torch.full_like(self.ids[:1, 0], length)
 
 
-def _length(cache: Any | None, before: Forward | None) -> int | None:
+def _length(cache: Any | None, before: ForwardPass | None) -> int | None:
     """Count the tokens of each row that a cache holds; None if that cannot be told.
 
     Args:

@@ -59,9 +59,9 @@ def neutral_generation_config(policy: Any, temperature: float, arguments: dict[s
 
 
 def end_token_ids(policy: Any) -> set[int]:
-    """Say which tokens end a response of a policy; none if it does not know any."""
-    end = policy.generation_config.eos_token_id
-    return set() if end is None else set(end) if isinstance(end, list) else {int(end)}
+    """Return the tokens that end a response of a policy; empty if it has none, or for no policy."""
+    end = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+    return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
 
 
 # What a policy's own generation_config can do to its scores that replaying responses would not repeat.

@@ -1,4 +1,4 @@
-"""What a policy or a repository on the hub is called."""
+"""Names of policies and of repositories on the hub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def policy_name(policy: Any) -> str | None:
-    """Tell a policy's name: its id on the hub, or of a folder the last part, since the rest is nobody's business.
+    """Return the name of a policy: its id on the hub, or the last part of its folder, without the private path.
 
     Args:
         policy: a causal LM.
 
     Returns:
-        The name, None if the policy does not say.
+        The name, or None if the policy has none.
     """
     name = str(getattr(policy, "name_or_path", "") or "")
     if not name:
@@ -25,5 +25,5 @@ def policy_name(policy: Any) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name can be that of a repository on the hub and not of a folder here."""
+    """Return whether a name can be a repository on the hub rather than a local folder."""
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()

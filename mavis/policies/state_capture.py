@@ -1,4 +1,4 @@
-"""Hidden states of the policy's own forward passes, caught per thread and matched to score rows by position."""
+"""Capturing the hidden states of a policy's own forward passes, per thread, matched to score rows by position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 from mavis.policies.call_stack import inside_processor
 from mavis.policies.fingerprint import output_embedding
-from mavis.policies.forward_pass import Forward, Place
+from mavis.policies.forward_pass import ForwardPass, ResponsePosition
 
 _NOT_MATCHED_HINT = (
     "the tilt needs each step's scores to come from the latest forward pass, in this thread, of the policy that the "
@@ -34,11 +34,11 @@ _HINTS = {
 
 
 class StateCapture:
-    """Hooks on one policy that keep the latest forward pass of each thread.
+    """Hooks on a policy that keep the latest forward pass of each thread.
 
     Args:
         policy: a causal LM with an output embedding.
-        owner: the critic that reads the states.
+        owner: the critic that reads the hidden states.
 
     Raises:
         PolicyError: if the policy has no output embedding.
@@ -49,7 +49,7 @@ class StateCapture:
         # A wrapper (PEFT's, a compiled module) hands `generate` on to the model inside, so that one's passes are seen.
         model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
         self.policy = weakref.ref(policy)
-        self.owner = owner  # held, because the hooks of a critic that is gone could be removed by nobody
+        self.owner = owner  # a strong reference: nobody could remove the hooks of a critic that is gone
         self._thread = threading.local()
         self._hooks: list[Any] = []
         # A compiler would record what a hook finds, but each pass has its own thread and its own callers.
@@ -60,7 +60,7 @@ class StateCapture:
         _attached.setdefault(policy, []).append(self)
 
     def close(self) -> None:
-        """Remove both hooks and let go of every tensor; closing twice is harmless."""
+        """Remove both hooks and release every tensor; closing twice is harmless."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -84,16 +84,16 @@ class StateCapture:
                 raised at a following step.
         """
         self.raise_pending(wait=False)
-        forward: Forward | None = getattr(self._thread, "forward", None)
+        forward: ForwardPass | None = getattr(self._thread, "forward", None)
         if forward is None or forward.hidden is None:
             raise DecodingError(
-                "critic is attached, but no forward pass of its policy was caught in this thread.",
+                "critic is attached, but no forward pass of its policy was captured in this thread.",
                 _NOT_MATCHED_HINT,
             )
         rows, length = prefix_ids.shape
         index = length - 1 - forward.start
-        in_hidden = index - (forward.taken - forward.hidden.shape[1])
-        if rows != len(forward.ids) or index >= forward.taken or in_hidden < 0:
+        in_hidden = index - (forward.new_tokens - forward.hidden.shape[1])
+        if rows != len(forward.ids) or index >= forward.new_tokens or in_hidden < 0:
             raise DecodingError(
                 f"the scores are for {rows} rows at position {length - 1}, but the latest forward pass made states for "
                 f"{len(forward.ids)} rows at positions {forward.end - forward.hidden.shape[1]} to {forward.end - 1}.",
@@ -103,26 +103,26 @@ class StateCapture:
         padded = forward.is_padding(index)
         if padded is not None:
             self._raise_when_known(padded.any(), _PADDED_RIGHT)
-        forward.asked = index if forward.asked is None else min(index, forward.asked)
+        forward.first_read = index if forward.first_read is None else min(index, forward.first_read)
         return forward.hidden[:, in_hidden]
 
-    def place(self, prefix_ids: Tensor) -> Place:
+    def position(self, prefix_ids: Tensor) -> ResponsePosition:
         """Say where in a response the rows are whose states were just asked for.
 
         Args:
             prefix_ids: (B, L) integer, for which `states` has returned.
         """
-        forward: Forward = self._thread.forward
-        return forward.place(prefix_ids.shape[1])
+        forward: ForwardPass = self._thread.forward
+        return forward.position(prefix_ids.shape[1])
 
     @property
     def cache(self) -> Any | None:
-        """What this thread's latest forward pass wrote to, or None if that is nothing or gone."""
-        forward: Forward | None = getattr(self._thread, "forward", None)
+        """The cache that this thread's latest forward pass wrote to, or None."""
+        forward: ForwardPass | None = getattr(self._thread, "forward", None)
         return forward.cache() if forward is not None and forward.cache is not None else None
 
     def is_token(self, prefix_ids: Tensor) -> Tensor:
-        """Say which of the ids are tokens and which padding, for rows whose states were just asked for.
+        """Return which ids are tokens and which are padding, for rows whose states were just read.
 
         Args:
             prefix_ids: (B, L) integer, for which `states` has returned.
@@ -130,11 +130,11 @@ class StateCapture:
         Returns:
             (B, L) bool; all True if the pass was given no mask.
         """
-        forward: Forward = self._thread.forward
+        forward: ForwardPass = self._thread.forward
         return forward.is_token(prefix_ids.shape[1]).expand(len(prefix_ids), -1)
 
     def raise_if_missing(self, answer: Tensor) -> None:
-        """Raise, now or when the answer has arrived, if rows turn out to be unknown.
+        """Raise, now or once the result has arrived, if rows are unknown.
 
         Args:
             answer: () bool, True if some are.
@@ -152,7 +152,7 @@ class StateCapture:
         self._raise_when_known((expected.to(caught.device) != caught).any(), _OTHER_TOKENS)
 
     def _raise_when_known(self, bad: Tensor, said: str) -> None:
-        """Raise an error if a scalar is True: at once on the CPU, elsewhere when the answer has arrived."""
+        """Raise an error if a scalar is True: at once on the CPU, else once it has arrived from the accelerator."""
         if bad.device.type == "cpu":
             if bool(bad):
                 raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
@@ -165,10 +165,10 @@ class StateCapture:
         self._pending().append((answer, event, said))
 
     def raise_pending(self, *, wait: bool) -> None:
-        """Raise if something that was wrong in this thread has been found out by now.
+        """Raise errors of this thread that were found asynchronously.
 
         Args:
-            wait: for answers that are still on their way from an accelerator; else only those that have arrived count.
+            wait: for results still on their way from an accelerator; else only those that have arrived count.
 
         Raises:
             DecodingError: if the ids differ from the caught ones, or rows are unknown.
@@ -184,7 +184,7 @@ class StateCapture:
 
     @property
     def restarted(self) -> bool:
-        """Whether this thread's latest forward pass began anew after one that went on from a cache."""
+        """Whether this thread's latest forward pass started new sequences after one that continued from a cache."""
         return bool(getattr(self._thread, "restarted", False))
 
     def _pending(self) -> list[tuple[Tensor, Any, str]]:
@@ -194,7 +194,7 @@ class StateCapture:
         return pending
 
     def _policy_forward_hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._hooks or inside_processor():  # compiled code runs hooks that were removed after it was compiled
+        if not self._hooks or inside_processor():  # compiled code still calls hooks that were removed later
             return
         if "block_table" in kwargs:
             raise DecodingError(
@@ -202,22 +202,22 @@ class StateCapture:
                 "which packs all sequences into one row and asks no logits processor that generate was given.",
                 "generate without it, or detach the critic first.",
             )
-        previous: Forward | None = getattr(self._thread, "forward", None)
-        self._thread.forward = forward = Forward.of(args, kwargs, previous)
+        previous: ForwardPass | None = getattr(self._thread, "forward", None)
+        self._thread.forward = forward = ForwardPass.of(args, kwargs, previous)
         if forward is None:
             return
         self._thread.restarted = forward.start == 0 and previous is not None and previous.start > 0
         _latest.capture = self
 
     def _output_embedding_hook(self, module: Any, args: tuple[Any, ...]) -> None:
-        forward: Forward | None = getattr(self._thread, "forward", None)
-        # The first call is the policy's own; a later one is somebody else's question to the same layer.
+        forward: ForwardPass | None = getattr(self._thread, "forward", None)
+        # The first call is the policy's own; a later one comes from other users of the same layer.
         if forward is not None and forward.hidden is None and args:
             forward.hidden = args[0]
 
 
 def forward_states(policy: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run one forward pass and return the states that reach the output embedding beside the logits.
+    """Run one forward pass and return the hidden states at the output embedding and the logits.
 
     Args:
         policy: a causal LM with an output embedding.
@@ -242,19 +242,19 @@ def generating_policy() -> Any | None:
 
 
 def captures_on(policy: Any) -> list[StateCapture]:
-    """List what is attached to a policy itself."""
+    """Return the captures on a policy itself."""
     return list(_attached.get(policy, []))
 
 
 def captures_around(policy: Any) -> list[StateCapture]:
-    """List what is attached to a policy, to what wraps it (PEFT, a compiler), or to what it wraps."""
+    """Return the captures on a policy, on what wraps it (PEFT, a compiler), or on what it wraps."""
     inside = set(policy.modules())
     found = [captures for other, captures in list(_attached.items()) if other in inside or policy in other.modules()]
     return [capture for captures in found for capture in captures]
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep a hook out of compiled code; where a graph may not be broken for it, the compiler gives the reason."""
+    """Exclude a hook from compiled graphs; with `fullgraph=True` the compiler reports the reason."""
     reason = "a critic reads the hidden states of every pass: compile with fullgraph=False, or detach the critic"
     untraced: Callable[..., None] = torch.compiler.disable(hook, reason=reason)
     return untraced

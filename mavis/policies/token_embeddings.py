@@ -1,4 +1,4 @@
-"""The input embedding of a policy, scaled for the heads that read it."""
+"""The input embedding of a policy, scaled to unit variance for value heads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def token_embeddings(policy: Any) -> Tensor:
     Raises:
         PolicyError: if the policy has no output embedding, or no weights.
     """
-    states_device(policy)  # refuses a policy without weights
+    states_device(policy)  # raises for a policy without weights
     embedding = policy.get_input_embeddings()
     with weights_loaded(embedding):
         weight = embedding.weight.detach().float()

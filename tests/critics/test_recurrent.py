@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics.recurrent import RecurrentMemory, RecurrentRows
-from mavis.policies.forward_pass import Place
+from mavis.policies.forward_pass import ResponsePosition
 
 
 class Lost(Exception):
@@ -25,9 +25,9 @@ def memory() -> RecurrentMemory:
     return RecurrentMemory(3, 4)
 
 
-def at(length: int, begins: bool | None, oldest: int | None = None) -> Place:
+def at(length: int, starts_response: bool | None, shortest_resumable: int | None = None) -> ResponsePosition:
     """Rows without padding, which nothing takes back."""
-    return Place(torch.tensor([length]), begins, length - 1 if oldest is None else oldest)
+    return ResponsePosition(torch.tensor([length]), starts_response, length - 1 if shortest_resumable is None else shortest_resumable)
 
 
 def test_step_by_step_it_is_what_it_is_at_once(memory: RecurrentMemory) -> None:
@@ -66,14 +66,14 @@ def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: Recu
     """Three drafts are asked about one after the other, the second turns out to be wrong, and so on."""
     with torch.no_grad():
         rows, ids, states = RecurrentRows(), torch.tensor([[1, 2]]), torch.randn(1, 1, 3)
-        rows.advance(memory, ids, states[:, -1], at(2, True, oldest=0), refuse)
+        rows.advance(memory, ids, states[:, -1], at(2, True, shortest_resumable=0), refuse)
         for accepted in (1, 3, 0, 2, 0):
-            oldest = ids.shape[1]
+            shortest_resumable = ids.shape[1]
             draft_ids, draft_states = torch.randint(50_000, (1, 4)), torch.randn(1, 4, 3)
             for n in range(1, 5):
                 drafted = torch.cat([ids, draft_ids[:, :n]], dim=1)
                 seen = torch.cat([states, draft_states[:, :n]], dim=1)
-                found = rows.advance(memory, drafted, seen[:, -1], at(oldest + n, False, oldest), refuse)
+                found = rows.advance(memory, drafted, seen[:, -1], at(shortest_resumable + n, False, shortest_resumable), refuse)
                 torch.testing.assert_close(found, memory(seen)[:, -1])
             ids = torch.cat([ids, draft_ids[:, : accepted + 1]], dim=1)
             states = torch.cat([states, draft_states[:, : accepted + 1]], dim=1)

@@ -1,4 +1,4 @@
-"""The small story LM that ships with the package: a policy for examples and tests that needs no download."""
+"""The small story LM that ships with the package, with its critic: for examples and tests without downloads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would flash up for a twentieth of a second
+    logging.disable_progress_bar()  # it would flash up for a fraction of a second
     policy = AutoModelForCausalLM.from_pretrained(
         path(), dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
