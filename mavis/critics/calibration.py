@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.errors import CriticError
+from mavis.errors import CriticError, check_number
 
 DEFAULT_KL = 2.0
 """The distance, in nats per sequence, that a critic aims at when neither β nor a budget is given."""
@@ -84,8 +84,8 @@ class Calibration:
         Raises:
             CriticError: if it takes a stronger tilt than was measured, or the candidates alone cost as much.
         """
-        if not (math.isfinite(target_kl) and target_kl > 0):
-            raise CriticError(f"target_kl is {target_kl}, expected nats > 0.", "2.0 is a moderate budget.")
+        hint = "2.0 nats per sequence are a moderate budget."
+        check_number(CriticError, hint, low=0, strict=True, target_kl=target_kl)
         if target_kl <= self.floor:
             raise CriticError(
                 f"target_kl is {target_kl:g}, but cutting the policy to top_k={self.top_k} candidates alone costs "

@@ -1,4 +1,4 @@
-"""`mavis.generate`: one call that sets the tilt and `generate` to agree with each other."""
+"""`mavis.generate`, which sets the tilt and the policy's `generate` to agree."""
 
 from __future__ import annotations
 
@@ -32,30 +32,52 @@ def generate(
 ) -> Any:
     """Generate from a policy under preference weights.
 
-    Samples from π(a|s) ∝ π_ref(a|s)^{1/T} · exp(Σ_m β w_m Q_m(s, a)) over the top-k candidates. The policy's own
-    `generation_config` does not interfere: temperature, top-k, top-p and penalties in it are set aside, and come back
-    only if they are named in this call.
+    Samples from
+
+        π(a|s) ∝ π_ref(a|s)^{1/T} · exp(Σ_m β w_m Q_m(s, a)),   a ∈ top-k of π_ref(·|s)
+
+    Temperature, top-k, top-p and penalties in the policy's own `generation_config` are ignored unless they are passed
+    to this call.
 
     Args:
         policy: a causal LM that can `generate`.
-        inputs: what its tokenizer returned (`input_ids` and `attention_mask`), padded on the left, or ids (B, L).
+        inputs: the tokenizer's output (`input_ids` and `attention_mask`), padded on the left, or ids (B, L).
         weights: see `MavisTilt`.
-        critic: one, or several under one tilt; attached for this call if it is not attached yet; None takes the one
+        critic: one, or several under one tilt, attached for this call unless attached already; None takes the one
             attached to the policy.
         beta: see `MavisTilt`.
         target_kl: see `MavisTilt`.
         top_k: see `MavisTilt`.
         temperature: T > 0, for the tilt and for `generate`; `as_trained` takes what the critic was trained at.
         entropy_gate: see `MavisTilt`.
-        generate_arguments: anything else `policy.generate` takes, such as `max_new_tokens`, `num_beams`,
-            `do_sample` (True unless given) or further logits processors, which run before the tilt.
+        generate_arguments: any other argument of `policy.generate`, such as `max_new_tokens`, `num_beams`, `do_sample`
+            (True unless given) or further logits processors, which run before the tilt.
 
     Returns:
-        What `policy.generate` returns: ids (B, L + new), or its output object.
+        The output of `policy.generate`: ids (B, L + new), or its output object.
 
     Raises:
         CriticError: if no critic is given or attached, or it is attached to another policy.
-        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are no tensors or padded on the right.
+        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are not tensors or are padded on the right.
+
+    Examples:
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
+        >>> inputs = tokenizer("The little girl", return_tensors="pt")
+        >>> for objective in ("dialogue", "positive"):
+        ...     ids = mavis.generate(
+        ...         policy,
+        ...         inputs,
+        ...         critic=critic,
+        ...         weights={objective: 1.0},
+        ...         target_kl=4.0,
+        ...         do_sample=False,
+        ...         max_new_tokens=12,
+        ...     )
+        ...     print(tokenizer.decode(ids[0], skip_special_tokens=True))
+        The little girl was very curious. She asked her mom, "What is
+        The little girl was very happy. She loved to play with her toys and
     """
     tilt = MavisTilt(
         weights,
@@ -69,23 +91,23 @@ def generate(
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if not isinstance(inputs, Mapping | Tensor):
         raise DecodingError(
-            f"inputs is a {type(inputs).__name__}, expected what the tokenizer returns, or token ids.",
+            f"inputs is a {type(inputs).__name__}, expected the tokenizer's output or token ids.",
             PAD_ON_THE_LEFT,
         )
     mask = arguments.get("attention_mask")
     if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
         raise DecodingError(
-            "inputs is padded on the right, so that responses would go on from padding.",
+            "inputs is padded on the right, so that responses would follow padding.",
             PAD_ON_THE_LEFT,
         )
-    clash = sorted(set(arguments) & set(generate_arguments))
-    if clash:
-        raise DecodingError(f"{clash[0]} is given twice, in inputs and by name.", "give it once.")
-    earlier = generate_arguments.pop("logits_processor", None)
-    processors = LogitsProcessorList([*(earlier if earlier is not None else []), tilt])
+    duplicates = sorted(set(arguments) & set(generate_arguments))
+    if duplicates:
+        raise DecodingError(f"{duplicates[0]} is given twice, in inputs and by name.", "give it once.")
+    others = generate_arguments.pop("logits_processor", None)
+    processors = LogitsProcessorList([*(others if others is not None else []), tilt])
     assert tilt.critic is not None
-    config, others = neutral_generation_config(
+    config, remaining = neutral_generation_config(
         policy, trained_temperature(temperature, tilt.critic), generate_arguments
     )
     with tilt.critic.attached_to(policy):
-        return policy.generate(**arguments, generation_config=config, logits_processor=processors, **others)
+        return policy.generate(**arguments, generation_config=config, logits_processor=processors, **remaining)

@@ -1,34 +1,31 @@
-"""From what users write, weights by name and a strength or a budget, to λ = β·w as a tensor."""
+"""Converts weights by name and a strength or KL budget to λ = β·w as a tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mavis.critics import Critic
 from mavis.errors import DecodingError, WeightsError, closest
-
-if TYPE_CHECKING:
-    from mavis.critics import Critic
 
 Weights = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
 
 
 def weight_rows(weights: Weights, objectives: Sequence[str], *, whose: str = "the critic") -> Tensor:
-    """Turn preference weights into rows of numbers in the critic's order.
+    """Convert preference weights to rows of numbers in the order of the objectives.
 
     Args:
-        weights: a mapping from objective to weight (missing ones weigh 0), M numbers, or one of either per prompt: a
-            list of mappings, a list of lists, or a tensor (M,) or (R, M). Finite; need not sum to one.
+        weights: a mapping from objective to weight (missing ones are 0), M numbers, or one of either per prompt: a list
+            of mappings, a list of lists, or a tensor (M,) or (R, M). Finite; need not sum to one.
         objectives: the M names.
-        whose: what an error says has these objectives.
+        whose: the owner of the objectives in errors.
 
     Returns:
-        (R, M) float64 on the CPU; R = 1 when one set of weights serves every prompt.
+        (R, M) float64 on the CPU; R = 1 if one set of weights is for every prompt.
 
     Raises:
         WeightsError: for an unknown name, an empty mapping, a wrong length or a value that is not finite.
@@ -66,7 +63,7 @@ def _named_row(weights: Mapping[str, float], objectives: Sequence[str], whose: s
     if not weights:
         raise WeightsError(
             f"weights is empty, but {whose} has: {', '.join(objectives)}.",
-            "name at least one objective; to decode plainly use beta=0.",
+            "name at least one objective; for the plain policy use beta=0.",
         )
     for name in weights:
         if name not in objectives:
@@ -92,7 +89,7 @@ def _number_rows(weights: Sequence[Any], objectives: Sequence[str]) -> Tensor:
 
 
 def strength_rows(beta: float | Sequence[float] | Tensor) -> Tensor:
-    """Turn β into one number per row.
+    """Convert β to one number per row.
 
     Args:
         beta: a number, or one per prompt; finite and ≥ 0, in 1 / reward.
@@ -124,9 +121,9 @@ def lambda_rows(
 
     Args:
         weights: as for `weight_rows`.
-        critic: gives the objectives, and β where none is given.
+        critic: names the objectives, and provides β if none is given.
         beta: strength, one for all or one per prompt; None takes the critic's calibrated default.
-        target_kl: budget in nats per sequence instead of a strength; needs a calibrated critic.
+        target_kl: KL budget in nats per sequence instead of a strength; needs a calibrated critic.
 
     Returns:
         (R, M) float64 on the CPU.
@@ -140,15 +137,15 @@ def lambda_rows(
     if beta is not None:
         strength = strength_rows(beta)
     elif critic.calibration is None:
-        asked = "beta and target_kl are not given" if target_kl is None else f"target_kl is {target_kl}"
+        given = "beta and target_kl are not given" if target_kl is None else f"target_kl is {target_kl}"
         raise DecodingError(
-            f"{asked}, and the critic carries no calibration to choose beta by.",
-            "give beta=..., or calibrate the critic (mavis train does at its end).",
+            f"{given}, and the critic carries no calibration to derive beta from.",
+            "give beta=..., or calibrate the critic (mavis train does so at its end).",
         )
     else:
         calibration = critic.calibration
-        choose = calibration.default_beta if target_kl is None else partial(calibration.beta, target_kl=target_kl)
-        strength = torch.tensor([choose(row) if bool(row.any()) else 0.0 for row in rows], dtype=torch.float64)
+        beta_of = calibration.default_beta if target_kl is None else partial(calibration.beta, target_kl=target_kl)
+        strength = torch.tensor([beta_of(row) if bool(row.any()) else 0.0 for row in rows], dtype=torch.float64)
     if len(rows) > 1 and len(strength) > 1 and len(rows) != len(strength):
         raise WeightsError(
             f"weights has {len(rows)} rows but beta has {len(strength)}.",
@@ -156,5 +153,27 @@ def lambda_rows(
         )
     lam = strength[:, None] * rows
     if not bool(lam.isfinite().all()):  # two finite numbers whose product is not
-        raise WeightsError(f"beta · weights overflows: beta {math.inf}.", "use smaller weights or a smaller beta.")
+        raise WeightsError("beta · weights overflows.", "use smaller weights or a smaller beta.")
     return lam
+
+
+def check_prompt_groups(prompt_ids: Tensor, rows: int) -> None:
+    """Check that each row of weights is used for copies of one prompt.
+
+    Args:
+        prompt_ids: (B, P) integer.
+        rows: R, a divisor of B; row r of the weights is used for batch rows r·B/R to (r + 1)·B/R − 1.
+
+    Raises:
+        WeightsError: if the prompts of such a group differ.
+    """
+    grouped = prompt_ids.unflatten(0, (rows, -1))
+    same = (grouped == grouped[:, :1]).flatten(1).all(dim=1)
+    if not bool(same.all()):
+        first = int((~same).nonzero()[0])
+        size = grouped.shape[1]
+        raise WeightsError(
+            f"weights has {rows} rows for {len(prompt_ids)} prompts: row {first} would be used for batch rows "
+            f"{first * size} to {(first + 1) * size - 1}, but their prompts differ.",
+            "give one row of weights per prompt.",
+        )

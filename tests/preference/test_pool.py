@@ -73,7 +73,7 @@ def test_a_finer_grid_gives_more_pairs(parts: tuple[Any, ...], tmp_path: Path) -
 
 
 def test_without_a_calibration_the_strength_must_be_given(parts: tuple[Any, ...], tmp_path: Path) -> None:
-    with pytest.raises(DecodingError, match="the critic carries no calibration to choose beta by"):
+    with pytest.raises(DecodingError, match="the critic carries no calibration to derive beta from"):
         candidate_pairs(*parts, PROMPTS, tmp_path, SETTINGS)
 
 
