@@ -1,4 +1,4 @@
-"""A tiny random policy and its tokenizer, made from nothing, for every test that needs a causal LM."""
+"""A tiny random policy, its tokenizer, objectives and critics, for every test that needs a causal LM."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mavis.critics import HiddenStateCritic
+from tests.factories import word_policy, word_tokenizer
 
 # So small a policy is slower with two threads, and one thread always adds in the same order.
 torch.set_num_threads(1)
@@ -20,68 +19,17 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS = [
-    "good", "great", "happy", "love", "bad", "sad", "awful", "hate", "the", "a", "one", "little", "big", "old",
-    "girl", "boy", "dog", "cat", "man", "bird", "she", "he", "they", "was", "is", "had", "said", "saw", "ran",
-    "went", "to", "and", "in", "on", "with", "for", "day", "time", "once", "upon", "house", "tree", "ball", "food",
-    "home", "park", "water", "not", "very", "but", "so", "then", ".", ",", "!", "?", '"',
-]  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """Words of a small vocabulary, split at spaces; pads on the left and adds no token of its own."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-
-
-def build_tiny_policy(seed: int = 0) -> Any:
-    """Build a random Llama of 2 layers × 32 whose next-token entropy is around half of log V.
-
-    Every embedding shares its first coordinate, so the first column of the output embedding acts as a bias: special
-    tokens other than the end are practically never sampled, and most responses end within forty tokens.
-    """
-    vocabulary = len(SPECIAL) + len(WORDS)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = LlamaForCausalLM(config)
-        with torch.no_grad():
-            policy.model.embed_tokens.weight.normal_()[:, 0] = 6.0
-            policy.lm_head.weight.normal_(std=0.4)[:, 0] = 0.0
-            policy.lm_head.weight[[0, 1, 3], 0] = -10.0
-            policy.lm_head.weight[2] *= 0.5
-            policy.lm_head.weight[2, 0] = 0.9
-    policy.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return policy.eval().requires_grad_(False)
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_policy() -> Iterator[Any]:
-    """A random Llama; at the end of the session it must be what it was, without a hook left on it."""
-    policy = build_tiny_policy()
+    """A random Llama; at the end of the run it must be what it was, with no hook left on it."""
+    policy = word_policy()
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     generation = policy.generation_config.to_dict()
     yield policy
@@ -93,7 +41,7 @@ def tiny_policy() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def make_other_policy() -> Callable[[], Any]:
     """A function that builds a policy of the tiny policy's shape with other weights, to do with as one likes."""
-    return lambda: build_tiny_policy(seed=1)
+    return lambda: word_policy(seed=1)
 
 
 def hooks_on(policy: Any) -> list[Any]:

@@ -11,27 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import mavis
 from mavis import HiddenStateCritic
 from mavis.critics import Calibration
 from mavis.errors import CriticError, PolicyError
 from mavis.policies.token_embeddings import token_embeddings
+from tests.factories import tiny_llama
 
 
 def llama(vocabulary: int = 30, hidden: int = 16, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        **options,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama(seed, vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, **options)
 
 
 def talkative(policy: Any, objectives: list[str] | None = None) -> HiddenStateCritic:

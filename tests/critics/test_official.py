@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import AutoModelForSequenceClassification, LogitsProcessor
 
 import mavis
 from mavis.critics import Critic, CriticGroup, ValueModelCritic
 from mavis.errors import CriticError
+from tests.factories import tiny_llama
 
 peft = pytest.importorskip("peft")
 pytestmark = [  # peft about itself: how it asks transformers, and that it saves a longer embedding
@@ -28,8 +29,7 @@ TOKENS, POLICY_TOKENS = 30, 31
 """Of the base, and of the policy, whose tokenizer has a padding token besides."""
 PROMPTS = torch.tensor([[30, 30, 5, 9], [3, 7, 1, 4]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-SIZES: dict[str, Any] = {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.2}
+ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None}
 LORA: dict[str, Any] = {
     "r": 4,
     "lora_alpha": 8,
@@ -44,9 +44,7 @@ Train = Callable[..., Path]
 
 
 def causal(tokens: int, seed: int, hidden: int = 16) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=tokens, hidden_size=hidden, num_hidden_layers=2, **SIZES, **ENDS)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama(seed, vocab_size=tokens, hidden_size=hidden, num_key_value_heads=1, initializer_range=0.2, **ENDS)
 
 
 @pytest.fixture

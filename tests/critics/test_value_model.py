@@ -9,20 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import mavis
 from mavis.critics import ValueModelCritic
 from mavis.errors import CriticError
+from tests.factories import tiny_llama
 
 READOUTS = ("token", "candidates")
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def llama(vocabulary: int = 30, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **SIZES)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama(seed, vocab_size=vocabulary, num_hidden_layers=1)
 
 
 def words(count: int, prefix: str = "t") -> PreTrainedTokenizerFast:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 import mavis
 from mavis.errors import CriticError
 from mavis.exact import World, WorldObjective, WorldPolicy, evaluate_tilt, world_tokenizer
+from tests.factories import llama_config
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,7 @@ def test_steered_responses_earn_and_spend_what_dynamic_programming_says(
 
 
 def test_a_value_model_with_a_backbone_of_its_own_steers_it(world: World, policy: WorldPolicy) -> None:
-    backbone = LlamaConfig(
-        vocab_size=world.tokens + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    backbone = llama_config(vocab_size=world.tokens + 1, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
     torch.manual_seed(0)
     value_model = mavis.ValueModelCritic.for_policy(
         policy, ["first", "second"], backbone=backbone, composition="independent"
@@ -134,9 +132,7 @@ def test_a_value_model_with_a_backbone_of_its_own_steers_it(world: World, policy
 
 @pytest.mark.parametrize("kind", ["memory", "value model"])
 def test_a_critic_that_reads_more_than_one_state_has_no_tilt_of_a_state(policy: WorldPolicy, kind: str) -> None:
-    backbone = LlamaConfig(
-        vocab_size=policy.config.vocab_size, hidden_size=8, intermediate_size=8, num_attention_heads=2
-    )
+    backbone = llama_config(vocab_size=policy.config.vocab_size, hidden_size=8, intermediate_size=8)
     critic: Any = (
         mavis.HiddenStateCritic.for_policy(policy, ["first"], memory=4)
         if kind == "memory"

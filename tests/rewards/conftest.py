@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+
+from tests.factories import llama_config
 
 WORDS = ["<pad>", "<unk>", "<eos>", "user", "assistant", ":", *"abcdefghij"]
 
@@ -62,7 +63,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         }
         torch.manual_seed(0)
         if kind == "llama":
-            model = LlamaForSequenceClassification(LlamaConfig(**sizes))
+            model = LlamaForSequenceClassification(llama_config(**sizes))
         else:
             model = BertForSequenceClassification(BertConfig(**sizes | {"pad_token_id": 0}))
         model.save_pretrained(folder)

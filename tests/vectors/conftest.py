@@ -10,31 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.factories import NEVER_ENDING, tiny_llama
 
 Build = Callable[..., Any]
 
 
 def _build(tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> Any:
-    config = LlamaConfig(
-        **{
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "initializer_range": 0.2,
-        }
-        | sizes,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    options: dict[str, Any] = {"num_key_value_heads": 1, "initializer_range": 0.2} | NEVER_ENDING | sizes
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        return tiny_llama(seed, tie_word_embeddings=tied, **options).to(dtype)
 
 
 def _tuned(policy: Any, seed: int = 1, scale: float = 0.05, only: str = "") -> Any:

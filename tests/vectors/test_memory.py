@@ -67,15 +67,15 @@ MEASURED = """
 import json, sys
 from pathlib import Path
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from mavis.vectors import AlignmentVector, Vectors
+from tests.factories import llama_config
 
 torch.set_num_threads(1)
 
 def make_model(seed, dtype, layers):
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=384, intermediate_size=768, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
+    config = llama_config(
+        vocab_size=1000, hidden_size=384, intermediate_size=768, num_hidden_layers=layers, num_attention_heads=4
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)

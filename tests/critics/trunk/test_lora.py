@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LogitsProcessor, MixtralConfig
+from transformers import GPT2Config, LogitsProcessor, MixtralConfig
 
 import mavis
 from mavis.critics import ValueModelCritic
 from mavis.errors import CriticError, MissingPackageError
+from tests.factories import NEVER_ENDING, tiny_llama
 
 peft = pytest.importorskip("peft")
 
@@ -23,20 +24,7 @@ BOTH = pytest.mark.parametrize("readout", ["token", "candidates"])
 
 @pytest.fixture
 def policy() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama(vocab_size=20, num_key_value_heads=1, initializer_range=0.3, **NEVER_ENDING)
 
 
 def adapted(policy: Any, **options: Any) -> ValueModelCritic:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 import mavis
 from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, ValueModelCritic
@@ -25,6 +24,7 @@ from mavis.training.distillation.imitation import Imitation, explained
 from mavis.training.distillation.recordings import Recordings, record, scale
 from mavis.training.rollout_tensors import ShardedRollouts
 from mavis.utils.files import read_json
+from tests.factories import llama_config
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = DistillSettings(
@@ -39,16 +39,7 @@ LEARNING = DistillSettings(
     sampling=RolloutSettings(max_new_tokens=12, top_k=None, shard_size=64),
     fit=RegressionSettings(epochs=20, batch_size=8, learning_rate=2e-2, weight_decay=0.0),
 )
-TRUNK = LlamaConfig(
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    initializer_range=0.3,
-    max_position_embeddings=64,
-)
+TRUNK = llama_config(vocab_size=61, num_key_value_heads=1, initializer_range=0.3, max_position_embeddings=64)
 
 
 class Stop(Exception):

@@ -8,25 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from mavis.critics import ValueModelCritic
 from mavis.errors import ConfigError
 from mavis.policies.fingerprint import Fingerprint
 from mavis.training.improvement.features import Features
 from mavis.training.improvement.fit import FitSettings, fit
+from tests.factories import llama_config
 
 TOKENS, STEPS = 5, 4
 EMBEDDINGS = torch.eye(TOKENS)
-TRUNK = LlamaConfig(
-    vocab_size=TOKENS,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    max_position_embeddings=16,
-)
+TRUNK = llama_config(vocab_size=TOKENS, intermediate_size=32, max_position_embeddings=16)
 SETTINGS = FitSettings(epochs=8, batch_size=32, learning_rate=1e-2, trunk_rate=0.5, weight_decay=0.0)
 
 
