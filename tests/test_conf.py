@@ -12,22 +12,17 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from mavis.cli import COMMANDS
-from mavis.cli.align import align_settings
-from mavis.cli.app import sampling_settings
+from mavis.cli.build import distill_settings, evaluation_settings, improvement_settings, rollout_settings
 from mavis.cli.conf_dir import conf_dir
-from mavis.cli.distill import distillation_settings
-from mavis.cli.evaluate import evaluation_settings
 from mavis.evaluation import EvaluationSettings
 from mavis.rollouts import RolloutSettings
-from mavis.training.alignment.settings import AlignSettings
-from mavis.training import DistillSettings
-from mavis.training.improvement.fit import FitSettings
-from mavis.training import ImprovementSettings
-from mavis.training.regression import RegressionSettings
+from mavis.training import DistillSettings, FitSettings, ImprovementSettings
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
-    folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name != "hydra"  # which extends Hydra's own groups
 }
 TRAINING = {"policy", "critic", "objective", "data", "decoding", "improvement", "sampler", "experiment", "launcher"}
 USES = {
@@ -163,31 +158,34 @@ def test_a_misspelt_option_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("command", ["train", "demo"])
 @pytest.mark.parametrize("improvement", GROUPS["improvement"])
-def test_the_settings_of_training_are_those_that_the_code_has(command: str, improvement: str) -> None:
+def test_every_improvement_group_builds_settings_from_all_its_keys(command: str, improvement: str) -> None:
     config = compose(command, [f"improvement={improvement}"])
+    assert isinstance(improvement_settings(config), ImprovementSettings)
     assert set(config.improvement.fit) == {field.name for field in fields(FitSettings)}
-    FitSettings(**config.improvement.fit)
-    assert isinstance(sampling_settings(config, config.improvement.shard_size), RolloutSettings)
     elsewhere = {"beta", "sampling"}
-    assert set(config.improvement) - {"shard_size"} == {f.name for f in fields(ImprovementSettings)} - elsewhere
-
-
-def test_the_settings_of_distillation_are_those_that_the_code_has() -> None:
-    config = compose("distill").distillation
-    assert set(config.fit) == {field.name for field in fields(RegressionSettings)}
-    assert set(config) - {"shard_size"} == {field.name for field in fields(DistillSettings)} - {"sampling"}
-    assert distillation_settings(compose("distill")) == DistillSettings(sampling=RolloutSettings(top_k=None))
-
-
-def test_the_settings_of_an_alignment_are_those_that_the_code_has() -> None:
-    config = compose("align")
-    assert set(config.alignment) == {field.name for field in fields(AlignSettings)} - {"beta", "seed"}
-    assert align_settings(config) == AlignSettings()
+    assert set(config.improvement) - {"shard_size"} == {field.name for field in fields(ImprovementSettings)} - elsewhere
 
 
 @pytest.mark.parametrize("evaluation", GROUPS["evaluation"])
-def test_the_settings_of_evaluation_are_those_that_the_code_has(evaluation: str) -> None:
+def test_every_evaluation_group_builds_settings_from_all_its_keys(evaluation: str) -> None:
     config = compose("demo", [f"evaluation={evaluation}"])
+    assert isinstance(evaluation_settings(config), EvaluationSettings)
     known = {field.name for field in fields(EvaluationSettings)} - {"sampling"}
     assert set(config.evaluation) - {"shard_size", "held_out"} == known
-    assert isinstance(evaluation_settings(config), EvaluationSettings)
+
+
+def test_the_settings_that_commands_build_are_the_defaults() -> None:
+    assert improvement_settings(compose("train")) == ImprovementSettings()
+    assert distill_settings(compose("distill")) == DistillSettings()
+    assert rollout_settings(compose("train"), RolloutSettings().shard_size) == RolloutSettings()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_repeats_what_all_commands_share(command: str) -> None:
+    own = OmegaConf.load(CONF / f"{command}.yaml").hydra
+    assert set(own) <= {"job", "help", "run", "mode", "sweeper"}
+    assert list(own.job) == ["name"]
+    assert list(own.help) == ["header"]
+    assert own.job.name == command
+    assert ("run" in own) == (command == "elicit")  # which alone writes to a folder and is no sweep
+    assert ("sweeper" in own) == (command == "search")

@@ -170,7 +170,8 @@ def test_a_search_in_which_everything_fails_gives_up(tmp_path: Path, capsys: pyt
     assert len(launched.tried) == 3
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == (
-        "mavis: all of 3 trials failed, the last with: no such policy Hint: fix the cause, and name a new output folder."
+        "mavis: all of 3 trials failed, the last with: no such policy "
+        "Hint: fix the cause, and name a new output folder."
     )
 
 
