@@ -1,4 +1,4 @@
-"""The critic of a serving engine: where it is named, and whether it fits the model that is served."""
+"""Finds the critic of a serving engine, checks that it fits the served model, and loads it."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ from mavis.critics import Critic, HiddenStateCritic, ValueModelCritic
 from mavis.errors import CriticError, MavisError
 from mavis.vectors.model_tensors import tensors_of
 
-ENVIRONMENT, SETTING = "MAVIS_CRITIC", "mavis_critic"
+ENVIRONMENT_VARIABLE, CONFIG_KEY = "MAVIS_CRITIC", "mavis_critic"
 
 
 def critic_folder(additional_config: object) -> str:
-    """Find out which critic an engine is to use.
+    """Return the critic folder that an engine is configured with.
 
     Args:
-        additional_config: the engine's own; its entry `mavis_critic` goes before the environment's `MAVIS_CRITIC`.
-
-    Returns:
-        The folder.
+        additional_config: the engine's; its entry `mavis_critic` takes precedence over the environment variable
+            `MAVIS_CRITIC`.
 
     Raises:
-        CriticError: if neither names one.
+        CriticError: if neither is set.
     """
-    named = additional_config.get(SETTING) if isinstance(additional_config, Mapping) else None
-    folder = named if named is not None else os.environ.get(ENVIRONMENT)
+    configured = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+    folder = configured if configured is not None else os.environ.get(ENVIRONMENT_VARIABLE)
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise CriticError(
-            f"no critic is named: additional_config has {SETTING}={named!r} and the environment "
-            f"{ENVIRONMENT}={os.environ.get(ENVIRONMENT)!r}.",
-            f"set {ENVIRONMENT}=<critic folder>, or pass additional_config={{{SETTING!r}: <critic folder>}}.",
+            f"no critic is configured: additional_config has {CONFIG_KEY}={configured!r} and the environment has "
+            f"{ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE)!r}.",
+            f"set {ENVIRONMENT_VARIABLE}=<folder>, or pass additional_config={{{CONFIG_KEY!r}: <folder>}}.",
         )
     return str(Path(folder).expanduser())
 
 
 @lru_cache(maxsize=8)
-def described(folder: str, engine: str) -> Critic:
-    """Read what a critic folder says of its critic, once for each engine; see `Critic.describe`.
+def describe_for_engine(folder: str, engine: str) -> Critic:
+    """Describe the critic in a folder, once per engine; see `Critic.describe`.
 
-    The processes of an engine read it at different times, so a folder is not to be replaced while it is served. A later
-    engine reads it again.
+    The processes of an engine read the folder at different times, so it must not be replaced while it is served. The
+    next engine reads it again.
 
     Args:
         folder: the critic's.
-        engine: a name that no other engine of this process has.
+        engine: identifies the engine within this process.
     """
     return Critic.describe(folder)
 
 
-def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) -> HiddenStateCritic | ValueModelCritic:
+def load_served_critic(
+    folder: str, model: str, hidden_size: int, vocab_size: int
+) -> HiddenStateCritic | ValueModelCritic:
     """Load the critic for a model that an engine serves.
+
+    For a model in a local folder the weights are compared too, and a mismatch causes a warning.
 
     Args:
         folder: the critic's.
@@ -62,24 +64,23 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
         vocab_size: V of the model.
 
     Returns:
-        The critic, in evaluation mode and on the CPU. Of a model in a local folder the weights are compared too, and
-        other ones than the critic was trained on warn.
+        The critic, in evaluation mode and on the CPU.
 
     Raises:
-        CriticError: if there is none, it reads every candidate anew, or the model has another shape.
+        CriticError: if the folder holds none, it cannot be served, or it was trained for a model of another shape.
     """
-    kind = Critic.describe(folder)
-    check_servable(kind, f"critic {folder!r}")
-    made_for = kind.fingerprint
-    if (made_for.hidden_size, made_for.vocab_size) != (hidden_size, vocab_size):
+    description = Critic.describe(folder)
+    check_servable(description, f"critic {folder!r}")
+    trained_on = description.fingerprint
+    if (trained_on.hidden_size, trained_on.vocab_size) != (hidden_size, vocab_size):
         raise CriticError(
-            f"critic {folder!r} was made for a policy with hidden size {made_for.hidden_size} and "
-            f"{made_for.vocab_size} tokens, but the served model {model!r} has hidden size {hidden_size} and "
+            f"critic {folder!r} was trained on a policy with hidden size {trained_on.hidden_size} and "
+            f"{trained_on.vocab_size} tokens, but the served model {model!r} has hidden size {hidden_size} and "
             f"{vocab_size} tokens.",
             "serve the policy that the critic was trained on, or train a critic for this one.",
         )
-    weights = weights_of(model)
-    if weights is not None and weights != made_for.weights:
+    weights = weights_fingerprint(model)
+    if weights is not None and weights != trained_on.weights:
         warnings.warn(
             f"the served model {model!r} has the shape but not the weights of the policy that critic {folder!r} was "
             "trained on; its values are predictions about that other policy. Train a critic for this one if the tilt "
@@ -92,31 +93,35 @@ def served_critic(folder: str, model: str, hidden_size: int, vocab_size: int) ->
     return critic
 
 
-def check_servable(critic: Critic, who: str) -> None:
-    """Refuse a critic that would read every candidate of every request in every step.
+def check_servable(critic: Critic, name: str) -> None:
+    """Refuse a critic that would read every candidate of every request at every step.
+
+    Args:
+        critic: to check.
+        name: how the error refers to it.
 
     Raises:
-        CriticError: naming it and what to do.
+        CriticError: if the critic is neither a hidden-state critic nor a value model with the `token` readout.
     """
     if isinstance(critic, HiddenStateCritic) or (isinstance(critic, ValueModelCritic) and critic.readout == "token"):
         return
-    readout = f" in the readout {critic.readout!r}" if isinstance(critic, ValueModelCritic) else ""
+    readout = f" with readout {critic.readout!r}" if isinstance(critic, ValueModelCritic) else ""
     raise CriticError(
-        f"{who} is a {critic.kind}{readout}, expected one of hidden states, or a value model in the readout 'token'.",
-        "make one of it: mavis distill critics=[<folder>] output=<folder>.",
+        f"{name} is a {critic.kind}{readout}, expected a hidden-state critic or a value model with readout 'token'.",
+        "distil it into one: mavis distill critics=[<folder>] output=<folder>.",
     )
 
 
-def follows_tokens(critic: Critic) -> bool:
-    """Whether a critic that is servable has to know of every token: it remembers states, or reads the tokens itself."""
+def needs_every_token(critic: Critic) -> bool:
+    """Whether a servable critic has to see every token, because it has a memory or reads the tokens itself."""
     return not isinstance(critic, HiddenStateCritic) or critic.memory is not None
 
 
-def weights_of(model: str) -> str | None:
-    """Take the fingerprint of a model folder's weights, tensor by tensor, or None where it cannot be read."""
+def weights_fingerprint(model: str) -> str | None:
+    """Fingerprint the weights of a model folder, tensor by tensor; None if they cannot be read."""
     if not Path(model).is_dir():
         return None
     try:
         return tensors_of(model, "model").fingerprint.weights
-    except (MavisError, OSError, ValueError):  # what the engine can read, transformers need not
+    except (MavisError, OSError, ValueError):  # engines can read more formats than transformers
         return None

@@ -1,4 +1,4 @@
-"""Critics with random heads for what engines need: with and without a memory, of both compositions."""
+"""Critics with random heads, of both compositions, with and without a memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from mavis.critics import Calibration, HiddenStateCritic, ValueModelCritic
 
 
 def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"), **options: Any) -> Any:
-    """Build a critic whose tilts spread by about a nat at λ = 1, and which remembers if it has a memory.
-
-    It is a value model if a backbone is given.
-    """
+    """Build a critic whose tilts spread by about a nat at λ = 1; with a backbone it is a value model."""
     kind: Any = ValueModelCritic if "backbone" in options else HiddenStateCritic
     critic = kind.for_policy(policy, objectives, **({"hidden": 16, "rank": 8, "composition": "independent"} | options))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -29,7 +26,7 @@ def build_critic(policy: Any, objectives: tuple[str, ...] = ("good", "brevity"),
 
 @pytest.fixture
 def make_critic() -> Callable[..., Any]:
-    """The function that builds a critic of a policy."""
+    """A function that builds a critic for a policy."""
     return build_critic
 
 

@@ -1,4 +1,4 @@
-"""Engines of vLLM for the tests, one for each configuration, and what transformers says of the same responses."""
+"""vLLM engines for the tests, and the distributions that transformers computes for the same responses."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines.conftest import build_critic
 from torch import Tensor
 from transformers import LogitsProcessor, Qwen2Config
 
 from mavis import MavisTilt, ValueModelCritic, embedded
 from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.policies.state_capture import forward_states
-from mavis.vllm.request_arguments import read_tilt
+from mavis.vllm.request_arguments import parse_tilt
+from tests.vllm.conftest import build_critic
 
 PROCESSOR = "mavis.vllm.logits_processor:MavisLogitsProcessor"
 FALSE_ALARM = 1e-6
-"""How often a test on samples may fail where all is right."""
+"""The probability that a statistical test fails although the code is correct."""
 HAS_VLLM = find_spec("vllm") is not None
 
 if HAS_VLLM:
-    # In this process, so that a test can look into the engine; nothing is fetched, nothing is reported.
+    # The engine runs in this process, so that tests can inspect it, and uses no network.
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -38,13 +38,13 @@ if HAS_VLLM:
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    with warnings.catch_warnings():  # what comes with vLLM warns while it is imported
+    with warnings.catch_warnings():  # vLLM's dependencies warn when they are imported
         warnings.simplefilter("ignore")
         import vllm.entrypoints.llm  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs vLLM; what vLLM warns about while it runs is not ours to mend."""
+    """Mark the tests that need vLLM, and ignore warnings of vLLM itself."""
     known = (
         "ignore:.torch.distributed.reduce_op. is deprecated:FutureWarning",
         "ignore:max_rollback_tokens is deprecated:DeprecationWarning",
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def story() -> tuple[Any, Any]:
-    """The embedded policy and its tokenizer, in transformers."""
+    """The embedded policy and its tokenizer."""
     return embedded.load()
 
 
@@ -82,23 +82,23 @@ CRITICS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def critics(story: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """A function that gives a critic of the embedded policy by its name, and its folder."""
-    made: dict[str, tuple[Any, Path]] = {}
+    """A function that returns a critic of the embedded policy by name, and its folder."""
+    built: dict[str, tuple[Any, Path]] = {}
 
-    def give(name: str) -> tuple[Any, Path]:
-        if name not in made:
+    def get(name: str) -> tuple[Any, Path]:
+        if name not in built:
             critic = build_critic(story[0], ("good", "short"), **CRITICS[name])
             folder = tmp_path_factory.mktemp("critic") / "critic"
             critic.save_pretrained(folder)
-            made[name] = critic, folder
-        return made[name]
+            built[name] = critic, folder
+        return built[name]
 
-    return give
+    return get
 
 
 @contextmanager
 def engine(critic: Path | None, **options: Any) -> Iterator[Any]:
-    """Start an engine in this process, and end it."""
+    """Run an engine in this process while the block lasts."""
     from vllm import LLM
 
     more = {} if critic is None else {"additional_config": {"mavis_critic": str(critic)}}
@@ -126,14 +126,14 @@ def engine(critic: Path | None, **options: Any) -> Iterator[Any]:
 
 
 def processor_of(llm: Any) -> Any:
-    """Find the processor in an engine of this process."""
+    """Return the processor of an engine in this process."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     processors = worker.model_runner.input_batch.logitsprocs.non_argmax_invariant
     return next(one for one in processors if type(one).__name__ == "MavisLogitsProcessor")
 
 
 def arguments_of(extra_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Say with the words of `MavisTilt` what a request asks for."""
+    """Translate the arguments of a request to those of `MavisTilt`."""
     weights = extra_args["mavis_weights"]
     if isinstance(weights, str):
         weights = {name: float(value) for name, value in (part.split("=") for part in weights.split(","))}
@@ -142,7 +142,7 @@ def arguments_of(extra_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Forced(LogitsProcessor):
-    """Stands after the tilt, writes down what it says, and lets one response be drawn."""
+    """Records the distribution after the tilt, and forces a given response."""
 
     def __init__(self, response: Sequence[int], temperature: float) -> None:
         self.response, self.temperature = list(response), temperature
@@ -163,7 +163,7 @@ def by_transformers(
     extra_args: Mapping[str, Any] | None,
     temperature: float,
 ) -> Tensor:
-    """Let `generate` draw a response under `MavisTilt`, and return log π of every step: (T, V)."""
+    """Force a response through `generate` under `MavisTilt`, and return log π of every step (T, V)."""
     forced = _Forced(response, temperature)
     ids = torch.tensor([list(prompt)])
     end = policy.generation_config.eos_token_id
@@ -191,11 +191,11 @@ def exact_logprobs(
     extra_args: Mapping[str, Any] | None,
     temperature: float,
 ) -> Tensor:
-    """Compute the same (T, V) by one forward pass over the whole response."""
+    """Compute the same (T, V) in one forward pass over the whole response."""
     states, logits = forward_states(policy, input_ids=torch.tensor([[*prompt, *response]]), use_cache=False)
     steps = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
     states, logits = states[:, steps], logits[0, steps]
-    tilt = read_tilt(extra_args, temperature, critic)
+    tilt = parse_tilt(extra_args, temperature, critic)
     if tilt is None:
         return torch.log_softmax(logits / temperature, -1)
     if isinstance(critic, ValueModelCritic):
@@ -210,14 +210,14 @@ def exact_logprobs(
 
 
 def randomised_rank(logprobs: torch.Tensor, order: torch.Tensor, drawn: int, share: float) -> float:
-    """P(order < order of the drawn token) plus a random share of P(order is the same): uniform under `logprobs`."""
+    """Return P(order < order of the drawn token) plus a random share of P(equal order), uniform under `logprobs`."""
     probabilities = logprobs.exp()
     below, same = probabilities[order < order[drawn]].sum(), probabilities[order == order[drawn]].sum()
     return float(below + share * same)
 
 
 def distance_from_uniform(ranks: list[float]) -> float:
-    """The distance of Kolmogorov and Smirnov, which exceeds ε with probability 2 exp(−2nε²) at most."""
+    """Return the Kolmogorov–Smirnov distance, which exceeds ε with probability at most 2 exp(−2nε²)."""
     ordered = torch.tensor(sorted(ranks), dtype=torch.float64)
     steps = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
     return float(torch.maximum((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
@@ -225,7 +225,7 @@ def distance_from_uniform(ranks: list[float]) -> float:
 
 @pytest.fixture(scope="session")
 def prompts(story: tuple[Any, Any]) -> list[list[int]]:
-    """Sixteen prompts of different length, the last four of which begin alike and are longer than a chunk."""
+    """Sixteen prompts of different lengths; the last four share a beginning that is longer than a prefill chunk."""
     tokenizer = story[1]
     openings = (embedded.path() / "openings.txt").read_text(encoding="utf-8").splitlines()
     texts = openings[:12]

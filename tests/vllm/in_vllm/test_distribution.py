@@ -1,4 +1,4 @@
-"""vLLM draws from the distribution that `MavisTilt` computes in transformers, whatever its scheduler does."""
+"""vLLM draws from the distribution that `MavisTilt` computes in transformers, however requests are scheduled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines.in_vllm.conftest import (
+
+from mavis.vllm.recurrent_memory import PreemptedMemories
+from tests.vllm.in_vllm.conftest import (
     CRITICS,
     FALSE_ALARM,
     by_transformers,
@@ -22,8 +24,6 @@ from tests.engines.in_vllm.conftest import (
     randomised_rank,
 )
 
-from mavis.vllm.recurrent_rows import Parked
-
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams, TokensPrompt
@@ -32,10 +32,10 @@ from vllm.sampling_params import StructuredOutputsParams
 
 @pytest.fixture(scope="module", params=list(CRITICS))
 def served(request: Any, critics: Callable[[str], tuple[Any, Path]]) -> Iterator[tuple[Any, Any]]:
-    """A critic, and an engine that serves it in want of everything.
+    """A critic, and an engine that serves it with scarce resources.
 
-    14 blocks of 32 tokens hold about seven responses, so requests are preempted; prompts are read 32 tokens a step at
-    most, and beginnings that are alike are read once.
+    14 blocks of 32 tokens hold about seven responses, so requests are preempted. Prompts are prefilled in chunks of 32
+    tokens, and shared beginnings are cached.
     """
     critic, folder = critics(request.param)
     with engine(
@@ -51,7 +51,7 @@ def served(request: Any, critics: Callable[[str], tuple[Any, Path]]) -> Iterator
 
 
 def mixed_requests(prompts: list[list[int]], count: int, seed: int = 0) -> list[tuple[list[int], dict[str, Any]]]:
-    """Prompts with settings of all kinds: weights, strengths, candidates, temperatures, lengths, and plain ones."""
+    """Combine prompts with all kinds of weights, strengths, candidates, temperatures and lengths, and with no tilt."""
     dice = Random(seed)
     requests = []
     for number in range(count):
@@ -89,7 +89,7 @@ def test_64_mixed_requests_have_the_log_probabilities_of_transformers(
     )
     assert preemptions(llm) > before
     assert any(output.num_cached_tokens for output in outputs)
-    worst, ranks, surprise = 0.0, [], []
+    worst, ranks, plain_ranks = 0.0, [], []
     dice = Random(1)
     for (prompt, settings), output in zip(requests, outputs, strict=True):
         response, extra, greedy = output.outputs[0], settings["extra_args"], settings["temperature"] == 0
@@ -107,35 +107,37 @@ def test_64_mixed_requests_have_the_log_probabilities_of_transformers(
             top_k = (extra or {}).get("mavis_top_k", 0)
             if top_k:
                 assert sum(math.isfinite(logprob.logprob) for logprob in found.values()) == top_k
-            if greedy:  # the likeliest, up to ties in fp32, though others of the batch are drawn
+            if greedy:  # the most likely token, up to ties in fp32, although other rows are sampled
                 assert float(expected[step].max() - expected[step, ids[step]]) <= 1e-4
             elif extra is not None and top_k != 1:
                 shift = expected[step] - plain[step]
                 ranks.append(randomised_rank(expected[step], shift, ids[step], dice.random()))
-                surprise.append(randomised_rank(plain[step], shift, ids[step], dice.random()))
+                plain_ranks.append(randomised_rank(plain[step], shift, ids[step], dice.random()))
     assert worst <= 1e-3, worst
-    # The rank of a drawn token, by how much the tilt favours it, is uniform if it was drawn from the distribution.
+    # The randomised rank of a drawn token, ordered by how much the tilt favours it, is uniform under the distribution.
     far = math.sqrt(math.log(2 / FALSE_ALARM) / (2 * len(ranks)))
     assert distance_from_uniform(ranks) < far
-    assert distance_from_uniform(surprise) > far, "the test could not tell the tilt from the plain model"
+    assert distance_from_uniform(plain_ranks) > far, "the test has no power to tell the tilt from the plain model"
 
 
-def test_greedy_requests_take_the_likeliest_token_of_the_tilted_distribution(
+def test_greedy_requests_take_the_most_likely_token_of_the_tilted_distribution(
     served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
 ) -> None:
     critic, llm = served
-    asked = [{"mavis_weights": [1.0, -0.5], "mavis_beta": beta, "mavis_top_k": k} for beta in (0, 1, 2) for k in (5, 0)]
+    arguments = [
+        {"mavis_weights": [1.0, -0.5], "mavis_beta": beta, "mavis_top_k": k} for beta in (0, 1, 2) for k in (5, 0)
+    ]
     outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompts[number]) for number in range(len(asked))],
-        [SamplingParams(temperature=0, max_tokens=24, extra_args=extra) for extra in asked],
+        [TokensPrompt(prompt_token_ids=prompts[number]) for number in range(len(arguments))],
+        [SamplingParams(temperature=0, max_tokens=24, extra_args=extra) for extra in arguments],
         use_tqdm=False,
     )
     different = set()
-    for number, (extra, output) in enumerate(zip(asked, outputs, strict=True)):
+    for number, (extra, output) in enumerate(zip(arguments, outputs, strict=True)):
         ids = list(output.outputs[0].token_ids)
         expected = by_transformers(story[0], critic, prompts[number], ids, extra, 1.0)
         gaps = expected.max(dim=1).values - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert float(gaps.max()) <= 1e-4  # the likeliest, up to ties in fp32
+        assert float(gaps.max()) <= 1e-4  # the most likely, up to ties in fp32
         different.add(
             bool(
                 (exact_logprobs(story[0], critic, prompts[number], ids, None, 1.0).argmax(1) != torch.tensor(ids)).any()
@@ -169,11 +171,11 @@ def draw(llm: Any, prompt: list[int], **settings: Any) -> Any:
 
 
 def finite(response: Any) -> list[set[int]]:
-    """The tokens that could have been drawn at every step."""
+    """Return the tokens with a finite log-probability at every step."""
     return [{token for token, one in found.items() if math.isfinite(one.logprob)} for found in response.logprobs]
 
 
-def test_log_probabilities_of_the_prompt_go_with_a_tilt(
+def test_prompt_logprobs_work_with_a_tilt(
     served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
 ) -> None:
     critic, llm = served
@@ -185,7 +187,7 @@ def test_log_probabilities_of_the_prompt_go_with_a_tilt(
         assert output.outputs[0].logprobs[step][token].logprob == pytest.approx(float(expected[step, token]), abs=1e-3)
 
 
-def test_what_is_banned_before_the_tilt_stays_banned(
+def test_tokens_banned_before_the_tilt_stay_banned(
     served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
 ) -> None:
     _, llm = served
@@ -207,7 +209,7 @@ def test_what_is_banned_before_the_tilt_stays_banned(
         assert response.text in ("Tim", "Lily")
 
 
-def test_penalties_and_the_requests_own_cuts_act_on_what_the_tilt_leaves(
+def test_penalties_and_top_k_of_the_request_act_on_the_tilted_distribution(
     served: tuple[Any, Any], story: tuple[Any, Any], prompts: list[list[int]]
 ) -> None:
     critic, llm = served
@@ -232,7 +234,7 @@ def test_a_soak_of_500_requests_with_cancellations_leaves_nothing_behind(
     critic, llm = served
     requests, core, dice = mixed_requests(prompts, 500, seed=3), llm.llm_engine, Random(4)
     for number, (_, settings) in enumerate(requests):
-        if number < 250 and number % 12 != 1:  # at first few are tilted, and often none
+        if number < 250 and number % 12 != 1:  # at first few requests are tilted, and batches are often plain
             settings["extra_args"] = None
     waiting, running, finished, cancelled = list(range(500)), set(), {}, set()
     while waiting or core.has_unfinished_requests():
@@ -242,7 +244,7 @@ def test_a_soak_of_500_requests_with_cancellations_leaves_nothing_behind(
             settings = settings | {"max_tokens": dice.randint(1, 24), "logprobs": 0}
             core.add_request(f"soak-{number}", TokensPrompt(prompt_token_ids=prompt), SamplingParams(**settings))
             running.add(number)
-        if dice.random() < 0.02:  # all leave the batch and are read anew in the same step
+        if dice.random() < 0.02:  # all requests are preempted and recomputed in the same step
             core.reset_prefix_cache(reset_running_requests=True)
         if running and dice.random() < 0.1:
             number = dice.choice(sorted(running))
@@ -271,7 +273,7 @@ def test_a_soak_of_500_requests_with_cancellations_leaves_nothing_behind(
     batch = processor_of(llm)._batch
     assert batch.tilted == []
     assert not batch.any_tilted
-    assert [kept for kept in gc.get_objects() if isinstance(kept, Parked)] == []
+    assert [kept for kept in gc.get_objects() if isinstance(kept, PreemptedMemories)] == []
 
 
 def test_plain_requests_are_the_plain_model_bit_for_bit(

@@ -1,4 +1,4 @@
-"""Rollouts that vLLM draws are those of the same distributions as `generate`'s, shard by shard and round by round."""
+"""Rollouts drawn with vLLM follow the same distributions as those of `generate`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tests.engines.conftest import build_critic
-from tests.engines.in_vllm.conftest import FALSE_ALARM, distance_from_uniform, exact_logprobs, randomised_rank
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mavis import Critic, MavisError, ValueModelCritic
 from mavis.errors import ConfigError, CriticError
 from mavis.rewards import Brevity, Positive
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.utils.files import read_json
+from tests.factories import tiny_llama
+from tests.vllm.conftest import build_critic
+from tests.vllm.in_vllm.conftest import FALSE_ALARM, distance_from_uniform, exact_logprobs, randomised_rank
 
 pytest.importorskip("vllm")
 
@@ -65,7 +65,7 @@ def test_tilted_rows_are_drawn_from_their_own_distribution_with_its_kl(
 ) -> None:
     critic, dice = critics(name)[0], Random(2)
     rows = rows_of(collect(*story, OBJECTIVES, tilted_plan(64), tmp_path, SETTINGS, critic=critic, sampler=sampler))
-    ranks, mistaken = [], []
+    ranks, plain_ranks = [], []
     for row in rows:
         asked = {"mavis_weights": row["weights"], "mavis_beta": 1.5, "mavis_top_k": 12}
         known = story[0], critic, row["prompt_ids"], row["response_ids"]
@@ -78,13 +78,13 @@ def test_tilted_rows_are_drawn_from_their_own_distribution_with_its_kl(
         for step, token in enumerate(row["response_ids"]):
             shift = logprobs[step] - plain[step]
             ranks.append(randomised_rank(logprobs[step], shift, token, dice.random()))
-            mistaken.append(randomised_rank(plain[step], shift, token, dice.random()))
+            plain_ranks.append(randomised_rank(plain[step], shift, token, dice.random()))
     far = math.sqrt(math.log(2 / FALSE_ALARM) / (2 * len(ranks)))
     assert distance_from_uniform(ranks) < far
-    assert distance_from_uniform(mistaken) > far, "the test could not tell the tilt from the plain model"
+    assert distance_from_uniform(plain_ranks) > far, "the test has no power to tell the tilt from the plain model"
 
 
-def test_the_reference_is_cut_to_the_candidates_of_later_rounds(
+def test_the_reference_is_truncated_to_the_candidates_of_later_iterations(
     sampler: VllmSampler, story: tuple[Any, Any], tmp_path: Path
 ) -> None:
     plan = RolloutPlan.reference(PROMPTS * 8, 2)
@@ -94,34 +94,34 @@ def test_the_reference_is_cut_to_the_candidates_of_later_rounds(
         values, ids = plain.topk(12)
         for token, kept in zip(row["response_ids"], ids.tolist(), strict=True):
             assert token in kept
-        # cutting to the candidates costs −log of their share
+        # truncation to the candidates costs −log of their probability mass
         assert row["kl"] == pytest.approx((-values.exp().sum(1).log()).tolist(), abs=1e-4)
 
 
-def test_whole_rows_have_no_kl_and_end_as_those_of_generate_do(
+def test_untruncated_reference_rows_have_no_kl_and_end_like_those_of_generate(
     sampler: VllmSampler, story: tuple[Any, Any], tmp_path: Path
 ) -> None:
     policy, tokenizer = story
     settings = RolloutSettings(max_new_tokens=5, top_k=None, shard_size=64, seed=1)
-    often = tokenizer(" was")["input_ids"][-1], tokenizer.eos_token_id
+    ends = tokenizer(" was")["input_ids"][-1], tokenizer.eos_token_id
     before = policy.generation_config.eos_token_id
-    policy.generation_config.eos_token_id = list(often)
+    policy.generation_config.eos_token_id = list(ends)
     try:
         rows = rows_of(
             collect(*story, OBJECTIVES, RolloutPlan.reference(PROMPTS * 16, 2), tmp_path, settings, sampler=sampler)
         )
     finally:
         policy.generation_config.eos_token_id = before
-    ended = [row["response_ids"][-1] in often for row in rows]
+    ended = [row["response_ids"][-1] in ends for row in rows]
     assert any(ended)
     assert not all(ended)
     for row, is_ended in zip(rows, ended, strict=True):
         assert row["kl"] == [0.0] * len(row["response_ids"])
-        assert sum(token in often for token in row["response_ids"]) == is_ended
+        assert sum(token in ends for token in row["response_ids"]) == is_ended
         assert is_ended or len(row["response_ids"]) == 5
 
 
-def test_a_shard_that_was_lost_is_drawn_again_as_it_was(
+def test_a_lost_shard_is_redrawn_identically(
     sampler: VllmSampler, story: tuple[Any, Any], critics: Callable[[str], tuple[Any, Path]], tmp_path: Path
 ) -> None:
     critic = critics("plain heads")[0]
@@ -136,20 +136,10 @@ def test_a_shard_that_was_lost_is_drawn_again_as_it_was(
     assert len({tuple(row["response_ids"]) for row in first}) > len(first) // 2
 
 
-def test_what_is_learnt_and_other_policies_reach_the_engine(story: tuple[Any, Any], tmp_path: Path) -> None:
-    """A critic trained in place, and a policy that lies in no folder, are those that are served."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    policy = LlamaForCausalLM(config).eval().requires_grad_(False)
+def test_trained_critics_and_unsaved_policies_reach_the_engine(story: tuple[Any, Any], tmp_path: Path) -> None:
+    """The engine serves a critic that was changed in place, and a policy that was never saved."""
+    sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    policy = tiny_llama(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     critic = build_critic(policy, ("good", "short"))
     settings = RolloutSettings(max_new_tokens=1, top_k=None, shard_size=8)
     weights = torch.tensor([[1.0, 0.0]] * 8, dtype=torch.float64)
@@ -160,8 +150,8 @@ def test_what_is_learnt_and_other_policies_reach_the_engine(story: tuple[Any, An
             with torch.no_grad():
                 critic.heads.outer.zero_()
                 critic.heads.bias.fill_(sign * 1e3)
-            place = tmp_path / str(sign)
-            shards = collect(policy, story[1], OBJECTIVES, plan, place, settings, critic=critic, sampler=sampler)
+            folder = tmp_path / str(sign)
+            shards = collect(policy, story[1], OBJECTIVES, plan, folder, settings, critic=critic, sampler=sampler)
             rows = rows_of(shards)
             asked = {"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0, "mavis_top_k": 0}
             [logprobs] = exact_logprobs(policy, critic, rows[0]["prompt_ids"], rows[0]["response_ids"], asked, 1.0)
@@ -171,7 +161,7 @@ def test_what_is_learnt_and_other_policies_reach_the_engine(story: tuple[Any, An
     assert drawn[0] != drawn[1]
 
 
-def test_a_folder_of_generates_rollouts_is_not_gone_on_with(
+def test_a_folder_of_rollouts_from_generate_is_not_resumed(
     sampler: VllmSampler, story: tuple[Any, Any], tmp_path: Path
 ) -> None:
     plan = RolloutPlan.reference(PROMPTS, 2)
@@ -180,12 +170,12 @@ def test_a_folder_of_generates_rollouts_is_not_gone_on_with(
         list(collect(*story, OBJECTIVES, plan, tmp_path, SETTINGS, sampler=sampler))
 
 
-def test_what_no_engine_can_serve_is_refused_before_anything_is_drawn(
+def test_what_an_engine_cannot_serve_is_refused_before_anything_is_drawn(
     sampler: VllmSampler, story: tuple[Any, Any], critics: Callable[[str], tuple[Any, Path]], tmp_path: Path
 ) -> None:
     policy = story[0]
     values = ValueModelCritic.for_policy(policy, ["good", "short"], backbone=policy.config, readout="candidates")
-    with pytest.raises(CriticError, match="critic is a value_model in the readout 'candidates'"):
+    with pytest.raises(CriticError, match="critic is a value_model with readout 'candidates'"):
         sampler.check(policy, values)
     policy.peft_config = {}
     try:
@@ -196,13 +186,13 @@ def test_what_no_engine_can_serve_is_refused_before_anything_is_drawn(
     with pytest.raises(ConfigError, match="dtype is 'float16', but the sampler sets it"):
         VllmSampler(dtype="float16")
     long = RolloutSettings(max_new_tokens=250, top_k=None)
-    with pytest.raises(ConfigError, match="max_new_tokens is 250, .* comes to 260 tokens.*has room for 256"):
+    with pytest.raises(ConfigError, match="max_new_tokens is 250, .* have 260 tokens.*max_model_len is 256"):
         sampler.draw(*story, ["Lily and her mom went to the park and"], long, 0)
     with VllmSampler(max_model_len=10**6) as other, pytest.raises(ConfigError, match="vLLM does not start with"):
         other.draw(*story, PROMPTS, SETTINGS, 0)
 
 
-KILLED = """
+TRAINER = """
 import sys, tempfile
 from mavis.policies import embedded
 from mavis.vllm.sampler import VllmSampler
@@ -217,18 +207,18 @@ if __name__ == "__main__":
 """
 
 
-def _of_its_own() -> dict[str, str]:
-    """The environment of a process whose engine is a process too, as it is outside these tests."""
+def _environment_with_engine_process() -> dict[str, str]:
+    """Return an environment in which the engine is a process of its own, as it is outside these tests."""
     return {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
 
-def test_an_engine_ends_with_its_trainer_even_if_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "trainer.py").write_text(KILLED)
+def test_an_engine_stops_with_its_trainer_even_if_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "trainer.py").write_text(TRAINER)
     folders = tmp_path / "folders"
     folders.mkdir()
     with subprocess.Popen(
         [sys.executable, str(tmp_path / "trainer.py"), str(folders)],
-        env=_of_its_own() | {"PYTHONPATH": os.getcwd()},
+        env=_environment_with_engine_process() | {"PYTHONPATH": os.getcwd()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -256,7 +246,7 @@ def test_a_closed_sampler_leaves_nothing_behind(story: tuple[Any, Any], tmp_path
     assert not folder.exists()
 
 
-def test_a_longer_prompt_than_any_before_is_given_room(story: tuple[Any, Any]) -> None:
+def test_a_longer_prompt_than_any_before_gets_a_larger_engine(story: tuple[Any, Any]) -> None:
     with VllmSampler(enforce_eager=True) as sampler:
         for prompt in ("Once", "Once upon a time there was a little girl who went to the park with her dog and"):
             drawn = sampler.draw(story[0], story[1], [prompt], RolloutSettings(max_new_tokens=8, top_k=None), 0)
@@ -264,15 +254,17 @@ def test_a_longer_prompt_than_any_before_is_given_room(story: tuple[Any, Any]) -
             assert longest <= sampler._engine.model_config.max_model_len < 2 * longest
 
 
-def test_a_run_of_the_command_trains_with_an_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_the_train_command_uses_an_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
     settings = (
         "sampler=vllm +sampler.options.enforce_eager=true improvement.rollouts=64 improvement.shard_size=64 "
         "improvement.fit.epochs=1 improvement.calibration_samples=0 decoding.max_new_tokens=8"
     )
     command = [sys.executable, "-m", "mavis.cli.train", *settings.split(), f"output={tmp_path / 'run'}"]
-    done = subprocess.run(command, env=_of_its_own(), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=_environment_with_engine_process(), capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert Critic.from_pretrained(tmp_path / "run" / "critic").objectives == ("positive", "dialogue")
     for iteration in range(2):
-        claim = read_json(tmp_path / "run" / f"iteration-{iteration}" / "rollouts" / "plan.json")
-        assert claim["sampler"] == "vllm"
+        manifest = read_json(tmp_path / "run" / f"iteration-{iteration}" / "rollouts" / "plan.json")
+        assert manifest["sampler"] == "vllm"

@@ -1,4 +1,4 @@
-"""`make serve` and what the guide shows of it: many clients at once, each under its own weights."""
+"""`make serve` and the client of the guide: many clients at once, each with its own weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines.conftest import build_critic
-from tests.engines.in_vllm.conftest import by_transformers
 
 from mavis.critics import Calibration, HiddenStateCritic
+from tests.vllm.conftest import build_critic
+from tests.vllm.in_vllm.conftest import by_transformers
 
 pytest.importorskip("vllm")
 
@@ -32,7 +32,7 @@ GUIDE = ROOT / "docs" / "guides" / "vllm.md"
 
 @pytest.fixture(scope="module")
 def critic(story: tuple[Any, Any]) -> HiddenStateCritic:
-    """A critic of the demo's objectives and settings, with random heads."""
+    """A critic with the demo's objectives and settings, and random heads."""
     critic = build_critic(story[0], ("positive", "dialogue"), memory=8)
     betas = [0.5, 1.0, 2.0, 4.0]
     rows = [[beta**2 for beta in betas]] * 3
@@ -42,13 +42,13 @@ def critic(story: tuple[Any, Any]) -> HiddenStateCritic:
 
 @pytest.fixture(scope="module")
 def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the server of `make serve` listens."""
+    """The address of a server started by `make serve`."""
     folder = tmp_path_factory.mktemp("serve")
     critic.save_pretrained(folder / "critic")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The environment that these tests run in is the one to serve from, however it was made.
+    # Serve from the environment that runs these tests, however it was made.
     ready = f"{sys.prefix}/.ready"
     command = ["make", "-o", ready, "serve", f"VLLM_VENV={sys.prefix}", f"CRITIC={folder / 'critic'}", f"PORT={port}"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
@@ -75,13 +75,13 @@ def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
 
 
-def test_clients_at_once_each_get_their_own_weights(
+def test_concurrent_clients_each_get_their_own_weights(
     client: openai.OpenAI, critic: HiddenStateCritic, story: tuple[Any, Any]
 ) -> None:
     policy, tokenizer = story
-    asked: list[dict[str, Any] | None] = [None]
-    asked += [{"mavis_weights": f"positive={w},dialogue={1 - w}", "mavis_beta": b} for w in (0, 1) for b in (1, 2)]
-    asked += [{"mavis_weights": [w, -w], "mavis_beta": 1.5, "mavis_top_k": 0} for w in (-1.0, 0.5, 1.0)]
+    arguments: list[dict[str, Any] | None] = [None]
+    arguments += [{"mavis_weights": f"positive={w},dialogue={1 - w}", "mavis_beta": b} for w in (0, 1) for b in (1, 2)]
+    arguments += [{"mavis_weights": [w, -w], "mavis_beta": 1.5, "mavis_top_k": 0} for w in (-1.0, 0.5, 1.0)]
     prompt = tokenizer("Once upon a time")["input_ids"]
 
     def ask(extra: dict[str, Any] | None) -> str:
@@ -92,28 +92,28 @@ def test_clients_at_once_each_get_their_own_weights(
         return answer.choices[0].token_ids  # type: ignore[attr-defined]
 
     with ThreadPoolExecutor(16) as many:
-        answers = list(many.map(ask, asked * 2))
-    assert answers[: len(asked)] == answers[len(asked) :]
+        answers = list(many.map(ask, arguments * 2))
+    assert answers[: len(arguments)] == answers[len(arguments) :]
     assert len({tuple(ids) for ids in answers}) >= 5
-    for extra, ids in zip(asked, answers, strict=False):
+    for extra, ids in zip(arguments, answers, strict=False):
         expected = by_transformers(policy, critic, prompt, ids, extra, 1.0)
         gaps = expected.max(dim=1).values - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert float(gaps.max()) <= 1e-4
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "named"),
+    ("extra_args", "message"),
     [
         ({"mavis_weights": "positiv=1", "mavis_beta": 1}, "mavis_weights: weights names objective 'positiv'"),
         ({"mavis_weights": "positive", "mavis_beta": 1}, "mavis_weights is 'positive'"),
         ({"mavis_weights": [1, 2, 3], "mavis_beta": 1}, "mavis_weights: weights has shape"),
         ({"mavis_weights": "positive=1", "mavis_beta": "much"}, "mavis_beta is 'much'"),
         ({"mavis_weights": "positive=1", "mavis_target_kl": 2, "mavis_top_k": 3}, "mavis_target_kl: "),
-        ({"mavis_strength": 1}, "mavis_strength is no argument of a tilt"),
+        ({"mavis_strength": 1}, "mavis_strength is not a tilt argument"),
     ],
 )
-def test_a_mistake_is_answered_with_400_and_others_are_unharmed(
-    client: openai.OpenAI, extra_args: dict[str, Any], named: str
+def test_an_invalid_request_is_answered_with_400_and_others_are_unaffected(
+    client: openai.OpenAI, extra_args: dict[str, Any], message: str
 ) -> None:
     def good(_: int) -> str:
         extra = {"mavis_weights": "positive=1", "mavis_beta": 1}
@@ -127,11 +127,11 @@ def test_a_mistake_is_answered_with_400_and_others_are_unharmed(
                 model="embedded", prompt="Once", max_tokens=16, extra_body={"vllm_xargs": extra_args}
             )
         assert caught.value.status_code == 400
-        assert named in str(caught.value)
+        assert message in str(caught.value)
         assert len({other.result() for other in others}) == 1
 
 
-def test_the_client_of_the_guide_runs_as_it_is_written(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_client_of_the_guide_runs_as_written(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     [snippet] = [block for block in re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL) if "openai" in block]
     assert "http://localhost:8000/v1" in snippet

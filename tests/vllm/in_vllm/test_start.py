@@ -1,4 +1,4 @@
-"""What is refused at start-up, by name and with the reason, and what a request is refused for."""
+"""Unsupported engines and critics are refused at start-up, and invalid requests when they arrive."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines.conftest import build_critic
-from tests.engines.in_vllm.conftest import PROCESSOR, engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mavis import ValueModelCritic, embedded
 from mavis.errors import CriticError, MavisError
+from tests.vllm.conftest import build_critic
+from tests.vllm.in_vllm.conftest import PROCESSOR, engine
 
 pytest.importorskip("vllm")
 
@@ -25,11 +25,11 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor as Logit
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from mavis.vllm.logits_processor import CatchingLogitsLayer, MavisLogitsProcessor, _caught
+from mavis.vllm.logits_processor import CapturingLogitsLayer, MavisLogitsProcessor, _captured
 
 
 def start(critic: Path | None, **options: Any) -> MavisLogitsProcessor:
-    """Build the processor as an engine does before it loads its model."""
+    """Build the processor as an engine does, before it loads its model."""
     more = {} if critic is None else {"additional_config": {"mavis_critic": str(critic)}}
     arguments = {"model": str(embedded.path()), "dtype": "float32", "enforce_eager": True, "max_model_len": 256}
     config = EngineArgs(**(arguments | more | options)).create_engine_config()
@@ -43,11 +43,11 @@ def folder(critics: Callable[[str], tuple[Any, Path]]) -> Path:
 
 def test_without_a_critic_the_engine_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAVIS_CRITIC", raising=False)
-    with pytest.raises(CriticError, match="no critic is named.*Hint: set MAVIS_CRITIC=<critic folder>"):
+    with pytest.raises(CriticError, match="no critic is configured.*Hint: set MAVIS_CRITIC=<folder>"):
         start(None)
 
 
-def test_the_engines_own_setting_goes_before_the_environment(
+def test_the_engines_own_setting_takes_precedence_over_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAVIS_CRITIC", str(tmp_path / "nowhere"))
@@ -61,7 +61,7 @@ def test_the_engines_own_setting_goes_before_the_environment(
 
 
 def other_model(tmp_path: Path, **changes: Any) -> Path:
-    """Write a model that is the embedded one but for its weights and what is changed."""
+    """Save a random model with the configuration of the embedded one, except for some changes."""
     config = LlamaConfig.from_pretrained(embedded.path(), **changes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -80,35 +80,35 @@ def test_a_model_with_other_weights_warns(folder: Path, tmp_path: Path) -> None:
 
 def test_a_value_model_that_reads_every_candidate_is_refused_by_name(story: tuple[Any, Any], tmp_path: Path) -> None:
     ValueModelCritic.for_policy(story[0], ["good"], readout="candidates").save_pretrained(tmp_path / "critic")
-    with pytest.raises(CriticError, match="is a value_model in the readout 'candidates'.*Hint: .*mavis distill"):
+    with pytest.raises(CriticError, match="is a value_model with readout 'candidates'.*Hint: .*mavis distill"):
         start(tmp_path / "critic")
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
         ({"enable_lora": True}, "enable_lora is True"),
     ],
 )
-def test_what_a_tilt_cannot_follow_is_refused(folder: Path, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(CriticError, match=named):
+def test_unsupported_engine_features_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CriticError, match=message):
         start(folder, **options)
 
 
-def test_a_memory_wants_every_token_to_be_seen(critics: Callable[[str], tuple[Any, Path]]) -> None:
+def test_a_critic_with_a_memory_refuses_features_that_hide_tokens(critics: Callable[[str], tuple[Any, Path]]) -> None:
     _, folder = critics("memory")
     config = EngineArgs(
         model=str(embedded.path()), dtype="float32", additional_config={"mavis_critic": str(folder)}
     ).create_engine_config()
     MavisLogitsProcessor(config, torch.device("cpu"), False)
     config.scheduler_config.async_scheduling = True
-    with pytest.raises(CriticError, match="async_scheduling is on.*Hint: pass --no-async-scheduling"):
+    with pytest.raises(CriticError, match="async_scheduling is enabled.*Hint: pass --no-async-scheduling"):
         MavisLogitsProcessor(config, torch.device("cpu"), False)
     config.scheduler_config.async_scheduling = False
     config.kv_transfer_config = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    with pytest.raises(CriticError, match="kv_transfer_config is on"):
+    with pytest.raises(CriticError, match="kv_transfer_config is enabled"):
         MavisLogitsProcessor(config, torch.device("cpu"), False)
 
 
@@ -128,19 +128,19 @@ def test_vllm_itself_refuses_speculative_decoding_and_pooling(folder: Path) -> N
         build_logitsprocs(config, torch.device("cpu"), False, True, (PROCESSOR,))
 
 
-def test_the_first_tilt_can_come_as_plain_requests_leave(folder: Path) -> None:
+def test_the_first_tilted_request_can_join_while_plain_ones_leave(folder: Path) -> None:
     processor = start(folder)
     tilted = SamplingParams(extra_args={"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0, "mavis_top_k": 8})
     plain = SamplingParams()
     processor.update_state(BatchUpdate(5, removed=[], added=[(at, plain, [1], []) for at in range(5)], moved=[]))
-    # Two leave and one comes: vLLM fills the lower place, and names the other, which is the last, among the removed.
+    # Two leave and one joins: vLLM refills the lower row, and lists only the other, which is the last, as removed.
     processor.update_state(BatchUpdate(4, removed=[4], added=[(2, tilted, [1], [])], moved=[]))
-    _caught.states = torch.randn(4, 128)
+    _captured.states = torch.randn(4, 128)
     logits = processor.apply(torch.randn(4, 2048))
     assert logits.isfinite().sum(dim=1).tolist() == [2048, 2048, 8, 2048]
 
 
-def test_each_engine_of_a_process_asks_its_own_critic(
+def test_each_engine_of_a_process_validates_against_its_own_critic(
     story: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MAVIS_CRITIC", raising=False)
@@ -165,7 +165,9 @@ def test_each_engine_of_a_process_asks_its_own_critic(
     ask(later, "new")
 
 
-def test_the_newer_model_runner_refuses_it_at_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newer_model_runner_refuses_the_processor_at_start_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = {"model": str(embedded.path()), "dtype": "float32", "logits_processors": [PROCESSOR]}
     config = EngineArgs(**arguments, additional_config={"mavis_critic": str(folder)}).create_engine_config()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -173,11 +175,11 @@ def test_the_newer_model_runner_refuses_it_at_the_start(folder: Path, monkeypatc
         InputProcessor(config)
 
 
-def test_the_layer_that_models_are_built_with_is_the_one_that_catches() -> None:
+def test_models_are_built_with_the_capturing_logits_layer() -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
 
     with set_current_vllm_config(VllmConfig()):
-        assert type(LogitsLayer(8)) is CatchingLogitsLayer
+        assert type(LogitsLayer(8)) is CapturingLogitsLayer
 
 
 @pytest.fixture(scope="module")
@@ -187,33 +189,33 @@ def served(critics: Callable[[str], tuple[Any, Path]]) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "named"),
+    ("extra_args", "message"),
     [
         ({"mavis_weights": "goood=1", "mavis_beta": 1}, "mavis_weights: weights names objective 'goood'"),
         ({"mavis_weights": "good=1", "mavis_beta": -1}, "mavis_beta: "),
         ({"mavis_weights": "good=1", "mavis_target_kl": 1}, "mavis_target_kl: "),
         ({"mavis_weights": "good=1", "mavis_beta": 1, "mavis_top_k": 3000}, "mavis_top_k is 3000"),
-        ({"mavis_weight": "good=1"}, "mavis_weight is no argument"),
+        ({"mavis_weight": "good=1"}, "mavis_weight is not a tilt argument"),
     ],
 )
-def test_a_mistake_is_refused_naming_the_argument_and_the_engine_goes_on(
-    served: Any, prompts: list[list[int]], extra_args: dict[str, Any], named: str
+def test_an_invalid_request_is_refused_and_the_engine_keeps_serving(
+    served: Any, prompts: list[list[int]], extra_args: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(VLLMValidationError) as caught:
         served.generate(
             TokensPrompt(prompt_token_ids=prompts[0]), SamplingParams(extra_args=extra_args), use_tqdm=False
         )
-    assert named in str(caught.value)
+    assert message in str(caught.value)
     good = SamplingParams(max_tokens=2, extra_args={"mavis_weights": "good=1", "mavis_beta": 1})
     [output] = served.generate(TokensPrompt(prompt_token_ids=prompts[0]), good, use_tqdm=False)
     assert len(output.outputs[0].token_ids) <= 2
 
 
-def test_rows_that_do_not_match_are_an_error_and_never_a_guess(folder: Path) -> None:
+def test_hidden_states_that_do_not_match_the_rows_are_an_error(folder: Path) -> None:
     processor = start(folder)
     tilted = SamplingParams(extra_args={"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0})
     processor.update_state(BatchUpdate(2, removed=[], added=[(at, tilted, [1], []) for at in range(2)], moved=[]))
     for states in (None, torch.zeros(3, 128)):
-        _caught.states = states
-        with pytest.raises(MavisError, match="the engine gives 2 rows of logits for 2 requests"):
+        _captured.states = states
+        with pytest.raises(MavisError, match="the engine has 2 rows of logits for 2 requests"):
             processor.apply(torch.zeros(2, 2048))

@@ -1,4 +1,4 @@
-"""What requests may say: the same λ, candidates and temperature as `MavisTilt`, or an error that names the argument."""
+"""Request arguments give the λ, candidates and temperature of `MavisTilt`, or an error that names the argument."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mavis.critics import Calibration, Critic
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import DecodingError, MavisError, RequestError
-from mavis.vllm.request_arguments import asks_for_tilt, read_tilt
+from mavis.vllm.request_arguments import asks_for_tilt, parse_tilt
 
 
 @pytest.fixture
@@ -26,27 +26,27 @@ def critic(tiny_policy: Any, make_critic: Callable[..., Any]) -> Any:
     ["good=0.7,brevity=0.3", " good = 0.7 , brevity=0.3", [0.7, 0.3], {"good": 0.7, "brevity": 0.3}],
 )
 def test_weights_in_any_form_are_the_same_lambda(critic: Any, weights: Any) -> None:
-    tilt = read_tilt({"mavis_weights": weights, "mavis_beta": 2}, 0.8, critic)
+    tilt = parse_tilt({"mavis_weights": weights, "mavis_beta": 2}, 0.8, critic)
     assert tilt is not None
     torch.testing.assert_close(tilt.lam, torch.tensor([1.4, 0.6]))
     assert (tilt.top_k, tilt.temperature) == (40, 0.8)
 
 
-def test_an_objective_that_is_not_named_weighs_nothing(critic: Any) -> None:
-    tilt = read_tilt({"mavis_weights": "brevity=-1", "mavis_beta": 3.0}, 1.0, critic)
+def test_an_objective_without_a_weight_has_weight_zero(critic: Any) -> None:
+    tilt = parse_tilt({"mavis_weights": "brevity=-1", "mavis_beta": 3.0}, 1.0, critic)
     assert tilt is not None
     assert tilt.lam.tolist() == [0.0, -3.0]
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 61, 0])
 def test_candidates_are_one_to_all_and_zero_means_every_token(critic: Any, top_k: int) -> None:
-    tilt = read_tilt({"mavis_weights": "good=1", "mavis_beta": 1, "mavis_top_k": top_k}, 1.0, critic)
+    tilt = parse_tilt({"mavis_weights": "good=1", "mavis_beta": 1, "mavis_top_k": top_k}, 1.0, critic)
     assert tilt is not None
     assert tilt.top_k == (top_k or None)
 
 
 def test_a_greedy_request_is_tilted_as_at_temperature_one(critic: Any) -> None:
-    tilt = read_tilt({"mavis_weights": "good=1", "mavis_beta": 1}, 0.0, critic)
+    tilt = parse_tilt({"mavis_weights": "good=1", "mavis_beta": 1}, 0.0, critic)
     assert tilt is not None
     assert tilt.temperature == 1.0
 
@@ -62,27 +62,27 @@ def test_a_greedy_request_is_tilted_as_at_temperature_one(critic: Any) -> None:
         {"mavis_weights": [0, 0], "mavis_beta": 3},
     ],
 )
-def test_a_request_that_asks_for_nothing_is_plain(critic: Any, extra_args: Any) -> None:
-    assert read_tilt(extra_args, 1.0, critic) is None
+def test_a_request_without_a_tilt_is_plain(critic: Any, extra_args: Any) -> None:
+    assert parse_tilt(extra_args, 1.0, critic) is None
 
 
-def test_asking_is_naming_one_of_our_arguments() -> None:
+def test_a_request_asks_for_a_tilt_with_any_mavis_argument() -> None:
     assert not asks_for_tilt(None)
     assert not asks_for_tilt({"other": 1, "mavis_weights": None})
     assert asks_for_tilt({"mavis_anything": 0})
 
 
-def test_without_a_strength_the_calibrated_default_is_taken(critic: Any, calibration: Calibration) -> None:
+def test_without_a_strength_the_calibrated_default_is_used(critic: Any, calibration: Calibration) -> None:
     critic.calibration = calibration
-    tilt = read_tilt({"mavis_weights": "good=1", "mavis_top_k": 5}, 0.5, critic)
+    tilt = parse_tilt({"mavis_weights": "good=1", "mavis_top_k": 5}, 0.5, critic)
     assert tilt is not None
     torch.testing.assert_close(tilt.lam, lambda_rows({"good": 1.0}, critic, None, None)[0].float())
     assert tilt.lam[0] == pytest.approx(2.0, rel=1e-6)  # β²/2 = 2 nats
 
 
-def test_a_budget_is_translated_by_the_calibration(critic: Any, calibration: Calibration) -> None:
+def test_a_budget_is_converted_by_the_calibration(critic: Any, calibration: Calibration) -> None:
     critic.calibration = calibration
-    tilt = read_tilt({"mavis_weights": "good=1", "mavis_target_kl": 0.5, "mavis_top_k": 5}, 0.5, critic)
+    tilt = parse_tilt({"mavis_weights": "good=1", "mavis_target_kl": 0.5, "mavis_top_k": 5}, 0.5, critic)
     assert tilt is not None
     assert tilt.lam[0] == pytest.approx(1.0, rel=1e-6)
 
@@ -91,28 +91,28 @@ def test_a_default_for_other_candidates_or_another_temperature_warns(critic: Any
     critic.calibration = calibration
     for arguments, temperature in (({"mavis_top_k": 4}, 0.5), ({"mavis_top_k": 5}, 1.0), ({"mavis_top_k": 5}, 0.0)):
         with pytest.warns(UserWarning, match="the critic was calibrated with top_k=5 and temperature=0.5"):
-            read_tilt({"mavis_weights": "good=1"} | arguments, temperature, critic)
+            parse_tilt({"mavis_weights": "good=1"} | arguments, temperature, critic)
 
 
-def test_a_lambda_outside_what_a_conditioned_critic_has_seen_warns(
+def test_a_lambda_outside_the_trained_range_of_a_conditioned_critic_warns(
     tiny_policy: Any, make_critic: Callable[..., Any]
 ) -> None:
     critic = make_critic(tiny_policy, composition="conditioned")
     critic.max_trained_lambda.fill_(4.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_tilt({"mavis_weights": "good=1", "mavis_beta": 4}, 1.0, critic)
+        parse_tilt({"mavis_weights": "good=1", "mavis_beta": 4}, 1.0, critic)
     with pytest.warns(UserWarning, match="sum of at most 4"):
-        read_tilt({"mavis_weights": "good=1", "mavis_beta": 5}, 1.0, critic)
+        parse_tilt({"mavis_weights": "good=1", "mavis_beta": 5}, 1.0, critic)
 
 
 GOOD = {"mavis_weights": "good=1", "mavis_beta": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "named"),
+    ("extra_args", "message"),
     [
-        ({"mavis_beta": 1.0}, "mavis_weights is not given"),
+        ({"mavis_beta": 1.0}, "mavis_weights is missing"),
         ({"mavis_weights": "goood=1", "mavis_beta": 1}, "mavis_weights: weights names objective 'goood'"),
         ({"mavis_weights": "good", "mavis_beta": 1}, "mavis_weights is 'good'"),
         ({"mavis_weights": "good=nan", "mavis_beta": 1}, "mavis_weights is 'good=nan'"),
@@ -126,7 +126,7 @@ GOOD = {"mavis_weights": "good=1", "mavis_beta": 1.0}
         ({"mavis_weights": {"good": "1"}, "mavis_beta": 1}, "mavis_weights is {'good': '1'}"),
         ({"mavis_weights": [10**400, 1], "mavis_beta": 1}, "mavis_weights is [1000"),
         ({"mavis_weights": [True, False], "mavis_beta": 1}, "mavis_weights is [True, False]"),
-        # Tensors reach an engine in another process as raw bytes: refused here, they do not end it there.
+        # Tensors would reach an engine in another process as raw bytes and crash it, so they are refused.
         ({"mavis_weights": torch.tensor([1.0, 0.0]), "mavis_beta": 1}, "mavis_weights is tensor("),
         ({"mavis_weights": [torch.tensor(1.0), 0], "mavis_beta": 1}, "mavis_weights is [tensor("),
         ({"mavis_weights": 1, "mavis_beta": 1}, "mavis_weights is 1,"),
@@ -138,7 +138,7 @@ GOOD = {"mavis_weights": "good=1", "mavis_beta": 1.0}
         (GOOD | {"mavis_beta": True}, "mavis_beta is True"),
         (GOOD | {"mavis_beta": [1, 2]}, "mavis_beta is [1, 2]"),
         (GOOD | {"mavis_beta": 10**400}, "mavis_beta is 1000"),
-        (GOOD | {"mavis_beta": 1e300}, "mavis_beta times mavis_weights is too large"),
+        (GOOD | {"mavis_beta": 1e300}, "mavis_beta times mavis_weights overflows float32"),
         (GOOD | {"mavis_target_kl": 1}, "mavis_target_kl: beta is 1.0 and target_kl is 1"),
         ({"mavis_weights": "good=1", "mavis_target_kl": 10**400}, "mavis_target_kl is 1000"),
         ({"mavis_weights": "good=1", "mavis_target_kl": 0}, "mavis_target_kl: "),
@@ -148,44 +148,44 @@ GOOD = {"mavis_weights": "good=1", "mavis_beta": 1.0}
         (GOOD | {"mavis_top_k": 62}, "mavis_top_k is 62, expected a whole number from 0 to 61"),
         (GOOD | {"mavis_top_k": 2.5}, "mavis_top_k is 2.5"),
         (GOOD | {"mavis_top_k": "5"}, "mavis_top_k is '5'"),
-        (GOOD | {"mavis_topk": 5}, "mavis_topk is no argument of a tilt. Hint: did you mean 'mavis_top_k'?"),
+        (GOOD | {"mavis_topk": 5}, "mavis_topk is not a tilt argument. Hint: did you mean 'mavis_top_k'?"),
     ],
 )
-def test_a_mistake_names_its_argument_and_is_a_value_error(critic: Any, extra_args: Any, named: str) -> None:
+def test_an_invalid_argument_is_named_in_a_value_error(critic: Any, extra_args: Any, message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        read_tilt(extra_args, 1.0, critic)
-    assert named in str(caught.value)
+        parse_tilt(extra_args, 1.0, critic)
+    assert message in str(caught.value)
     assert "Hint: " in str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, DecodingError)
 
 
-def test_a_budget_of_another_calibration_is_refused(critic: Any, calibration: Calibration) -> None:
+def test_a_budget_for_another_calibration_is_refused(critic: Any, calibration: Calibration) -> None:
     critic.calibration = calibration
     with pytest.raises(RequestError, match="mavis_target_kl: target_kl is 1; the critic was calibrated with top_k=5"):
-        read_tilt({"mavis_weights": "good=1", "mavis_target_kl": 1}, 0.5, critic)
+        parse_tilt({"mavis_weights": "good=1", "mavis_target_kl": 1}, 0.5, critic)
 
 
-def test_what_a_folder_says_of_its_critic_is_enough(
+def test_the_description_of_a_critic_is_enough_to_parse_a_request(
     tiny_policy: Any, make_critic: Callable[..., Any], calibration: Calibration, tmp_path: Path
 ) -> None:
     critic = make_critic(tiny_policy, composition="conditioned", memory=4)
     critic.calibration = calibration
     critic.max_trained_lambda.fill_(9.0)
     critic.save_pretrained(tmp_path / "critic")
-    described = Critic.describe(tmp_path / "critic")
+    description = Critic.describe(tmp_path / "critic")
     asked = {"mavis_weights": "good=0.5,brevity=0.5", "mavis_target_kl": 1.0, "mavis_top_k": 5}
-    one, other = read_tilt(asked, 0.5, described), read_tilt(asked, 0.5, critic)
+    one, other = parse_tilt(asked, 0.5, description), parse_tilt(asked, 0.5, critic)
     assert one is not None
     assert other is not None
     assert torch.equal(one.lam, other.lam)
-    assert described.objectives == critic.objectives
-    assert described.fingerprint == critic.fingerprint
-    assert float(described.max_trained_lambda) == 9.0
-    assert all(weight.is_meta for weight in described.parameters())
+    assert description.objectives == critic.objectives
+    assert description.fingerprint == critic.fingerprint
+    assert float(description.max_trained_lambda) == 9.0
+    assert all(weight.is_meta for weight in description.parameters())
 
 
-def test_a_folder_without_weights_describes_nothing(
+def test_a_folder_without_weights_has_no_description(
     tiny_policy: Any, make_critic: Callable[..., Any], tmp_path: Path
 ) -> None:
     make_critic(tiny_policy).save_pretrained(tmp_path / "critic")
