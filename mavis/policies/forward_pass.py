@@ -82,7 +82,7 @@ class ForwardPass:
         )
 
     @property
-    def taken(self) -> int:
+    def new_tokens(self) -> int:
         """S, the number of tokens of each row that the pass reads."""
         return self.ids.shape[1]
 
