@@ -1,6 +1,7 @@
 """Build-time pages of the site: the command line, the configuration, contributing and the changelog.
 
-MkDocs calls the functions named `on_...` (see `hooks` in mkdocs.yml). Everything is read from the sources, so no page can fall behind.
+MkDocs calls the functions named `on_...` (see `hooks` in mkdocs.yml). Everything is read from the sources, so no page
+can fall behind.
 """
 
 from __future__ import annotations
