@@ -269,11 +269,12 @@ def build_sampler(config: Any) -> AbstractContextManager[Sampler]:
         ConfigError: if there is no such sampler.
     """
     from mavis.rollouts.sampler import GENERATE_SAMPLER
-    from mavis.vllm.sampler import VllmSampler
 
     kind = str(config.sampler.kind)
     if kind == GENERATE_SAMPLER.name:
         return nullcontext(GENERATE_SAMPLER)
+    from mavis.vllm.sampler import VllmSampler
+
     if kind == VllmSampler.name:
         return VllmSampler(**plain(config.sampler.options))
     raise ConfigError(f"sampler.kind is {kind!r}.", closest(kind, [GENERATE_SAMPLER.name, VllmSampler.name]))

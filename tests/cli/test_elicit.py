@@ -176,7 +176,7 @@ def test_what_no_pair_tells_is_said(mavis: Any, trained: Path, tmp_path: Path) -
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     ran = mavis("elicit", *ROOM, f"checkpoint={trained}", "pairs=pairs.jsonl", "output=out")
     assert ran.code == 0, ran.err
-    assert "No pair differs on positive: of that nothing is known yet." in ran.out
+    assert "No pair differs on positive, so the choices say nothing about it." in ran.out
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_no_pair_tells_is_said(mavis: Any, trained: Path, tmp_path: Path) -
     [
         (["questions=0"], "questions is 0, expected ≥ 1"),
         (["prompts=0"], "prompts is 0, expected ≥ 1"),
-        (["divisions=0"], "divisions ≥ 1, got 2 and 0"),
+        (["divisions=0"], "divisions is 0, expected a whole number ≥ 1"),
         (["beta=-1"], "beta is -1"),
         (["checkpoint=nothing"], "'nothing', which does not exist"),
         (["objective=[positive]"], "the critic's objective 'brevity' is not among the configured ones"),

@@ -155,8 +155,8 @@ def test_breaking_off_a_sweep_ends_all_of_it(
         (["search", "bta=interval(1,2)"], "there is no setting 'bta'. Hint: did you mean 'beta'?"),
         (["report"], "folder is not given. Hint: write folder=..."),
         (["report", "nowhere"], "folder is 'nowhere', which does not exist"),
-        (["report", "."], "folder '.' holds no run"),
-        (["report", ".", "format=gif"], "folder '.' holds no run"),
+        (["report", "."], "folder is '.', which holds no run"),
+        (["report", ".", "format=gif"], "folder is '.', which holds no run"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(mavis: Any, arguments: list[str], message: str) -> None:

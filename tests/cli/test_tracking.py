@@ -122,7 +122,7 @@ def test_a_tracker_is_ended_when_training_breaks_off(
         ("[tensorbord]", "tracking.with names 'tensorbord'. Hint: did you mean 'tensorboard'?"),
         ("[aim]", "tracking.with names 'aim', which is not installed. Hint: pip install aim."),
         ("[{_target_: OWN.Lines}]", "cannot be built: "),
-        ("[{_target_: OWN.NoTracker}]", "which is no GeneralTracker. Hint: "),
+        ("[{_target_: OWN.NoTracker}]", "which is not a GeneralTracker. Hint: "),
         ("[{_target_: nowhere.Tracker}]", "cannot be built: "),
         ("[{_target_: OWN.Lines, path: /nowhere/at/all}]", "tracking.with names 'lines', which does not start: "),
     ],
