@@ -12,7 +12,7 @@ import torch
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import join_processes
-from mavis.errors import ConfigError, DataError
+from mavis.errors import DataError
 from mavis.evaluation.efficiency import efficiency_at, reward_limits, target_efficiencies
 from mavis.evaluation.pareto import pareto_front
 from mavis.evaluation.report import EvaluationReport
@@ -24,6 +24,7 @@ from mavis.evaluation.value_calibration import value_calibration
 from mavis.math.simplex import simplex_grid
 from mavis.policies.devices import states_device
 from mavis.rewards import Objective
+from mavis.rollouts.checks import check_objectives
 
 
 def evaluate(
@@ -84,7 +85,9 @@ def evaluate(
         >>> report.rows[0].kl, all(row.kl > 0 for row in report.rows[1:])
         (0.0, True)
     """
-    _check(prompts, critic, objectives)
+    check_objectives(critic, objectives)
+    if not prompts:
+        raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
     settings.sampling.check(policy)
     processes = join_processes(states_device(policy))
     report_progress = (progress if processes.is_main else None) or (lambda stage, done, total: None)
@@ -160,13 +163,3 @@ def evaluate(
         values=value_calibration(policy, critic, plain, tilted, settings.sampling),
         speed=speed,
     )
-
-
-def _check(prompts: Sequence[str], critic: HeadCritic, objectives: Mapping[str, Objective]) -> None:
-    if tuple(objectives) != critic.objectives:
-        raise ConfigError(
-            f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
-            "pass the same names in the same order.",
-        )
-    if not prompts:
-        raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
