@@ -1,8 +1,8 @@
-# Everything on a machine with Python 3.11, pip, make and git: each target sets up what it needs.
+# Needs Python 3.11 or newer, pip, make and git; each target sets up the environment that it uses.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Small models are fastest with one torch thread per process; the tests run two processes side by side.
+# Small models are fastest with one torch thread per process; the tests run in two processes.
 TEST_PROCESSES ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -34,7 +34,7 @@ test-lowest:
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt .venv-lowest/.ready
 	.venv-lowest/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-# vLLM pins its own torch and transformers, so it has an environment of its own, for serving and for its tests.
+# vLLM pins torch and transformers, so serving and its tests have an environment of their own.
 VLLM_VENV ?= .venv-vllm
 CRITIC ?= mavis/policies/embedded/critic
 PORT ?= 8000
@@ -52,7 +52,7 @@ serve: export HF_HUB_OFFLINE = 1
 serve: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --model mavis/policies/embedded --served-model-name embedded --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --logits-processors mavis.vllm.logits_processor:MavisLogitsProcessor $(SERVE_ARGUMENTS)
 
-# torch comes first, so that its build for the CPU is taken; torchvision and the like do not load beside it.
+# torch comes first, so that its build for the CPU is taken, beside which torchvision and the like cannot be loaded.
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
