@@ -70,7 +70,7 @@ class MavisTilt(LogitsProcessor):
             papers. None takes the critic's calibrated default.
         target_kl: KL budget in nats per sequence, > 0, from which the critic's calibration derives beta.
         top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate, `as_trained` takes the number that
-            the critic was trained with, or every token if it does not say.
+            the critic was trained with, or every token if it does not record one.
         temperature: T > 0 that `generate` will divide by afterwards; `as_trained` takes the critic's, or 1.
         record_kl: keep every step's exact KL for `kl`.
         entropy_gate: do not tilt a row at steps where the policy's own distribution at T has less entropy than this, in
@@ -118,7 +118,7 @@ class MavisTilt(LogitsProcessor):
         self._batch_lambda: _BatchLambda | None = None
         self._thread = threading.local()
         self._latest_trace: GenerationTrace | None = None
-        if critic is not None:  # so that mistakes are raised here and not at the first step
+        if critic is not None:  # mistakes are raised now rather than at the first step
             self._resolve(critic)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class MavisTilt(LogitsProcessor):
         trace = getattr(self._thread, "trace", self._latest_trace)
         if not self.record_kl or trace is None:
             raise DecodingError(
-                f"kl was asked for, but record_kl is {self.record_kl} and "
+                f"kl is not available: record_kl is {self.record_kl} and "
                 f"{'nothing' if trace is None else 'a response'} was generated.",
                 "build the tilt with record_kl=True and generate first.",
             )
@@ -220,7 +220,7 @@ class MavisTilt(LogitsProcessor):
         trace = getattr(self._thread, "trace", self._latest_trace)
         if self.entropy_gate is None or trace is None or not trace.tilted:
             raise DecodingError(
-                f"steered was asked for, but entropy_gate is {self.entropy_gate} and "
+                f"steered is not available: entropy_gate is {self.entropy_gate} and "
                 f"{'nothing' if trace is None else 'a response'} was generated.",
                 "build the tilt with entropy_gate=0.1 or so and generate first.",
             )

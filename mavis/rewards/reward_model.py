@@ -43,7 +43,7 @@ class RewardModel:
             safetensors weights or no trained head, or does not fit `output`, `template` or `max_length`.
 
     Examples:
-        Any sequence classifier scores, here a tiny untrained one in a temporary folder:
+        A tiny untrained classifier in a temporary folder:
 
         >>> import tempfile
         >>> import mavis

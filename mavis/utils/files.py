@@ -75,7 +75,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
 def describe_pickles(folder: Path) -> str:
-    """Describe the pickles in a folder, to go on an error about a missing file; empty if there are none."""
+    """Describe the pickles in a folder, to append to an error about a missing file; empty if there are none."""
     found = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES))
     return f"; it holds {found}, which is never read because loading a pickle can run code" if found else ""
 
