@@ -13,6 +13,7 @@ from mavis.cli.build import plain
 from mavis.errors import ConfigError, closest
 from mavis.training.accelerate_session import accelerator
 from mavis.training.metrics import Log
+from mavis.utils.mappings import flatten
 
 _CUSTOM_TRACKER = "write e.g. '{_target_: my_module.MyTracker}', a subclass of accelerate.tracking.GeneralTracker."
 
@@ -48,7 +49,7 @@ def start_trackers(config: Any, folder: Path, device: torch.device) -> Iterator[
                 continue
             try:
                 tracker.start()
-                tracker.store_init_configuration(dict(_flattened(settings)))
+                tracker.store_init_configuration(_loggable(settings))
             except Exception as error:  # each tracker's library has its own exceptions
                 text = " ".join(str(error).split()) or type(error).__name__
                 raise ConfigError(
@@ -103,10 +104,7 @@ def _build_custom_tracker(requested: dict[str, Any]) -> Any:
     return tracker
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """List all settings by dotted path, those that are not plain values as text."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)
+def _loggable(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Name all settings by dotted path, those that are not plain values as text."""
+    flat = flatten(settings).items()
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat}

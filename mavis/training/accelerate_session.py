@@ -1,4 +1,4 @@
-"""Accelerate, borrowed for one fit."""
+"""Accelerate for the duration of one fit."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from mavis.errors import ConfigError
 
 GRADIENT_NORM = 1.0
-"""What gradients are clipped to."""
+"""Gradients are clipped to this norm."""
 
-_borrowing = threading.Lock()
-_borrowers = 0  # how many fits, in as many threads, use it now
-_ours = False  # whether there was no state before the first of them
+_lock = threading.Lock()
+_sessions = 0  # number of fits, in as many threads, that use Accelerate now
+_owns_state = False  # whether Accelerate had no state before the first of them
 
 
 @contextmanager
 def accelerator(device: torch.device) -> Iterator[Any]:
-    """Borrow Accelerate: its configuration decides on precision, sharding and what the processes talk over.
+    """Open an Accelerate session, whose configuration sets precision, sharding and the communication backend.
 
-    Accelerate keeps one state per process, with one device. So it places nothing, and a lone process that had no such
-    state before has none afterwards: it can train on a CPU and then on an accelerator.
+    Accelerate keeps one global state per process, with one device. The session therefore places nothing on devices, and
+    resets the state at its end if there was none before: a process can train on a CPU and then on an accelerator.
 
     Args:
-        device: where the fit is.
+        device: of the fit.
 
     Yields:
         An `Accelerator`.
@@ -42,41 +42,41 @@ def accelerator(device: torch.device) -> Iterator[Any]:
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    # Buffers are the same everywhere, and some as large as a vocabulary: they are not sent round at every step.
+    # Buffers are equal in all processes, and some are as large as a vocabulary: do not broadcast them at every step.
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
-    global _borrowers, _ours
-    with _borrowing:
+    global _sessions, _owns_state
+    with _lock:
         fresh = PartialState._shared_state == {}
-        _ours = fresh if _borrowers == 0 else _ours
+        _owns_state = fresh if _sessions == 0 else _owns_state
         options = {"cpu": True} if fresh and device.type == "cpu" else {}
-        borrowed = Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
-        _borrowers += 1
+        accelerate = Accelerator(device_placement=False, kwargs_handlers=[parallel], **options)
+        _sessions += 1
     try:
-        configure_deepspeed(borrowed)
-        yield borrowed
+        configure_deepspeed(accelerate)
+        yield accelerate
     finally:
-        with _borrowing:
-            _forget_deepspeed(borrowed)
-            _borrowers -= 1
-            if _ours and _borrowers == 0:
+        with _lock:
+            _release_deepspeed(accelerate)
+            _sessions -= 1
+            if _owns_state and _sessions == 0:
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()
 
 
 def modifies_modules(accelerate: Any) -> bool:
-    """Whether what an `Accelerator` has prepared cannot be used as before: it is cut into shards, or has hooks."""
+    """Return whether `prepare` changes modules irreversibly, by sharding their weights or adding hooks."""
     return bool(accelerate.is_fsdp2) or _deepspeed(accelerate) is not None
 
 
 def trained_state(accelerate: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Copy all that training may change, gathered from all processes.
+    """Copy the trained part of a module's state, gathered from all processes.
 
     Args:
-        accelerate: the `Accelerator` that prepared it.
-        module: the one that was prepared, or a part of it.
+        accelerate: the `Accelerator` that prepared the module.
+        module: the prepared module, or a part of it.
 
     Returns:
-        Its state, whole, without frozen parameters: a frozen trunk can be too large to be held twice.
+        Its unsharded state without frozen parameters: a frozen trunk may be too large to keep twice.
     """
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     with _gathered(accelerate, module):
@@ -85,7 +85,7 @@ def trained_state(accelerate: Any, module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _gathered(accelerate: Any, module: nn.Module) -> Iterator[None]:
-    """Undo DeepSpeed's third stage while the block runs: its tensors cannot gather themselves."""
+    """Gather weights that DeepSpeed's third stage has sharded while the block runs."""
     plugin = _deepspeed(accelerate)
     if plugin is None or plugin.zero_stage < 3:
         yield
@@ -106,34 +106,33 @@ def _deepspeed(accelerate: Any) -> Any:
 
 
 def configure_deepspeed(accelerate: Any) -> None:
-    """Fill in what DeepSpeed asks of a fit that brings no loader of its own and says for itself how it clips.
+    """Fill in the settings that DeepSpeed requires and that the fit decides: batch sizes and gradient clipping.
 
     Raises:
-        ConfigError: if it is to keep the weights in half precision, in which the last ones of a critic are lost.
+        ConfigError: if DeepSpeed would keep the weights in half precision, which is too coarse for a critic, or brings
+            an optimiser or a schedule of its own.
     """
     plugin = _deepspeed(accelerate)
     if plugin is None:
         return
     if accelerate.mixed_precision != "no":
         raise ConfigError(
-            f"mixed_precision is {accelerate.mixed_precision!r}, under which DeepSpeed turns the weights of a critic "
-            "themselves into half precision.",
+            f"mixed_precision is {accelerate.mixed_precision!r}, under which DeepSpeed would keep a critic's weights "
+            "in half precision.",
             "set mixed_precision to no.",
         )
     config = plugin.deepspeed_config
     if own := sorted({"optimizer", "scheduler"} & set(config)):
-        raise ConfigError(
-            f"DeepSpeed's configuration has an entry {own[0]!r}, but a fit brings its own.", "leave it out."
-        )
-    # Only its own records read these: each process is given its share of every batch, and says how much that is.
+        raise ConfigError(f"DeepSpeed's configuration has an entry {own[0]!r}, but a fit brings its own.", "remove it.")
+    # DeepSpeed only logs these: every process gets its share of a batch from `ShardedRollouts`.
     config["train_micro_batch_size_per_gpu"] = 1
     config["train_batch_size"] = accelerate.num_processes
     config["gradient_accumulation_steps"] = accelerate.gradient_accumulation_steps = 1
     config["gradient_clipping"] = GRADIENT_NORM
 
 
-def _forget_deepspeed(accelerate: Any) -> None:
-    """Let go of an engine, and let transformers forget it: what is built or sampled later would wait for the others."""
+def _release_deepspeed(accelerate: Any) -> None:
+    """Destroy an engine and make transformers forget it: later models would be sharded and wait for other processes."""
     plugin = _deepspeed(accelerate)
     if plugin is not None:
         from transformers.integrations import unset_hf_deepspeed_config
@@ -145,10 +144,10 @@ def _forget_deepspeed(accelerate: Any) -> None:
 
 
 def check_accelerate(device: torch.device) -> None:
-    """Refuse what a fit would refuse, before anything is done for it.
+    """Check Accelerate's configuration before any work is done for a fit.
 
     Args:
-        device: where the fit will be.
+        device: of the fit.
 
     Raises:
         ConfigError: see `accelerator`.
@@ -160,12 +159,13 @@ def check_accelerate(device: torch.device) -> None:
 
 
 def check_sharding() -> None:
-    """Refuse the ways of sharding that a fit does not undo: each has its own form for a network cut in pieces.
+    """Refuse ways of sharding that merge or rename parameters.
 
-    FSDP 2 and DeepSpeed leave every weight a tensor of its own, under its own name and at its own rate.
+    FSDP 2 and DeepSpeed keep every parameter as a tensor under its own name, so that it keeps its own learning rate and
+    can be gathered.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: for FSDP 1 and Megatron-LM.
     """
     names = {"MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP 1"}
     if os.environ.get("FSDP_VERSION") == "2":

@@ -50,8 +50,8 @@ class MetricLogger:
         """Log metrics by group and name at the end of an iteration, leaving out those that are None."""
         values = {
             f"{group}/{name}": value
-            for group, named in groups.items()
-            for name, value in named.items()
+            for group, values_of_group in groups.items()
+            for name, value in values_of_group.items()
             if value is not None
         }
         self._log(values, (iteration + 1) * self._epochs)
@@ -62,10 +62,10 @@ def record_training(critic: Critic, policy: Any, prompts: Sequence[str], setting
 
     Args:
         critic: about to be trained. Its `about["data"]` names the prompts, unless that belongs to an earlier training.
-        policy: that it is trained for.
-        prompts: that it is trained on.
+        policy: the reference policy.
+        prompts: the training prompts.
         settings: a dataclass.
     """
-    named = {"data": critic.about["data"]} if "data" in critic.about and "training" not in critic.about else {}
+    data = {"data": critic.about["data"]} if "data" in critic.about and "training" not in critic.about else {}
     training = flatten(asdict(settings)) | {"prompts": len(prompts)}
-    critic.about = named | {"policy": policy_name(policy), "training": training}
+    critic.about = data | {"policy": policy_name(policy), "training": training}

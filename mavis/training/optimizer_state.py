@@ -1,4 +1,4 @@
-"""The states of optimisers as named tensors, which safetensors can hold: a pickle could run code when it is read."""
+"""Optimiser states as named tensors for safetensors, since loading a pickle can run code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Name every tensor of the optimisers' states.
 
     Args:
-        optimizers: whose states hold tensors only, as those of Adam and Muon do.
+        optimizers: with states of tensors only, such as those of Adam and Muon.
 
     Returns:
         Tensors by `<optimiser>.<parameter>.<name>`, the first two counted from 0.
@@ -26,11 +26,11 @@ def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 
 
 def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Put states back in place.
+    """Load the states that `optimizer_tensors` returned.
 
     Args:
-        optimizers: as they were when `optimizer_tensors` was called, but for their states.
-        tensors: what it returned.
+        optimizers: over the same parameters in the same order.
+        tensors: by name.
     """
     for k, optimizer in enumerate(optimizers):
         content = optimizer.state_dict()

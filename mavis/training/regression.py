@@ -32,6 +32,11 @@ class RegressionSettings:
 
     Raises:
         ConfigError: if a setting is out of range.
+
+    Examples:
+        >>> from mavis.training import RegressionSettings
+        >>> RegressionSettings(epochs=2).batch_size
+        32
     """
 
     epochs: int = 6

@@ -53,7 +53,7 @@ class RolloutTensors:
     def inputs_of(self, critic: HeadCritic) -> Tensor:
         """Compute the inputs of a critic's heads at every step, (N, T, I) float32."""
         sequences = self.sequences
-        return critic.inputs_of_rollouts(sequences.ids, sequences.is_token, self.states)
+        return critic.rollout_inputs(sequences.ids, sequences.is_token, self.states)
 
     def rows(self, index: Tensor) -> Self:
         """Select rollouts by index."""

@@ -1,4 +1,4 @@
-"""Rollouts that lie spread over processes: each in one, every batch whole."""
+"""Rollouts sharded over processes: each in one of them, every batch complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mavis.training.rollout_tensors import RolloutTensors, ShardedRollouts, conc
 
 
 def numbered(rows: int, steps: int = 2) -> RolloutTensors:
-    """Rollouts whose tokens tell their number."""
+    """Rollouts whose tokens are their index."""
     numbers = torch.arange(rows)[:, None]
     return RolloutTensors(
         prompt_ids=numbers,
@@ -23,12 +23,12 @@ def numbered(rows: int, steps: int = 2) -> RolloutTensors:
 
 
 @given(rows=st.integers(4, 30), count=st.integers(1, 4), data=st.data())
-def test_a_batch_is_what_all_processes_hold_of_it_each_rollout_once(rows: int, count: int, data: st.DataObject) -> None:
+def test_the_parts_of_a_batch_hold_each_rollout_once(rows: int, count: int, data: st.DataObject) -> None:
     index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True)))
     shares = [ShardedRollouts.shard(numbered(rows), ProcessGroup(number, count)) for number in range(count)]
     assert all(len(share) == rows for share in shares)
     batches = [share.rows(index) for share in shares]
-    assert all(len(batch) > 0 for batch in batches)  # all go through a network together
+    assert all(len(batch) > 0 for batch in batches)  # all processes call a network together
     found = [n for batch in batches for n in batch.action_ids[batch.is_response[:, 0], 0].tolist()]
     assert sorted(found) == sorted(index.tolist())
     for batch in batches:  # in the batch's own order
@@ -38,7 +38,7 @@ def test_a_batch_is_what_all_processes_hold_of_it_each_rollout_once(rows: int, c
 
 
 @given(sizes=st.lists(st.integers(3, 9), min_size=1, max_size=3), count=st.integers(1, 3))
-def test_sets_one_after_the_other_keep_their_places(sizes: list[int], count: int) -> None:
+def test_concatenated_sets_keep_their_indices(sizes: list[int], count: int) -> None:
     wholes = [numbered(size, steps) for steps, size in enumerate(sizes, start=1)]
     offsets = [sum(sizes[:n]) for n in range(len(sizes))]
     for number in range(count):
@@ -50,12 +50,12 @@ def test_sets_one_after_the_other_keep_their_places(sizes: list[int], count: int
             assert some.is_response.sum(1).tolist() == [whole.is_response.shape[1]] * len(some)
 
 
-def test_what_each_knows_of_its_own_comes_together_in_order() -> None:
+def test_values_are_gathered_in_order() -> None:
     values = torch.arange(6.0).view(6, 1)
     assert torch.equal(ShardedRollouts.shard(numbered(6), SINGLE_PROCESS).all_gather(values), values)
 
     class Recording(ProcessGroup):
-        """A process that is told of what the others would add."""
+        """A process group that adds what the other process would."""
 
         def all_reduce_sum(self, given: torch.Tensor) -> torch.Tensor:
             others = torch.zeros(6, 1)

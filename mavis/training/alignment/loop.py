@@ -76,27 +76,29 @@ def align(
     Source: RLOO: Ahmadian et al., "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human
     Feedback in LLMs", ACL 2024. GRPO: Shao et al., "DeepSeekMath", arXiv 2402.03300, here without its divisions by a
     response's length and by the spread of its group (Liu et al., arXiv 2503.20783), which would change what β means.
+
+    Examples:
+        0 steps measure the reference policy itself; training needs the extra `align`.
+
+        >>> import tempfile
+        >>> import mavis
+        >>> from mavis.rewards import Brevity
+        >>> from mavis.training import AlignSettings, align
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> settings = AlignSettings(steps=0, reference_samples=8, evaluation_samples=2, max_new_tokens=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = align(policy, tokenizer, {"short": Brevity()}, [1.0], ["The dog"], folder, settings)
+        >>> report.weights, report.kl
+        ({'short': 1.0}, 0.0)
     """
     run, report_progress = Path(folder), progress or (lambda stage, done, total: None)
     row = _weights(weights, list(objectives))
     _check(policy, tokenizer, prompts, evaluation_prompts, settings)
-    manifest: dict[str, Any] = {
-        "settings": asdict(settings),
-        "weights": _by_name(objectives, row),
-        "policy": Fingerprint.of(policy).to_json(),
-        "prompts": RolloutPlan.reference(prompts, 0).digest(),
-        "evaluation_prompts": RolloutPlan.reference(evaluation_prompts or (), 0).digest(),
-    }
+    manifest = _manifest(policy, objectives, row, prompts, evaluation_prompts, settings)
     resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
     if resumed and (run / "report.json").is_file():
         return AlignReport(**read_json(run / "report.json"))
-    try:
-        from mavis.training.alignment.reinforce import aligned_copy, reinforce, save_aligned
-    except ImportError as error:
-        raise MissingPackageError(
-            f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
-            "pip install 'mavis-decoding[align]'.",
-        ) from error
+    training = _import_training()
     if not resumed:
         write_json(run / "run.json", manifest)
 
@@ -108,7 +110,7 @@ def align(
         raw = torch.from_numpy(score(objectives, prompts, responses))
         return list(((raw - mean) / std @ row).tolist())
 
-    seconds = reinforce(
+    seconds = training.reinforce(
         policy,
         tokenizer,
         draw_prompts(prompts, settings.steps * settings.batch_size, settings.seed + 1),
@@ -117,14 +119,14 @@ def align(
         settings,
         lambda done: report_progress("steps", done, settings.steps),
     )
-    aligned = aligned_copy(policy, run, settings)
-    asked = evaluation_prompts or prompts
-    raw_before, _ = sample(policy, "responses before", asked, settings.evaluation_samples, seed=2)
-    raw_after, shards = sample(aligned, "responses after", asked, settings.evaluation_samples, seed=2)
+    aligned = training.aligned_copy(policy, run, settings)
+    measured_on = evaluation_prompts or prompts
+    raw_before, _ = sample(policy, "responses before", measured_on, settings.evaluation_samples, seed=2)
+    raw_after, shards = sample(aligned, "responses after", measured_on, settings.evaluation_samples, seed=2)
     before, after = (raw_before - mean) / std, (raw_after - mean) / std
     kl = _kl(aligned, policy, shards, settings.temperature)
     report = AlignReport(
-        folder=str(save_aligned(aligned, tokenizer, run)),
+        folder=str(training.save_aligned(aligned, tokenizer, run)),
         weights=manifest["weights"],
         rewards_before=_by_name(objectives, before.mean(0)),
         rewards_after=_by_name(objectives, after.mean(0)),
@@ -145,6 +147,35 @@ def align(
     for name in ("checkpoint", "reference"):  # each as large as the policy, and no longer needed
         shutil.rmtree(run / name, ignore_errors=True)
     return report
+
+
+def _manifest(
+    policy: Any,
+    objectives: Mapping[str, Objective],
+    row: Tensor,
+    prompts: Sequence[str],
+    evaluation_prompts: Sequence[str] | None,
+    settings: AlignSettings,
+) -> dict[str, Any]:
+    """Describe a run by plain data, so that only the same call resumes it."""
+    return {
+        "settings": asdict(settings),
+        "weights": _by_name(objectives, row),
+        "policy": Fingerprint.of(policy).to_json(),
+        "prompts": RolloutPlan.reference(prompts, 0).digest(),
+        "evaluation_prompts": RolloutPlan.reference(evaluation_prompts or (), 0).digest(),
+    }
+
+
+def _import_training() -> Any:
+    try:
+        from mavis.training.alignment import reinforce
+    except ImportError as error:
+        raise MissingPackageError(
+            f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
+            "pip install 'mavis-decoding[align]'.",
+        ) from error
+    return reinforce
 
 
 def _sample(
@@ -185,7 +216,7 @@ def _standard_error(values: Tensor) -> float:
 
 
 def _weights(weights: Weights, objectives: Sequence[str]) -> Tensor:
-    """Read one row of weights (M,)."""
+    """Read the weights as one row, (M,)."""
     if not objectives:
         raise ObjectiveError("objectives is empty.", "name at least one, for example {'positive': Positive()}.")
     rows = weight_rows(weights, objectives, whose="the run")

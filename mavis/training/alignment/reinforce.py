@@ -69,29 +69,30 @@ def reinforce(
     if state["step"] == settings.steps:
         return float(state["seconds"])
     trained = copy.deepcopy(policy)
-    words = copy.deepcopy(tokenizer)  # TRL gives tokenizers without padding one
+    own_tokenizer = copy.deepcopy(tokenizer)  # TRL adds a padding token to tokenizers without one
 
     def scored(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return reward(prompts, response_texts(words, words(prompts)["input_ids"], completion_ids))
+        prompt_ids = own_tokenizer(prompts)["input_ids"]
+        return reward(prompts, response_texts(own_tokenizer, prompt_ids, completion_ids))
 
     trainer: Any = RLOOTrainer
     config: Any = RLOOConfig
-    nat = 1 / settings.beta  # what one costs, TRL's beta
+    nat = 1 / settings.beta  # price of a nat in reward, TRL's beta
     if settings.method == "grpo":
-        # A response's sum of advantages and KL, neither divided by its length nor by the spread of its group: both
-        # would change what β means.
+        # Advantages and KL are summed over a response; dividing by its length or by the spread of its group would
+        # change what β means.
         trainer, config = GRPOTrainer, partial(GRPOConfig, loss_type="dr_grpo", scale_rewards="none")
-        # What a response is compared with holds the response itself, which takes so much off all rewards, not off KL.
+        # The baseline includes the response itself, which scales all rewards by this factor, but not the KL.
         nat *= 1 - 1 / settings.samples
     rows, micro = settings.batch_size * settings.samples, settings.micro_rows
     steps = _Steps(int(state["step"]), float(state["seconds"]), checkpoint, settings, on_step)
-    with _process_as_it_was():
+    with _restored_process_state():
         if not settings.lora_rank:
             with atomic_folder(folder / "reference") as temporary:
                 trained.save_pretrained(temporary)
-            # From there TRL loads its reference policy; with adapters, it switches them off.
+            # TRL loads its reference policy from there; with adapters it switches these off instead.
             trained.config._name_or_path = str(folder / "reference")
-            # Half precision would round most steps of the optimiser away.
+            # In half precision most updates would be rounded away.
             trained.float().requires_grad_(True)
         run = trainer(
             trained,
@@ -106,7 +107,7 @@ def reinforce(
                 temperature=settings.temperature,
                 beta=nat,
                 learning_rate=settings.learning_rate,
-                lr_scheduler_type="constant",  # `_Steps` lowers it, which knows of the steps before a break
+                lr_scheduler_type="constant",  # `_Steps` decays it, since it knows the steps before an interruption
                 shuffle_dataset=False,
                 disable_dropout=True,
                 gradient_checkpointing=False,
@@ -119,7 +120,7 @@ def reinforce(
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_dict({"prompt": list(prompts[steps.start * settings.batch_size :])}),
-            processing_class=words,
+            processing_class=own_tokenizer,
             callbacks=[steps],
             peft_config=_lora(settings) if settings.lora_rank else None,
         )
@@ -138,7 +139,7 @@ def aligned_copy(policy: Any, folder: Path, settings: AlignSettings) -> Any:
     """
     aligned = copy.deepcopy(policy)
     if settings.lora_rank:
-        with _process_as_it_was():
+        with _restored_process_state():
             aligned = get_peft_model(aligned, _lora(settings))
     if settings.steps:
         restore_weights(aligned, load_file(folder / "checkpoint" / "weights.safetensors"))
@@ -146,7 +147,7 @@ def aligned_copy(policy: Any, folder: Path, settings: AlignSettings) -> Any:
 
 
 def save_aligned(aligned: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write an aligned policy with its tokenizer, or its adapter alone, whole or not at all.
+    """Write an aligned policy with its tokenizer, or its adapter alone, atomically.
 
     Args:
         aligned: of `aligned_copy`.
@@ -156,19 +157,19 @@ def save_aligned(aligned: Any, tokenizer: Any, folder: Path) -> Path:
     Returns:
         The folder of the policy or of the adapter.
     """
-    with _process_as_it_was():
+    with _restored_process_state():
         if not isinstance(aligned, PeftModel):
             save_policy(folder / "policy", aligned, tokenizer)
             return folder / "policy"
         with atomic_folder(folder / "adapter") as temporary:
-            # Left to find out by itself whether embeddings were trained, PEFT would look the policy up on the hub.
+            # To find out whether embeddings were trained, PEFT would look the policy up on the hub.
             aligned.save_pretrained(temporary, save_embedding_layers=False)
         return folder / "adapter"
 
 
 @torch.no_grad()
 def restore_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put trained weights in the place of a model's own."""
+    """Copy trained weights into a model's parameters of the same names."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
         parameters[name].copy_(weight)
@@ -181,7 +182,7 @@ def _lora(settings: AlignSettings) -> LoraConfig:
 
 
 class _Steps(TrainerCallback):
-    """Sets each step's seed and rate, tells how many are done, and keeps checkpoints that hold no pickle."""
+    """Sets each step's seed and learning rate, reports progress, and saves checkpoints without pickle."""
 
     def __init__(
         self, start: int, seconds: float, checkpoint: Path, settings: AlignSettings, on_step: Callable[[int], None]
@@ -215,16 +216,16 @@ class _Steps(TrainerCallback):
 
 
 @contextmanager
-def _process_as_it_was() -> Iterator[None]:
-    """Undo what TRL does to the process: it seeds every random source, shows bars, and reports its use to the hub."""
+def _restored_process_state() -> Iterator[None]:
+    """Undo what TRL does to the process: it seeds all random sources, shows progress bars and sends telemetry."""
     telemetry, bars = constants.HF_HUB_DISABLE_TELEMETRY, logging.is_progress_bar_enabled()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about how TRL and PEFT call transformers
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it, and says so for each layer
+            warnings.simplefilter("ignore", FutureWarning)  # from how TRL and PEFT call transformers
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it and warns for each layer
             yield
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = telemetry

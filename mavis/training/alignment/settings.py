@@ -24,7 +24,7 @@ class AlignSettings:
         samples: responses per prompt, ≥ 2.
         learning_rate: of AdamW at the first step, > 0; linear decay to 0.
         beta: β > 0 of the goal, in 1 / reward. It is the *inverse* of TRL's `beta`, and of the β of RLHF papers, which
-            is what a nat costs.
+            is the price of a nat.
         max_new_tokens: longest response in tokens, ≥ 1.
         temperature: T > 0 of both policies.
         lora_rank: rank of the adapters that are trained, ≥ 0; 0 trains all weights.
@@ -37,6 +37,12 @@ class AlignSettings:
 
     Raises:
         ConfigError: if a setting is out of range.
+
+    Examples:
+        >>> from mavis.training import AlignSettings
+        >>> settings = AlignSettings(method="grpo", steps=200, lora_rank=16)
+        >>> settings.batch_size * settings.samples  # responses per step
+        32
     """
 
     method: Literal["rloo", "grpo"] = "rloo"
@@ -114,6 +120,20 @@ class AlignReport:
         evaluated_on: `evaluation prompts`, or `training prompts` where no others were given.
         seconds: duration of the training, without the sampling for normalisation and report.
         settings: of the run.
+
+    Examples:
+        A finished run holds its report as `report.json`.
+
+        >>> from mavis.training import AlignReport
+        >>> stored = {
+        ...     "folder": "run/policy", "weights": {"short": 1.0}, "rewards_before": {"short": 0.0},
+        ...     "rewards_after": {"short": 0.75}, "reward_before": 0.0, "reward_after": 0.75, "reward_error": 0.04,
+        ...     "kl": 2.0, "kl_error": 0.1, "goal": 0.5, "mean": {"short": -0.6}, "std": {"short": 0.1},
+        ...     "responses": 512, "evaluated_on": "evaluation prompts", "seconds": 60.0, "settings": {"beta": 8.0},
+        ... }
+        >>> report = AlignReport(**stored)
+        >>> report.goal == report.reward_after - report.kl / report.settings["beta"]
+        True
     """
 
     folder: str

@@ -1,1 +1,1 @@
-"""Distillation: one critic that learns what several say of the candidates."""
+"""Distillation: one critic learns the values of several."""

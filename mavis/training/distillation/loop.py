@@ -14,11 +14,12 @@ from mavis.critics import Critic
 from mavis.critics.group import as_critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
-from mavis.errors import ConfigError, DataError
+from mavis.errors import ConfigError
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rollouts import RolloutPlan, draw_prompts
+from mavis.rollouts.checks import check_prompts
 from mavis.rollouts.collect import critic_digest
 from mavis.rollouts.replay import ROWS_PER_PASS, forward_sequences
 from mavis.training.distillation.imitation import Imitation, explained
@@ -73,16 +74,35 @@ def distill(
 
     Raises:
         ConfigError: if the objectives differ, a critic is conditioned, the student reads every candidate, or the policy
-            has fewer tokens than candidates are asked for.
+            has fewer tokens than `candidates`.
         CriticError: if the teachers cannot be combined, or a critic is for another shape of policy.
         DataError: if there are no prompts, the folder belongs to a run with other settings, or a shard cannot be read.
         TrainingError: if a teacher's values or the student's error are not finite.
 
     Source: the values of all objectives in one trunk, as in MAVIS (arXiv 2508.13415).
+
+    Examples:
+        >>> import tempfile
+        >>> import mavis
+        >>> from mavis.rollouts import RolloutSettings
+        >>> from mavis.training import DistillSettings, RegressionSettings, distill
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> def new_critic(*objectives):
+        ...     return mavis.HiddenStateCritic.for_policy(policy, objectives, hidden=8, composition="independent")
+        >>> teachers = [new_critic("positive"), new_critic("dialogue")]  # in practice, trained ones
+        >>> student = new_critic("positive", "dialogue")
+        >>> settings = DistillSettings(
+        ...     rollouts=4, sampling=RolloutSettings(max_new_tokens=4), fit=RegressionSettings(epochs=1)
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = distill(student, teachers, policy, tokenizer, ["The dog"], folder, settings)
+        >>> list(report.explained), len(report.losses)
+        (['positive', 'dialogue'], 2)
     """
     _refuse_conditioned(student, teachers if isinstance(teachers, list | tuple) else [teachers])
     teacher = as_critic(teachers)
-    _check(student, teacher, prompts)
+    _check(student, teacher)
+    check_prompts(prompts)
     settings.check(policy)
     student.fingerprint.check(policy)
     student.fingerprint = Fingerprint.of(policy)
@@ -194,7 +214,7 @@ def _refuse_conditioned(student: Any, teachers: Sequence[Any]) -> None:
             )
 
 
-def _check(student: HeadCritic, teacher: Critic, prompts: Sequence[str]) -> None:
+def _check(student: HeadCritic, teacher: Critic) -> None:
     if not isinstance(student, HeadCritic):
         raise ConfigError(
             f"student is a {type(student).__name__}, expected one critic with heads of its own.",
@@ -211,5 +231,3 @@ def _check(student: HeadCritic, teacher: Critic, prompts: Sequence[str]) -> None
             "the student's readout is 'candidates', which would have to read every candidate at every step.",
             "choose the token readout, or a HiddenStateCritic.",
         )
-    if isinstance(prompts, str) or not prompts:
-        raise DataError(f"prompts is {prompts!r}, expected at least one prompt.", "pass a list of texts.")

@@ -43,8 +43,8 @@ class Recordings(RolloutTensors):
 def scale(recordings: ShardedRollouts[Recordings]) -> Tensor:
     """Compute the standard deviation of the values of each objective, (M,) float32; 1 where they do not vary."""
     local = recordings.local_rollouts
-    said = local.values[local.is_response].flatten(0, 1).double()
-    moments = torch.stack([torch.ones_like(said), said, said.square()]).sum(1)
+    values = local.values[local.is_response].flatten(0, 1).double()
+    moments = torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
     count, first, second = recordings.processes.all_reduce_sum(moments)
     spread = ((second - first.square() / count) / (count - 1).clamp_min(1)).clamp_min(0).sqrt().float()
     return torch.where(spread > 1e-6, spread, 1.0)
@@ -121,17 +121,17 @@ class _Recorder(LogitsProcessor):
         """Pair the recorded values with the responses; what follows a response's end is 0."""
         is_response = sequences.is_response
         rows, steps = is_response.shape
-        ids, logprobs, values = (torch.stack(said[:steps], dim=1).cpu() for said in zip(*self._steps, strict=True))
-        over = ~is_response[:, :, None]
+        ids, logprobs, values = (torch.stack(column[:steps], dim=1).cpu() for column in zip(*self._steps, strict=True))
+        is_padding = ~is_response[:, :, None]
         return Recordings(
             prompt_ids=sequences.ids[:, :-steps],
             is_prompt=sequences.is_token[:, :-steps],
             states=torch.zeros(rows, steps, 0),
             action_ids=sequences.ids[:, -steps:],
             is_response=is_response,
-            candidate_ids=ids.int().masked_fill(over, 0),
-            logprobs=logprobs.masked_fill(over, 0.0),
-            values=values.masked_fill(over[..., None], 0.0),
+            candidate_ids=ids.int().masked_fill(is_padding, 0),
+            logprobs=logprobs.masked_fill(is_padding, 0.0),
+            values=values.masked_fill(is_padding[..., None], 0.0),
         )
 
 
@@ -141,8 +141,8 @@ def _read(path: Path, rows: int) -> Recordings:
         if len(recordings) != rows:
             raise ValueError(f"it has {len(recordings)} rows instead of {rows}.")
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"shard {str(path)!r} cannot be read: {said}", "delete it and rerun: it is sampled again."
+            f"shard {str(path)!r} cannot be read: {reason}", "delete it and rerun: it is sampled again."
         ) from error
     return recordings

@@ -24,6 +24,12 @@ class DistillSettings:
 
     Raises:
         ConfigError: if a setting is out of range.
+
+    Examples:
+        >>> from mavis.training import DistillSettings
+        >>> settings = DistillSettings(rollouts=512)
+        >>> settings.candidates, settings.fit.epochs
+        (40, 6)
     """
 
     rollouts: int = 2048
@@ -62,6 +68,12 @@ class DistillReport:
             depends on.
         epoch: the epoch that is kept, counted from 1; 0 if none was better than the initial student.
         losses: the held-out error before the first and after each epoch.
+
+    Examples:
+        >>> from mavis.training import DistillReport
+        >>> report = DistillReport({"positive": 0.9}, {"positive": 0.6}, epoch=2, losses=[1.0, 0.5, 0.3])
+        >>> report.losses[report.epoch]
+        0.3
     """
 
     explained: dict[str, float | None]
@@ -70,5 +82,5 @@ class DistillReport:
     losses: list[float]
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
-        """Return what trackers are told, by group and name."""
+        """Return the metrics to log, by group and name."""
         return {"explained": self.explained, "explained between candidates": self.between_candidates}

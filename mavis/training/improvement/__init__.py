@@ -1,1 +1,1 @@
-"""Training a critic: iterated KL-regularised policy improvement."""
+"""Improvement: iterated KL-regularised policy improvement of a critic."""

@@ -1,4 +1,4 @@
-"""What the fit reads: the replayed steps of all rollouts, side by side in memory."""
+"""The inputs of the fit: all rollouts, replayed, as tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from mavis.training.rollout_tensors import RolloutTensors, ShardedRollouts, conc
 
 @dataclass(frozen=True)
 class Features(RolloutTensors):
-    """N replayed rollouts, and what they earned; see `RolloutTensors`.
+    """N replayed rollouts with their rewards; see `RolloutTensors`.
 
     Args:
-        expected: (N, T, E) float32, E_{a∼π}[e_a] under the policy that is being evaluated; E is 0 where plain Monte
-            Carlo returns are asked for, which do not need it.
+        expected: (N, T, E) float32, E_{a∼π}[e_a] under the evaluated policy; E is 0 for plain Monte Carlo returns,
+            which do not need it.
         kl: (N, T) float32, KL of that policy to the reference in nats, 0 after the end.
         rewards: (N, M) float32, normalised.
-        lam: (N, M) float32, the λ of the policy that is being evaluated, which a conditioned critic reads.
-        is_evaluated: (N, M) bool, True where that policy is the one whose value of objective m is asked for.
+        lam: (N, M) float32, the λ of the evaluated policy, which a conditioned critic reads.
+        is_evaluated: (N, M) bool, True where the rollout teaches the value of objective m: under `independent`, only
+            rollouts of that objective's own policy do.
     """
 
     expected: Tensor
@@ -50,38 +51,38 @@ def extract(
     expectations: bool = True,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> ShardedRollouts[Features]:
-    """Replay this process's share of rollouts, under the policy that their λ names.
+    """Replay this process's share of rollouts under the policies of their λ.
 
     Args:
         policy: the reference policy.
         shards: from `collect`.
         embeddings: (V, E) float32, the e_a of `token_embeddings`.
-        critic: gives the normalisation and, where `tilted`, the policy that sampled.
+        critic: gives the normalisation and, where `tilted`, the tilt.
         settings: that the rollouts were sampled with.
-        tilted: whether the policy to be evaluated is the one that the critic, as it is now, tilts; else it is the
-            reference policy. Any other may have sampled the rollouts.
+        tilted: whether the evaluated policy is tilted by the critic as it is now; else it is the reference policy. It
+            may differ from the policy that sampled the rollouts.
         expectations: whether to compute the expected embeddings that return decomposition needs. Without them the KL
             is the recorded one, of the policy that sampled.
-        processes: that the rollouts are shared out over; all of them are given the same shards.
+        processes: the group that shares the work; all processes pass the same shards.
 
     Returns:
         The features of all rollouts that have at least one response token.
 
     Raises:
-        ConfigError: if there are fewer of them than processes.
+        ConfigError: if there are fewer rollouts than processes.
     """
     parts: list[Features] = []
     total = 0
     for shard in shards:
-        filled = [i for i, ids in enumerate(shard["response_ids"]) if ids]
-        shard = shard.select(processes.shard(filled, before=total))
-        total += len(filled)
-        for at in range(0, len(shard), ROWS_PER_PASS):
-            rows = shard[at : at + ROWS_PER_PASS]
+        nonempty = [i for i, ids in enumerate(shard["response_ids"]) if ids]
+        shard = shard.select(processes.shard(nonempty, before=total))
+        total += len(nonempty)
+        for start in range(0, len(shard), ROWS_PER_PASS):
+            rows = shard[start : start + ROWS_PER_PASS]
             weights = torch.tensor(rows["weights"], dtype=torch.float64)
             lam = torch.tensor(rows["beta"], dtype=torch.float64)[:, None] * weights
             sequences = Sequences.pack(rows["prompt_ids"], rows["response_ids"])
-            prompts = sequences.ids.shape[1] - sequences.is_response.shape[1]
+            prompt_length = sequences.ids.shape[1] - sequences.is_response.shape[1]
             if expectations:
                 steps = replay(
                     policy,
@@ -100,10 +101,10 @@ def extract(
                     states = forward_sequences(policy, sequences)[0].cpu()
             parts.append(
                 Features(
-                    prompt_ids=sequences.ids[:, :prompts],
-                    is_prompt=sequences.is_token[:, :prompts],
+                    prompt_ids=sequences.ids[:, :prompt_length],
+                    is_prompt=sequences.is_token[:, :prompt_length],
                     states=states if critic.reads_states else states[..., :0],
-                    action_ids=sequences.ids[:, prompts:],
+                    action_ids=sequences.ids[:, prompt_length:],
                     expected=expected,
                     kl=kl,
                     is_response=sequences.is_response,

@@ -30,14 +30,20 @@ Target = Literal["decomposition", "monte_carlo"]
 
 @dataclass(frozen=True)
 class FitSettings(RegressionSettings):
-    """How heads are fitted: as `RegressionSettings` says, to what `target` names.
+    """The settings of `fit`: those of `RegressionSettings` and the regression target.
 
     Args:
-        target: `decomposition` subtracts the later advantages from every return, which leaves its mean and takes away
-            most of its noise; `monte_carlo` is the paper's plain return.
+        target: `decomposition` subtracts the later advantages from every return, which keeps its mean and removes most
+            of its noise; `monte_carlo` is the paper's plain return.
 
     Raises:
         ConfigError: if a setting is out of range.
+
+    Examples:
+        >>> from mavis.training import FitSettings
+        >>> settings = FitSettings(epochs=2)
+        >>> settings.target, settings.weight_decay
+        ('decomposition', 0.1)
     """
 
     weight_decay: float = 0.1
@@ -51,14 +57,20 @@ class FitSettings(RegressionSettings):
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit came to.
+    """The result of a fit.
 
     Args:
         explained: per objective, 1 − held-out squared error of Q / variance of the returns, for the epoch that is kept,
-            over the rollouts of the policies whose values these are; None where the held-out returns do not vary. Early
-            steps know little, so even exact values explain a part.
-        epoch: which epoch that is, counted from 1; 0 if none was better than the heads at the start.
+            over rollouts of the evaluated policies; None where the held-out returns do not vary. Early steps determine
+            little of a return, so even exact values explain only a part.
+        epoch: the epoch that is kept, counted from 1; 0 if none was better than the initial heads.
         losses: the held-out error before the first and after each epoch.
+
+    Examples:
+        >>> from mavis.training import FitReport
+        >>> report = FitReport(explained={"positive": 0.4, "dialogue": None}, epoch=2, losses=[1.0, 0.8, 0.7])
+        >>> report.losses[report.epoch]
+        0.7
     """
 
     explained: dict[str, float | None]
@@ -83,42 +95,69 @@ def fit(
         G_{t,m} = R_m − ζ Σ_{t'>t} KL_{t'}
         min Σ_{t,m} (Q_m(s_t, a_t) + Σ_{t'>t} A_m(s_{t'}, a_{t'}) − G_{t,m})²,  A_m = Q_m(s, a) − E_{a'∼π} Q_m(s, a')
 
-    The heads of a conditioned critic read the λ of the policy that sampled and learn its plain rewards, ζ = 0, and in
-    the same way the KL that it still spent, in units of κ(λ):
+    The heads of a conditioned critic read the λ of the evaluated policy and learn its plain rewards, ζ = 0, and in the
+    same way the KL still to come, in units of κ(λ):
 
         G_{t,M+1} = Σ_{t'>t} KL_{t'} / κ(λ)
 
-    The token process is deterministic, so a return is its value plus the advantages still to come, exactly; their mean
-    is 0 by construction, so counting them changes no target's expectation. With `monte_carlo` they are left out. Since
-    Q is linear in u_a, the expectation needs only E_{a∼π}[e_a], which the features hold.
+    Token transitions are deterministic, so a return is exactly its value plus the later advantages; these have mean 0
+    by construction, so they leave the expectation of every target unchanged. `monte_carlo` leaves them out. Since Q is
+    linear in u_a, the expectation needs only E_{a∼π}[e_a], which the features hold.
 
     Args:
-        critic: its heads, memory and trunk are the start and the result; its normalisation and whatever requires no
-            gradient stay.
-        features: the rollouts; all of them in every process, or shared out over the processes.
+        critic: its heads, memory and trunk are trained; its normalisation and frozen parameters stay.
+        features: the rollouts; all of them in every process, or sharded over the processes.
         embeddings: (V, E) float32, the e_a.
-        zeta: ζ ≥ 0 in reward per nat; a conditioned critic, which learns the KL apart, does not use it.
-        settings: how.
+        zeta: ζ ≥ 0 in reward per nat; a conditioned critic, which learns the KL separately, does not use it.
+        settings: of the fit.
         seed: of the split and the order.
-        held_out: (N,) bool, the rollouts that only choose the epoch; None draws `settings.held_out` of them.
-        on_policy: how many rollouts, the first ones, were sampled by the policies that are evaluated; None is all. The
-            others, read again, have other policies' returns: they teach advantages, but Q alone does not foretell them.
+        held_out: (N,) bool, the rollouts that only choose the epoch; None draws a share of `settings.held_out`.
+        on_policy: number of rollouts, the first ones, that the evaluated policies sampled; None is all. The others have
+            returns of other policies: they teach advantages, but Q alone does not predict their returns.
         on_epoch: called with each epoch's number and held-out error.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: if there are fewer than four rollouts or fewer than processes, none is held out, or decomposition
-            is asked for a readout that would have to read every candidate at every step.
+        ConfigError: if there are fewer than four rollouts or fewer than processes, none is held out, or the target is
+            `decomposition` and the readout `candidates`.
         TrainingError: if the error is not finite.
         ProcessError: if another process has stopped.
 
     Source: soft policy evaluation of MAVIS (arXiv 2508.13415); the decomposition of a return into advantages is the
     one of Direct Advantage Estimation (Pan et al., NeurIPS 2022).
+
+    Examples:
+        Six rollouts of three steps, in a world of seven tokens with one-hot embeddings:
+
+        >>> import torch
+        >>> from mavis.critics import HiddenStateCritic
+        >>> from mavis.policies.fingerprint import Fingerprint
+        >>> from mavis.training import FitSettings, fit
+        >>> from mavis.training.improvement.features import Features
+        >>> features = Features(
+        ...     prompt_ids=torch.zeros(6, 1, dtype=torch.long),
+        ...     is_prompt=torch.ones(6, 1, dtype=torch.bool),
+        ...     states=torch.randn(6, 3, 5),
+        ...     action_ids=torch.randint(7, (6, 3)),
+        ...     is_response=torch.ones(6, 3, dtype=torch.bool),
+        ...     expected=torch.full((6, 3, 7), 1 / 7),
+        ...     kl=torch.zeros(6, 3),
+        ...     rewards=torch.randn(6, 1),
+        ...     lam=torch.ones(6, 1),
+        ...     is_evaluated=torch.ones(6, 1, dtype=torch.bool),
+        ... )
+        >>> shape = Fingerprint("world", hidden_size=5, vocab_size=7, weights="none")
+        >>> critic = HiddenStateCritic(("reward",), shape, embedding_size=7, hidden=4, rank=2)
+        >>> report = fit(critic, features, torch.eye(7), zeta=0.25, settings=FitSettings(epochs=2), seed=0)
+        >>> list(report.explained), len(report.losses)
+        (['reward'], 3)
     """
     if len(features) < 4:
-        raise ConfigError(f"there are {len(features)} rollouts to fit to.", "sample at least a few hundred.")
+        raise ConfigError(
+            f"there are {len(features)} rollouts to fit to, expected at least 4.", "sample at least a few hundred."
+        )
     if settings.target == "decomposition" and critic.projection is None:
         raise ConfigError(
             "target is 'decomposition', but the readout 'candidates' would have to read every candidate at every step.",
@@ -136,7 +175,7 @@ def fit(
         critic, predictor, shared, settings, held_out=held_out, order=order, on_epoch=on_epoch
     )
     critic.refresh_token_table(embeddings)
-    predictor.target = "monte_carlo"  # what Q itself explains, without the advantages that were yet to come
+    predictor.target = "monte_carlo"  # `explained` is about Q alone, without the later advantages
     watched = held_out[:on_policy].nonzero()[:, 0]
     if not len(watched):
         raise ConfigError(f"none of the first {on_policy} rollouts is held out.", "hold out at least one.")
@@ -171,12 +210,12 @@ class _Predictor(nn.Module):
         return (prediction - returns).square() * weight, weight
 
     def returns(self, batch: Features) -> tuple[Tensor, Tensor]:
-        """Compute what the heads are to predict and what each prediction weighs, (B, T, O) each."""
+        """Compute the targets of the heads and the weight of each, (B, T, O) each."""
         returns = soft_returns(batch.rewards, batch.kl, self.zeta)
         weight = (batch.is_response[:, :, None] & batch.is_evaluated[:, None, :]).float()
         if not self.critic.conditioned:
             return returns, weight
-        # A nat of K counts in the tilt as much as 1/|λ| of a reward: so much does its error weigh.
+        # In the tilt, a nat of K counts as much as 1/|λ| of a reward, so its error is weighted accordingly.
         size = batch.lam.abs().sum(1)[:, None, None]
         later_kl = reverse_cumsum_exclusive(batch.kl)[:, :, None] / kl_unit(batch.lam)[:, None].clamp_min(1e-6)
         share = batch.is_response[:, :, None] * (size / (1 + size)).square()

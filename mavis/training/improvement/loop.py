@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mavis.critics.base import Composition
 from mavis.critics.head_critic import HeadCritic
-from mavis.errors import ConfigError, DataError
+from mavis.errors import ConfigError
 from mavis.rewards import Objective
+from mavis.rollouts.checks import check_objectives, check_prompts
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
 from mavis.training.improvement.report import IterationReport
 from mavis.training.improvement.settings import ImprovementSettings
@@ -35,8 +35,8 @@ def improve(
     """Improve a critic iteration by iteration, yielding a report for each; the critic is trained in place.
 
     In iteration 0 the reference policy samples, and every head learns its own objective's value. In each later
-    iteration the rollouts come from tilted policies, and the heads learn what those earn. `independent` is the paper's
-    iteration, in which every objective has its own policy:
+    iteration tilted policies sample, and the heads learn the values of these. `independent` is the paper's iteration,
+    in which every objective has its own policy:
 
         π_m ∝ π_ref exp(β Q_m),   Q_m(s_t, a_t) ← E_{π_m}[R_m − ζ Σ_{t'>t} KL_{t'}]
 
@@ -77,8 +77,34 @@ def improve(
 
     Source: MAVIS, arXiv 2508.13415. The fixed point of `independent` is not the optimum of a mixture; that of
     `conditioned` is.
+
+    Examples:
+        >>> import tempfile
+        >>> import mavis
+        >>> from mavis.rewards import Brevity
+        >>> from mavis.rollouts import RolloutSettings
+        >>> from mavis.training import FitSettings, ImprovementSettings, improve
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> critic = mavis.HiddenStateCritic.for_policy(policy, ["short"], hidden=8)
+        >>> settings = ImprovementSettings(
+        ...     iterations=1, rollouts=8, calibration_samples=1,
+        ...     sampling=RolloutSettings(max_new_tokens=8), fit=FitSettings(epochs=1),
+        ... )
+        >>> prompts = ["Once upon a time", "The dog"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for report in improve(policy, tokenizer, critic, {"short": Brevity()}, prompts, folder, settings):
+        ...         print(report.iteration, report.rollouts, list(report.explained), len(report.losses))
+        0 8 ['short'] 2
+        >>> critic.calibration.max_new_tokens
+        8
     """
-    _check(critic, objectives, prompts, settings.composition)
+    if settings.composition != critic.composition:
+        raise ConfigError(
+            f"composition is {settings.composition!r}, but the critic is {critic.composition!r}.",
+            f"build the critic with composition={settings.composition!r}, or choose the other.",
+        )
+    check_objectives(critic, objectives)
+    check_prompts(prompts)
     stages = ImprovementStages.start(
         policy,
         tokenizer,
@@ -103,23 +129,3 @@ def improve(
         stages.logger.log_groups(report.metrics(), iteration)
         yield report
     stages.calibrate()
-
-
-def _check(
-    critic: HeadCritic,
-    objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
-    composition: Composition,
-) -> None:
-    if composition != critic.composition:
-        raise ConfigError(
-            f"composition is {composition!r}, but the critic is {critic.composition!r}.",
-            f"build the critic with composition={composition!r}, or choose the other.",
-        )
-    if tuple(objectives) != critic.objectives:
-        raise ConfigError(
-            f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
-            "pass the same names in the same order.",
-        )
-    if isinstance(prompts, str) or not prompts:
-        raise DataError(f"prompts is {prompts!r}, expected at least one prompt.", "pass a list of texts.")

@@ -1,4 +1,4 @@
-"""Which policies an iteration evaluates: the weights and strengths of its rollouts, and of earlier ones read again."""
+"""Which policies an iteration evaluates: the weights and strengths of its rollouts, and of relabelled earlier ones."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def draw_policies(
     weights = torch.from_numpy(source.dirichlet(np.ones(objectives), rows))
     corners = torch.eye(objectives, dtype=torch.float64)[torch.from_numpy(source.integers(objectives, size=rows))]
     single = torch.from_numpy(source.random(rows)) < _SINGLE_OBJECTIVE_SHARE
-    least, most = settings.strengths
-    logs = source.uniform(math.log(least), math.log(most), rows).tolist()
+    min_beta, max_beta = settings.strengths
+    logs = source.uniform(math.log(min_beta), math.log(max_beta), rows).tolist()
     # np.exp rounds differently on different CPUs, which would break resuming elsewhere and runs on mixed machines.
     betas = torch.tensor([math.exp(log) for log in logs], dtype=torch.float64)
     return torch.where(single[:, None], corners, weights), betas

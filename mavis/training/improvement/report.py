@@ -1,4 +1,4 @@
-"""What one iteration came to, goal by goal."""
+"""The report of an iteration: reward, KL and J_w of its rollouts, goal by goal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mavis.training.rollout_tensors import ShardedRollouts
 
 @dataclass(frozen=True)
 class IterationReport:
-    """What one iteration came to.
+    """The report of one iteration of `improve`.
 
     Args:
         iteration: counted from 0.
-        rollouts: responses that were sampled.
+        rollouts: number of sampled responses.
         rewards: mean weighted reward w·R, normalised, of the rollouts sampled for each goal; the goals are the
             objectives alone, and under `conditioned` also MIXTURES, whose weights were drawn.
         kl: mean KL to the reference of those rollouts, nats per sequence.
@@ -30,6 +30,19 @@ class IterationReport:
             None where those do not vary.
         losses: held-out error before the first epoch and after each.
         critic: folder of the critic after the fit.
+
+    Examples:
+        A finished iteration holds its report as `report.json`.
+
+        >>> from mavis.training import IterationReport
+        >>> stored = {
+        ...     "iteration": 1, "rollouts": 8192, "rewards": {"positive": 1.5}, "kl": {"positive": 2.0},
+        ...     "goal": {"positive": 1.0}, "goal_error": {"positive": 0.02}, "explained": {"positive": 0.4},
+        ...     "losses": [1.0, 0.7, 0.6], "critic": "run/iteration-1/critic",
+        ... }
+        >>> report = IterationReport(**stored)
+        >>> report.goal["positive"] == report.rewards["positive"] - report.kl["positive"] / 4.0  # β
+        True
     """
 
     iteration: int
@@ -43,16 +56,16 @@ class IterationReport:
     critic: str
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Return what trackers are told, by group and name."""
+        """Return the metrics to log, by group and name."""
         return {"reward": self.rewards, "kl": self.kl, "goal": self.goal, "explained": self.explained}
 
 
 MIXTURES = "mixtures"
-"""What a report calls the rollouts whose weights lie between the objectives."""
+"""The name of the goal of rollouts that weigh several objectives."""
 
 
 def means_by_goal(critic: HeadCritic, features: ShardedRollouts[Features], beta: float) -> dict[str, dict[str, float]]:
-    """Average what an iteration's rollouts earned and spent, goal by goal.
+    """Average reward, KL and J_w of an iteration's rollouts, goal by goal.
 
     Args:
         critic: gives the objectives and the composition.
@@ -69,22 +82,22 @@ def means_by_goal(critic: HeadCritic, features: ShardedRollouts[Features], beta:
     if critic.conditioned:
         strength = lam.double().sum(1)
         weights = lam / strength[:, None]
-        alone = weights.max(1).values > 1 - 1e-6
+        is_single = weights.max(1).values > 1 - 1e-6
         weighted = (weights * rewards).sum(1)
         groups += [
-            (name, alone & (weights.argmax(1) == m), weighted, strength) for m, name in enumerate(critic.objectives)
+            (name, is_single & (weights.argmax(1) == m), weighted, strength) for m, name in enumerate(critic.objectives)
         ]
-        groups.append((MIXTURES, ~alone, weighted, strength))
+        groups.append((MIXTURES, ~is_single, weighted, strength))
     else:
         strength = torch.full_like(kl, beta)
         groups += [(name, is_evaluated[:, m], rewards[:, m], strength) for m, name in enumerate(critic.objectives)]
-    named: dict[str, dict[str, float]] = {"rewards": {}, "kl": {}, "goal": {}, "goal_error": {}}
+    means: dict[str, dict[str, float]] = {"rewards": {}, "kl": {}, "goal": {}, "goal_error": {}}
     for name, rows, reward, betas in groups:
         if not bool(rows.any()):
             continue
         goal = reward[rows] - kl[rows] / betas[rows]
-        named["rewards"][name] = float(reward[rows].mean())
-        named["kl"][name] = float(kl[rows].mean())
-        named["goal"][name] = float(goal.mean())
-        named["goal_error"][name] = float(goal.std(correction=0)) / math.sqrt(len(goal))
-    return named
+        means["rewards"][name] = float(reward[rows].mean())
+        means["kl"][name] = float(kl[rows].mean())
+        means["goal"][name] = float(goal.mean())
+        means["goal_error"][name] = float(goal.std(correction=0)) / math.sqrt(len(goal))
+    return means

@@ -26,17 +26,25 @@ class ImprovementSettings:
             objectives and `conditioned` draws a λ for each.
         beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward (the inverse of the β of DPO and
             RLHF papers); `conditioned` draws one for each rollout from a range around it.
-        zeta: ζ ≥ 0, price of a nat in reward; None is 1/β. `conditioned` takes none: a separate head learns the KL.
-        min_beta: the smallest strength that `conditioned` draws, > 0; None is β/6. `independent` takes none.
-        max_beta: the largest; None is 8β/3. The logarithm of the strength is uniform.
+        zeta: ζ ≥ 0, price of a nat in reward; None is 1/β. Unused by `conditioned`: a separate head learns the KL.
+        min_beta: the smallest strength that `conditioned` draws, > 0; None is β/6. `independent` does not use it.
+        max_beta: the largest strength; None is 8β/3. Strengths are log-uniform in this range.
         later_rate: factor on the fit's learning rate after iteration 0, > 0. By then the heads are nearly right, and
-            full steps would add more noise than they remove.
+            larger steps would add more noise than they remove.
         calibration_samples: rollouts per point of the calibration sweep; 0 leaves the critic uncalibrated.
         sampling: how rollouts are sampled.
         fit: how the heads are fitted.
 
     Raises:
         ConfigError: if a setting is out of range.
+
+    Examples:
+        >>> from mavis.training import ImprovementSettings
+        >>> settings = ImprovementSettings(beta=3.0)
+        >>> settings.rollouts, settings.calibration_samples
+        (8192, 64)
+        >>> settings.strengths
+        (0.5, 8.0)
     """
 
     composition: Composition = "conditioned"
@@ -66,14 +74,14 @@ class ImprovementSettings:
         if not 0 < self.later_rate < math.inf:
             raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.3.")
         if self.zeta is not None and not 0 <= self.zeta < math.inf:
-            raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "leave it out for 1/beta.")
+            raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "the default is 1/beta.")
         if self.reuse and self.fit.target == "monte_carlo":
             raise ConfigError(
-                "reuse is True, but plain Monte Carlo returns tell only of the policy that sampled them.",
+                "reuse is True, but plain Monte Carlo returns are valid only for the policy that sampled them.",
                 "set reuse to False, or the fit's target to decomposition.",
             )
-        idle = ("zeta",) if self.composition == "conditioned" else ("min_beta", "max_beta")
-        for name in idle:
+        unused = ("zeta",) if self.composition == "conditioned" else ("min_beta", "max_beta")
+        for name in unused:
             if getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}, but the {self.composition} composition does not use it.",
@@ -83,11 +91,11 @@ class ImprovementSettings:
         if not 0 < least <= most < math.inf:
             raise ConfigError(
                 f"min_beta is {least} and max_beta {most}; expected 0 < min_beta ≤ max_beta.",
-                "left out, they are β/6 and 8β/3.",
+                "the defaults are β/6 and 8β/3.",
             )
         if self.calibration_samples < 0:
             raise ConfigError(
-                f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 leaves the calibration out."
+                f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 skips the calibration."
             )
 
     @property

@@ -36,7 +36,7 @@ Shards = Sequence[Any]
 
 @dataclass(frozen=True)
 class ReplayedRollouts:
-    """What an iteration's fit learns from.
+    """The training data of an iteration's fit.
 
     Args:
         features: of this iteration's own rollouts first and then, with `reuse`, of those of iterations 0, 1, ...
@@ -54,7 +54,7 @@ class ReplayedRollouts:
 
 @dataclass(frozen=True)
 class ImprovementStages:
-    """One run of `improve`: what it works on, and each of its stages as a method.
+    """One run of `improve`, with a method for each of its stages.
 
     Args:
         policy: the reference policy.
@@ -65,7 +65,7 @@ class ImprovementStages:
         folder: of the run.
         settings: resolved.
         sampler: draws the rollouts.
-        processes: that run together.
+        processes: the group that shares the work.
         embeddings: (V, E) float32, the policy's scaled token embeddings.
         report_progress: called with stage, done and total; does nothing outside the main process.
         logger: takes the metrics; does nothing outside the main process.
@@ -99,7 +99,7 @@ class ImprovementStages:
         progress: Progress | None,
         log: Log | None,
     ) -> ImprovementStages:
-        """Check that everything fits together and open the run's folder; see `improve` for the arguments."""
+        """Check the arguments of `improve` against each other and open the run's folder."""
         settings = settings.resolved()
         settings.sampling.check(policy)
         critic.fingerprint.check(policy)
@@ -110,7 +110,7 @@ class ImprovementStages:
         open_run(folder, critic, prompts, settings, processes, **sampler_identity(sampler))
         record_training(critic, policy, prompts, settings)
         critic.to(device)
-        critic.calibration = None  # an earlier calibration does not hold for what is learnt now
+        critic.calibration = None  # an earlier calibration does not hold for the new heads
         critic.decoding = settings.sampling.trained_decoding()
         return cls(
             policy,
@@ -223,7 +223,7 @@ class ImprovementStages:
         return save_finished(place, self.critic, report, self.processes)
 
     def calibrate(self) -> None:
-        """Measure KL along β, unless no samples are wanted for it, and save the finished critic."""
+        """Measure KL along β, unless `calibration_samples` is 0, and save the finished critic."""
         settings = self.settings
         if settings.calibration_samples:
             self.critic.calibration = calibrate(
@@ -240,13 +240,13 @@ class ImprovementStages:
             )
         if self.processes.is_main:
             self.critic.save_pretrained(self.folder / "critic")
-        self.processes.barrier()  # once improve has returned, the critic is there for every process
+        self.processes.barrier()  # so that every process can read the critic when improve returns
 
     def _place(self, iteration: int) -> Path:
         return self.folder / f"iteration-{iteration}"
 
     def _with_drawn_lambda(self, features: ShardedRollouts[Features]) -> ShardedRollouts[Features]:
-        """Relabel reference rollouts with drawn λ: the heads are to learn that reading λ changes nothing there."""
+        """Relabel reference rollouts with drawn λ: the heads learn that λ makes no difference there."""
         seed = [sampling_of(0, self.settings).seed]
         weights, betas = draw_policies(len(features), len(self.critic.objectives), self.settings, seed)
         lam = (betas[:, None] * weights).float()[features.local_indices]

@@ -1,4 +1,4 @@
-"""Alignment: what it learns, what it writes, and that breaking it off changes nothing."""
+"""Alignment: what it learns and writes, and that interruptions change nothing."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ SETTINGS = AlignSettings(
     evaluation_samples=256,
     save_every=4,
 )
-# PEFT asks transformers for what transformers has renamed.
+# PEFT uses names that transformers has renamed.
 LORA = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 Start = Callable[..., AlignReport]
 
 
 class Stop(Exception):
-    """What breaks a run off."""
+    """Interrupts a run."""
 
 
 @pytest.fixture
@@ -69,11 +69,11 @@ def start(tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any) -> Start:
 
 
 @pytest.fixture(scope="module")
-def unbroken(
+def uninterrupted(
     tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[AlignReport, Path]:
     """One run from beginning to end, for two objectives, measured on prompts of its own."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     before = {name: tensor.clone() for name, tensor in tiny_policy.state_dict().items()}
     config, attributes = tiny_policy.config.to_dict(), set(vars(tiny_policy))
     report = align(
@@ -93,7 +93,7 @@ def unbroken(
 
 
 def responses_of(policy: Any, tokenizer: Any, objectives: Any, prompts: Sequence[str], folder: Path) -> list[str]:
-    """What `align` samples for the figures of its report."""
+    """What `align` samples for the metrics of its report."""
     rows = draw_prompts(prompts, SETTINGS.evaluation_samples, SETTINGS.seed + 2)
     plan = RolloutPlan.reference(rows, len(objectives))
     shards = collect(policy, tokenizer, objectives, plan, folder, SETTINGS.sampling(2))
@@ -107,9 +107,9 @@ def files_in(folder: Path) -> set[str]:
 # what is learnt
 
 
-def test_the_reward_rises_at_a_price(unbroken: tuple[AlignReport, Path]) -> None:
+def test_the_reward_rises_and_costs_kl(uninterrupted: tuple[AlignReport, Path]) -> None:
     """Six standard errors of a difference: a false alarm in a thousand million."""
-    report, _ = unbroken
+    report, _ = uninterrupted
     error = report.reward_error * 2**0.5
     assert report.reward_after - report.reward_before > 6 * error
     assert report.rewards_after["good"] > report.rewards_before["good"] + 6 * error
@@ -156,14 +156,14 @@ def test_the_optimum_of_one_step_is_found_at_the_strength_that_was_asked_for(
     assert far / 1.3 < kl < 1.3 * far
 
 
-def test_no_step_is_no_distance(start: Start, tmp_path: Path) -> None:
+def test_no_step_has_no_kl(start: Start, tmp_path: Path) -> None:
     report = start(tmp_path / "run", replace(SETTINGS, steps=0))
     assert report.kl == 0.0
     assert report.rewards_after == report.rewards_before
     assert report.evaluated_on == "training prompts"
 
 
-def test_small_steps_are_a_small_distance(start: Start, tmp_path: Path) -> None:
+def test_small_steps_have_a_small_kl(start: Start, tmp_path: Path) -> None:
     report = start(tmp_path / "run", replace(SETTINGS, steps=1, learning_rate=1e-6))
     assert 0 < report.kl < 1e-4
 
@@ -172,19 +172,21 @@ def test_small_steps_are_a_small_distance(start: Start, tmp_path: Path) -> None:
 
 
 def test_the_policy_is_a_folder_that_gives_the_same_responses(
-    unbroken: tuple[AlignReport, Path], tiny_objectives: Any, tmp_path: Path
+    uninterrupted: tuple[AlignReport, Path], tiny_objectives: Any, tmp_path: Path
 ) -> None:
-    report, folder = unbroken
+    report, folder = uninterrupted
     assert report.folder == str(folder / "policy")
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy", use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    told = responses_of(policy, tokenizer, tiny_objectives, ["a cat", "they saw the old house"], tmp_path / "again")
-    good = (torch.tensor(tiny_objectives["good"]([], told)).double() - report.mean["good"]) / report.std["good"]
+    responses = responses_of(
+        policy, tokenizer, tiny_objectives, ["a cat", "they saw the old house"], tmp_path / "again"
+    )
+    good = (torch.tensor(tiny_objectives["good"]([], responses)).double() - report.mean["good"]) / report.std["good"]
     assert float(good.mean()) == pytest.approx(report.rewards_after["good"], abs=1e-6)
 
 
-def test_nothing_is_pickled_and_nothing_is_left_over(unbroken: tuple[AlignReport, Path]) -> None:
-    report, folder = unbroken
+def test_nothing_is_pickled_and_no_temporary_file_left(uninterrupted: tuple[AlignReport, Path]) -> None:
+    report, folder = uninterrupted
     assert {path.name for path in folder.iterdir()} == {
         "policy",
         "reference-rollouts",
@@ -210,8 +212,8 @@ def test_an_adapter_is_a_folder_that_gives_the_same_responses(
     assert {Path(name).suffix for name in files_in(tmp_path / "run" / "adapter")} <= {".json", ".safetensors", ".md"}
     adapted = PeftModel.from_pretrained(copy.deepcopy(tiny_policy), tmp_path / "run" / "adapter").eval()
     objectives = {"good": tiny_objectives["good"]}
-    told = responses_of(adapted, tiny_tokenizer, objectives, PROMPTS, tmp_path / "again")
-    good = (torch.tensor(objectives["good"]([], told)).double() - report.mean["good"]) / report.std["good"]
+    responses = responses_of(adapted, tiny_tokenizer, objectives, PROMPTS, tmp_path / "again")
+    good = (torch.tensor(objectives["good"]([], responses)).double() - report.mean["good"]) / report.std["good"]
     assert float(good.mean()) == pytest.approx(report.rewards_after["good"], abs=1e-6)
 
 
@@ -230,7 +232,7 @@ def test_a_policy_in_half_precision_is_trained_and_stays_in_it(
 
 @LORA
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_run_that_was_broken_off_goes_on_to_the_same_end(start: Start, tmp_path: Path, rank: int) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(start: Start, tmp_path: Path, rank: int) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("steps", 3):
             raise Stop
@@ -254,9 +256,9 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_end(start: Start, tmp_pat
 
 
 def test_a_finished_run_returns_its_report_at_once(
-    unbroken: tuple[AlignReport, Path], start: Start, tiny_objectives: Any, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: tuple[AlignReport, Path], start: Start, tiny_objectives: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, folder = unbroken
+    report, folder = uninterrupted
     module = sys.modules["mavis.training.alignment.loop"]  # by its path, it is the function of that name
     monkeypatch.setattr(module, "collect", lambda *_, **__: pytest.fail("it samples again"))
     weights, evaluation = {"good": 1.0, "brevity": 0.1}, ["a cat", "they saw the old house"]
@@ -265,7 +267,7 @@ def test_a_finished_run_returns_its_report_at_once(
 
 
 @pytest.mark.parametrize(
-    ("other", "named"),
+    ("other", "differing"),
     [
         ({"settings": replace(SETTINGS, beta=2.0)}, "settings.beta"),
         ({"weights": {"good": 0.5, "brevity": 0.1}}, "weights.good"),
@@ -273,21 +275,23 @@ def test_a_finished_run_returns_its_report_at_once(
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(
-    unbroken: tuple[AlignReport, Path], start: Start, tiny_objectives: Any, other: dict[str, Any], named: str
+    uninterrupted: tuple[AlignReport, Path], start: Start, tiny_objectives: Any, other: dict[str, Any], differing: str
 ) -> None:
     same = {
         "objectives": tiny_objectives,
         "weights": {"good": 1.0, "brevity": 0.1},
         "evaluation_prompts": ["a cat", "they saw the old house"],
     }
-    with pytest.raises(DataError, match=f"holds an alignment with different {named}. Hint: name a new output folder"):
-        start(unbroken[1], **(same | other))
+    with pytest.raises(
+        DataError, match=f"holds an alignment with different {differing}. Hint: name a new output folder"
+    ):
+        start(uninterrupted[1], **(same | other))
 
 
 # the process and its surroundings
 
 
-def test_the_process_is_as_it_was(
+def test_the_state_of_the_process_is_restored(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""Distillation: what is recorded, that a student comes to say it, that breaking off changes nothing."""
+"""Distillation: recorded values, the fit of a student, and that interruptions change nothing."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ TRUNK = llama_config(vocab_size=61, num_key_value_heads=1, initializer_range=0.3
 
 
 class Stop(Exception):
-    """What breaks a run off."""
+    """Interrupts a run."""
 
 
 def talkative(critic: Any, seed: int = 0) -> Any:
-    """Give a critic something to say, on a scale of its own."""
+    """Give a critic random heads of a certain scale."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         critic.heads.outer.copy_(torch.randn(critic.heads.outer.shape, generator=source) * 0.4)
@@ -97,12 +97,12 @@ def assert_same(critic: Critic, other: Critic) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-# What is recorded
+# Recording
 
 
 @pytest.fixture
 def recordings(tiny_policy: Any, tiny_tokenizer: Any, mixed: list[Critic], tmp_path: Path) -> Recordings:
-    """What critics of all kinds say along responses to prompts of different length."""
+    """Recorded values of critics of all kinds along responses to prompts of different length."""
     plan = RolloutPlan.reference(PROMPTS, 0)
     settings = replace(SETTINGS.sampling, shard_size=len(PROMPTS), top_k=None, max_new_tokens=30)
     (shard,) = record(tiny_policy, tiny_tokenizer, CriticGroup(mixed), plan, tmp_path, settings, 9)
@@ -110,7 +110,7 @@ def recordings(tiny_policy: Any, tiny_tokenizer: Any, mixed: list[Critic], tmp_p
     return shard
 
 
-def test_what_is_recorded_is_what_is_said_of_each_prompt_alone(
+def test_recorded_values_equal_those_of_each_prompt_alone(
     tiny_policy: Any, mixed: list[Critic], recordings: Recordings
 ) -> None:
     lengths = recordings.is_response.sum(1).tolist()
@@ -144,10 +144,10 @@ def test_what_is_recorded_is_what_is_said_of_each_prompt_alone(
     assert all(critic.attached_policy is None for critic in mixed)
 
 
-# What is fitted
+# Fitting
 
 
-def test_the_error_is_what_candidates_share_and_twenty_times_what_they_do_not(
+def test_the_error_weighs_differences_between_candidates_twenty_times(
     tiny_policy: Any, make: Any, recordings: Recordings
 ) -> None:
     """Every sum written out, from the student's own values at each step alone."""
@@ -158,15 +158,15 @@ def test_the_error_is_what_candidates_share_and_twenty_times_what_they_do_not(
     with torch.no_grad():
         inputs = batch.inputs_of(student)
         squared, weight = imitation(batch)
-        probs, wrong, said = [], [], []
+        probs, wrong, taught = [], [], []
         for row, step in batch.is_response.nonzero().tolist():
-            own = student.values_of_inputs(inputs[row, step][None], batch.candidate_ids[row, step][None].long())[0]
+            own = student.values_from_inputs(inputs[row, step][None], batch.candidate_ids[row, step][None].long())[0]
             p, error = batch.logprobs[row, step].exp()[:, None], own - batch.values[row, step]
             common = (p * error).sum(0)
             between = (p * (error - common) ** 2).sum(0)
             expected = (common**2 + 20 * between) / scale**2
             torch.testing.assert_close(squared[row, step], expected, atol=1e-4, rtol=1e-4)
-            probs.append(p), wrong.append(error), said.append(batch.values[row, step])
+            probs.append(p), wrong.append(error), taught.append(batch.values[row, step])
     assert weight.sum().item() == 4 * len(probs)
     assert not squared[~batch.is_response].any()
 
@@ -180,14 +180,14 @@ def test_the_error_is_what_candidates_share_and_twenty_times_what_they_do_not(
 
     shared = ShardedRollouts.shard(batch, SINGLE_PROCESS)
     found = explained(imitation, shared, torch.arange(len(batch)), batch_size=2)
-    assert list(found[0].values()) == pytest.approx(share(torch.stack(wrong), torch.stack(said)), abs=1e-4)
-    assert list(found[1].values()) == pytest.approx(share(centred(wrong), centred(said)), abs=1e-4)
+    assert list(found[0].values()) == pytest.approx(share(torch.stack(wrong), torch.stack(taught)), abs=1e-4)
+    assert list(found[1].values()) == pytest.approx(share(centred(wrong), centred(taught)), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("form", "epochs"), [({}, 40), ({"readout": "token", "hidden": 0}, 15)], ids=["states", "linear"]
 )
-def test_a_student_of_the_teachers_form_comes_to_say_what_it_says(
+def test_a_student_like_its_teacher_learns_its_values(
     run: Any, make: Any, tmp_path: Path, form: dict[str, Any], epochs: int
 ) -> None:
     student, teacher = make(**form, rank=32), talkative(make(**form))
@@ -208,7 +208,7 @@ def test_two_of_the_papers_critics_become_one_trunk_that_reads_a_token_a_step(
     student = make(readout="token", hidden=32, rank=32)
     student.calibration = Calibration([1.0], [[1.0]] * 3, 8, 20)
     report = run(student, teachers, tmp_path, replace(LEARNING, rollouts=256, fit=replace(LEARNING.fit, epochs=8)))
-    # Four other pairs of teachers came to 0.35 and 0.24 at the least.
+    # Four other pairs of teachers reached at least 0.35 and 0.24.
     assert min(report.explained.values()) > 0.25, report
     assert min(report.between_candidates.values()) > 0.15, report
     assert student.calibration is None
@@ -225,7 +225,7 @@ def test_two_of_the_papers_critics_become_one_trunk_that_reads_a_token_a_step(
     assert (tilts[0].kl.sum(1) > 0.01).all()
 
 
-# Breaking off and going on
+# Interruption and resumption
 
 
 @pytest.fixture(scope="session")
@@ -234,17 +234,17 @@ def teachers(make: Any) -> list[Critic]:
 
 
 @pytest.fixture(scope="session")
-def unbroken(
+def uninterrupted(
     make: Any, teachers: list[Critic], tiny_policy: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, DistillReport, Path]:
-    """One run from beginning to end, to hold the others against."""
-    student, folder = make(memory=4), tmp_path_factory.mktemp("unbroken")
+    """An uninterrupted run, to compare the others with."""
+    student, folder = make(memory=4), tmp_path_factory.mktemp("uninterrupted")
     return student, distill(student, teachers, tiny_policy, tiny_tokenizer, PROMPTS, folder, SETTINGS), folder
 
 
 @pytest.mark.parametrize("same_object", [False, True])
-def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends(
-    run: Any, make: Any, teachers: list[Critic], unbroken: Any, tmp_path: Path, same_object: bool
+def test_interrupted_at_every_progress_report_it_ends_as_an_uninterrupted_run(
+    run: Any, make: Any, teachers: list[Critic], uninterrupted: Any, tmp_path: Path, same_object: bool
 ) -> None:
     student, breaks, seen, written = make(memory=4), 0, set(), dict[str, int]()
 
@@ -264,27 +264,27 @@ def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends
             assert written.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
         assert len(written) == min(breaks - 1, 3)
     assert seen == {("rollouts", n) for n in (0, 8, 16, 20)} | {("fit", n) for n in (0, 1, 2)}
-    assert report == unbroken[1]
-    assert_same(student, unbroken[0])
-    assert_same(Critic.from_pretrained(tmp_path / "critic"), Critic.from_pretrained(unbroken[2] / "critic"))
+    assert report == uninterrupted[1]
+    assert_same(student, uninterrupted[0])
+    assert_same(Critic.from_pretrained(tmp_path / "critic"), Critic.from_pretrained(uninterrupted[2] / "critic"))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"critic", "report.json", "rollouts", "run.json", "start"}
 
 
-def test_a_finished_student_is_returned_and_asks_nothing_of_the_policy(
-    run: Any, make: Any, teachers: list[Critic], unbroken: Any, tiny_policy: Any
+def test_a_finished_student_is_loaded_without_calling_the_policy(
+    run: Any, make: Any, teachers: list[Critic], uninterrupted: Any, tiny_policy: Any
 ) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("the policy was asked")
+        raise AssertionError("the policy was called")
 
     student, hook = make(memory=4), tiny_policy.register_forward_pre_hook(never)
     try:
-        report = run(student, teachers, unbroken[2])
+        report = run(student, teachers, uninterrupted[2])
     finally:
         hook.remove()
-    assert report == unbroken[1]
-    assert asdict(report) == read_json(unbroken[2] / "report.json")
-    assert_same(student, unbroken[0])
+    assert report == uninterrupted[1]
+    assert asdict(report) == read_json(uninterrupted[2] / "report.json")
+    assert_same(student, uninterrupted[0])
 
 
 def test_a_shard_that_is_cut_short_is_named(run: Any, make: Any, teachers: list[Critic], tmp_path: Path) -> None:
@@ -300,11 +300,11 @@ def test_a_shard_that_is_cut_short_is_named(run: Any, make: Any, teachers: list[
         run(make(), teachers, tmp_path)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "differing"),
     [
         ({"settings": replace(SETTINGS, candidates=8)}, "settings.candidates"),
         ({"settings": replace(SETTINGS, fit=replace(SETTINGS.fit, epochs=3))}, "settings.fit.epochs"),
@@ -314,14 +314,14 @@ def test_a_shard_that_is_cut_short_is_named(run: Any, make: Any, teachers: list[
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_says_what_differs(
-    run: Any, make: Any, teachers: list[Critic], unbroken: Any, change: dict[str, Any], named: str
+    run: Any, make: Any, teachers: list[Critic], uninterrupted: Any, change: dict[str, Any], differing: str
 ) -> None:
     seed, student = change.pop("teachers", 0), make(memory=change.pop("memory", 4))
     others = [talkative(make("good"), seed), teachers[1]]
     with pytest.raises(
-        DataError, match=rf"holds a run with different {re.escape(named)}\. Hint: name a new output folder"
+        DataError, match=rf"holds a run with different {re.escape(differing)}\. Hint: name a new output folder"
     ):
-        run(student, others, unbroken[2], **change)
+        run(student, others, uninterrupted[2], **change)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_other_objectives_than_the_teachers_are_refused(
         run(make(*names), teachers, tmp_path)
 
 
-def test_teachers_that_do_not_go_together_are_refused(run: Any, make: Any, tmp_path: Path) -> None:
+def test_teachers_that_cannot_be_combined_are_refused(run: Any, make: Any, tmp_path: Path) -> None:
     with pytest.raises(CriticError, match="objective 'good' belongs to two of the critics"):
         run(make(), [make("good"), make()], tmp_path)
     with pytest.raises(CriticError, match=r"critic is \[\], expected critics"):
@@ -391,9 +391,9 @@ def test_no_prompt_is_an_error(run: Any, make: Any, teachers: list[Critic], tmp_
         run(make(), teachers, tmp_path, prompts=[])
 
 
-def test_the_scale_is_the_spread_of_what_was_said(recordings: Recordings) -> None:
-    said = recordings.values[recordings.is_response].flatten(0, 1)
-    torch.testing.assert_close(scale(ShardedRollouts.shard(recordings, SINGLE_PROCESS)), said.std(dim=0))
+def test_the_scale_is_the_standard_deviation_of_the_values(recordings: Recordings) -> None:
+    values = recordings.values[recordings.is_response].flatten(0, 1)
+    torch.testing.assert_close(scale(ShardedRollouts.shard(recordings, SINGLE_PROCESS)), values.std(dim=0))
     constant = replace(recordings, values=torch.ones_like(recordings.values))
     assert scale(ShardedRollouts.shard(constant, SINGLE_PROCESS)).tolist() == [1.0] * 4
 
@@ -417,7 +417,7 @@ def test_values_that_are_not_finite_leave_no_critic_behind(run: Any, make: Any, 
     assert not (tmp_path / "critic").exists()
 
 
-def test_a_trunk_whose_settings_have_numbers_for_names_goes_on_too(run: Any, make: Any, tmp_path: Path) -> None:
+def test_a_trunk_whose_settings_have_numeric_names_resumes_too(run: Any, make: Any, tmp_path: Path) -> None:
     """As the labels of a classifier have, which JSON turns into text."""
     trunk = copy.deepcopy(TRUNK)
     trunk.id2label = {0: "bad", 1: "good"}
@@ -426,7 +426,7 @@ def test_a_trunk_whose_settings_have_numbers_for_names_goes_on_too(run: Any, mak
     assert reports[0] == reports[1]
 
 
-def test_what_a_teacher_says_depends_on_its_settings_too(make: Any) -> None:
+def test_the_digest_of_a_teacher_depends_on_its_settings_too(make: Any) -> None:
     digests = {critic_digest(make(readout="candidates", norm=norm)) for norm in (True, False)}
     assert len(digests) == 2
     assert critic_digest(make().bfloat16()) != critic_digest(make())

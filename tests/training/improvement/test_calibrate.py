@@ -1,4 +1,4 @@
-"""How far each strength moves the policy, measured, and asked for the other way round."""
+"""Calibration: KL by β, and β for a KL budget."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_beta_gives_back_the_strengths_that_were_measured(measure: Any, make_tin
     assert checked >= 10
 
 
-def test_the_kl_that_is_asked_for_is_the_kl_that_comes(
+def test_a_kl_budget_is_met(
     measure: Any, make_tiny_critic: Any, tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
 ) -> None:
     from mavis.rollouts import RolloutPlan, collect
@@ -93,9 +93,9 @@ def test_a_single_objective_has_a_single_direction(measure: Any, make_tiny_criti
     assert len(calibration.kl) == 1
 
 
-def test_a_second_call_is_read_from_disk_and_equal(measure: Any, make_tiny_critic: Any, tiny_policy: Any) -> None:
+def test_a_second_call_reads_its_rollouts_from_disk(measure: Any, make_tiny_critic: Any, tiny_policy: Any) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("the policy was asked")
+        raise AssertionError("the policy was called")
 
     critic = make_tiny_critic()
     first = measure(critic, samples=3)

@@ -1,4 +1,4 @@
-"""What the fit is given: rollouts, replayed and laid side by side."""
+"""Features: replayed rollouts as tensors."""
 
 from __future__ import annotations
 
@@ -86,15 +86,15 @@ def test_features_are_the_replayed_steps_of_all_shards_in_their_order(
     torch.testing.assert_close(features.rewards, expected)
 
 
-def test_rollouts_of_the_reference_are_read_as_those_of_the_policy_that_is_to_be_evaluated(
+def test_reference_rollouts_are_replayed_under_the_evaluated_policy(
     tiny_policy: Any, make_tiny_critic: MakeCritic, shards_of: Any
 ) -> None:
     critic, embeddings = make_tiny_critic(), token_embeddings(tiny_policy)
     (shard, *_) = shards_of(None)
     lam = torch.tensor([[0.5 + row, 2.0 - row] for row in range(len(shard))])
-    told = shard.remove_columns(["weights", "beta"]).add_column("weights", (lam / 4).tolist())
-    told = told.add_column("beta", [4.0] * len(shard))
-    features = extract(tiny_policy, [told], embeddings, critic, SETTINGS, tilted=True).local_rollouts
+    relabelled = shard.remove_columns(["weights", "beta"]).add_column("weights", (lam / 4).tolist())
+    relabelled = relabelled.add_column("beta", [4.0] * len(shard))
+    features = extract(tiny_policy, [relabelled], embeddings, critic, SETTINGS, tilted=True).local_rollouts
     steps = replay(
         tiny_policy,
         Sequences.pack(shard["prompt_ids"][:], shard["response_ids"][:]),

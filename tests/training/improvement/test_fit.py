@@ -69,7 +69,7 @@ def true_values(features: Features) -> Tensor:
 @torch.no_grad()
 def values(critic: HiddenStateCritic, features: Features) -> Tensor:
     """(N, T, V, M) what the critic predicts there."""
-    flat = critic.values_of_inputs(critic.inputs_of_responses(features.states).flatten(0, 1), None)
+    flat = critic.values_from_inputs(critic.response_inputs(features.states).flatten(0, 1), None)
     return flat.unflatten(0, features.states.shape[:2])
 
 
@@ -122,7 +122,7 @@ def test_a_constant_in_the_rewards_is_a_constant_in_the_values_and_nothing_else(
     torch.testing.assert_close(advantages[0], advantages[1], atol=0.1, rtol=0)
 
 
-def test_the_price_of_kl_is_taken_off_for_later_steps_only() -> None:
+def test_kl_is_subtracted_for_later_steps_only() -> None:
     features = make_features(kl=0.5)
     free, priced = make_critic(), make_critic()
     fit(free, features, EMBEDDINGS, 0.0, SETTINGS, seed=0)
@@ -133,7 +133,7 @@ def test_the_price_of_kl_is_taken_off_for_later_steps_only() -> None:
     torch.testing.assert_close(values(priced, features)[..., 0], expected, atol=0.1, rtol=0)
 
 
-def test_what_lies_behind_the_end_of_a_response_does_not_count() -> None:
+def test_padding_after_a_response_does_not_count() -> None:
     features = make_features(100)
     ends = torch.arange(100) % STEPS + 1
     is_response = torch.arange(STEPS) < ends[:, None]
@@ -167,7 +167,7 @@ def test_a_head_learns_only_from_rollouts_that_count_for_its_objective() -> None
     assert report.losses[-1] < 0.1 * report.losses[0]
 
 
-def test_two_objectives_are_fitted_side_by_side() -> None:
+def test_two_objectives_are_fitted_at_once() -> None:
     features = make_features(400, 2)
     opposite = replace(features, rewards=features.rewards * torch.tensor([1.0, -1.0]))
     critic = make_critic("more", "less")
@@ -178,7 +178,7 @@ def test_two_objectives_are_fitted_side_by_side() -> None:
 
 
 def test_the_epoch_with_the_smallest_held_out_error_is_kept() -> None:
-    told: list[tuple[int, float]] = []
+    reported: list[tuple[int, float]] = []
     critic, features = make_critic(), make_features(60)
     settings = replace(SETTINGS, epochs=12, learning_rate=0.1, target="monte_carlo")  # so bold that it goes up and down
     report = fit(
@@ -188,9 +188,9 @@ def test_the_epoch_with_the_smallest_held_out_error_is_kept() -> None:
         0.0,
         settings,
         seed=0,
-        on_epoch=lambda *epoch_and_loss: told.append(epoch_and_loss),
+        on_epoch=lambda *epoch_and_loss: reported.append(epoch_and_loss),
     )
-    assert told == list(enumerate(report.losses[1:], start=1))
+    assert reported == list(enumerate(report.losses[1:], start=1))
     assert len(report.losses) == 13
     assert report.epoch == report.losses.index(min(report.losses))
     assert 0 < report.epoch < 12
@@ -234,8 +234,8 @@ def test_a_seed_fixes_the_fit_and_another_one_changes_it() -> None:
         assert torch.equal(tensor, same_state[name]), name
 
 
-def test_what_the_values_explain_is_told_of_the_rollouts_of_their_own_policies() -> None:
-    """Those that are read again, here of a policy that never hits, have other returns than the values foretell."""
+def test_the_explained_share_counts_rollouts_of_the_evaluated_policies_only() -> None:
+    """Relabelled rollouts, here of a policy that never hits, have other returns than the values predict."""
     own, again = make_features(200), make_features(200, seed=1)
     missed = again.action_ids.clamp_min(1)
     again = replace(again, action_ids=missed, rewards=torch.zeros_like(again.rewards))
@@ -243,8 +243,8 @@ def test_what_the_values_explain_is_told_of_the_rollouts_of_their_own_policies()
     critic, held_out = make_critic(), torch.arange(400) % 4 == 0
     report = fit(critic, features, EMBEDDINGS, 0.0, SETTINGS, seed=0, held_out=held_out, on_policy=200)
     watched = own.rows(held_out[:200].nonzero()[:, 0])
-    told = values(critic, watched)[..., 0].gather(2, watched.action_ids[:, :, None])[:, :, 0]
-    error, variance = (told - watched.rewards).square().mean(), watched.rewards.var(correction=0)
+    predicted = values(critic, watched)[..., 0].gather(2, watched.action_ids[:, :, None])[:, :, 0]
+    error, variance = (predicted - watched.rewards).square().mean(), watched.rewards.var(correction=0)
     assert report.explained["count"] == pytest.approx(float(1 - error / variance), abs=1e-5)
     on_all = fit(make_critic(), features, EMBEDDINGS, 0.0, SETTINGS, seed=0, held_out=held_out)
     assert on_all.losses == report.losses
@@ -301,7 +301,7 @@ def test_some_rollouts_are_held_out_and_some_are_trained_on_whatever_the_share(h
     assert len(set(report.losses)) == 4
 
 
-def test_where_the_held_out_returns_are_all_equal_no_share_is_made_up() -> None:
+def test_no_share_is_reported_if_the_held_out_returns_are_equal() -> None:
     features = make_features(20)
     report = fit(
         make_critic(),
@@ -369,10 +369,10 @@ def test_heads_that_read_lambda_recover_the_values_and_the_kl_to_come_of_every_s
     steps, counts = torch.tensor([0, 1, 1, 2]), torch.tensor([0.0, 0.0, 1.0, 2.0])
     for strength in (0.3, 1.0, 2.5):
         lam = torch.full((4, 1), strength)
-        inputs = critic.inputs_of_responses(states[:, None])[:, 0]
+        inputs = critic.response_inputs(states[:, None])[:, 0]
         with torch.no_grad():
-            found = critic.values_of_inputs(inputs, None, lam)[..., 0]
-            spent = critic.kl_to_come_of_inputs(inputs, None, lam)
+            found = critic.values_from_inputs(inputs, None, lam)[..., 0]
+            spent = critic.kl_to_come_from_inputs(inputs, None, lam)
         often = float(torch.tensor([strength, 0.0, 0.0]).softmax(0)[0])
         expected = (counts + (STEPS - 1 - steps) * often)[:, None] + EMBEDDINGS[0]
         torch.testing.assert_close(found, expected, atol=0.15, rtol=0)
@@ -386,13 +386,13 @@ def test_rollouts_at_lambda_zero_teach_no_kl() -> None:
     features = replace(make_features(100), lam=torch.zeros(100, 1))
     critic = make_conditioned()
     fit(critic, features, EMBEDDINGS, 0.0, replace(SETTINGS, epochs=2), seed=0)
-    inputs = critic.inputs_of_responses(features.states)[:, 0]
+    inputs = critic.response_inputs(features.states)[:, 0]
     with torch.no_grad():
-        assert (critic.kl_to_come_of_inputs(inputs, None, torch.ones(100, 1)).abs() < 1e-6).all()
+        assert (critic.kl_to_come_from_inputs(inputs, None, torch.ones(100, 1)).abs() < 1e-6).all()
 
 
 def test_a_memory_is_trained_with_the_heads() -> None:
-    """States that say the last token only: what came before must be remembered."""
+    """States that show the last token only: earlier ones must be remembered."""
     features = make_features(600)
     before = F.pad(features.action_ids[:, :-1] + 1, (1, 0))  # 0 at the first step
     steps = torch.arange(STEPS).expand_as(before)

@@ -62,8 +62,8 @@ def taken_values(critic: ValueModelCritic, features: Features) -> Tensor:
     ids = torch.cat([features.prompt_ids, features.action_ids], dim=1)
     is_token = torch.cat([features.is_prompt, features.is_response], dim=1)
     with torch.no_grad():
-        inputs = critic.inputs_of_rollouts(ids, is_token, features.states)
-        values = critic.values_of_inputs(inputs.flatten(0, 1), features.action_ids.flatten()[:, None])
+        inputs = critic.rollout_inputs(ids, is_token, features.states)
+        values = critic.values_from_inputs(inputs.flatten(0, 1), features.action_ids.flatten()[:, None])
     return values.view(len(features), STEPS)
 
 
@@ -117,6 +117,6 @@ def test_the_best_epoch_is_kept_of_the_adapters_too() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in critic.state_dict().items())
 
 
-def test_every_candidate_at_every_step_would_be_too_much_to_read() -> None:
+def test_decomposition_with_the_readout_candidates_is_refused() -> None:
     with pytest.raises(ConfigError, match="target is 'decomposition', but the readout 'candidates' would have to read"):
         fit(make_critic("candidates"), make_features(10), EMBEDDINGS, 0.0, SETTINGS, seed=0)

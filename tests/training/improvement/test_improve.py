@@ -1,4 +1,4 @@
-"""The improvement loop: what it yields, what it writes, and that breaking it off changes nothing."""
+"""The improvement loop: what it yields and writes, and that interruptions change nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SETTINGS = ImprovementSettings(
 
 
 class Stop(Exception):
-    """What breaks a run off."""
+    """Interrupts a run."""
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def start(tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any) -> Callab
 
 
 @pytest.fixture(scope="session")
-def unbroken(
+def uninterrupted(
     tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[HiddenStateCritic, list[IterationReport], Path]:
-    """One run from beginning to end, to hold the others against."""
-    folder = tmp_path_factory.mktemp("unbroken")
+    """An uninterrupted run, to compare the others with."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     critic = HiddenStateCritic.for_policy(tiny_policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
     reports = list(improve(tiny_policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, folder, SETTINGS))
     return critic, reports, folder
@@ -97,14 +97,14 @@ def assert_same_run(
     critic: HiddenStateCritic,
     reports: Sequence[IterationReport],
     folder: Path,
-    unbroken: tuple[HiddenStateCritic, list[IterationReport], Path],
+    uninterrupted: tuple[HiddenStateCritic, list[IterationReport], Path],
 ) -> None:
-    assert_same(critic, unbroken[0])
-    assert_same(Critic.from_pretrained(folder / "critic"), Critic.from_pretrained(unbroken[2] / "critic"))  # type: ignore[arg-type]
-    assert without_folder(reports) == without_folder(unbroken[1])
+    assert_same(critic, uninterrupted[0])
+    assert_same(Critic.from_pretrained(folder / "critic"), Critic.from_pretrained(uninterrupted[2] / "critic"))  # type: ignore[arg-type]
+    assert without_folder(reports) == without_folder(uninterrupted[1])
 
 
-# What it does
+# Results and files
 
 
 def test_a_quantised_policy_is_trained_on_like_any(
@@ -128,13 +128,13 @@ def test_a_quantised_policy_is_trained_on_like_any(
     assert measured.speed["tilted"]["ratio"] > 0
 
 
-def test_one_report_per_iteration(unbroken: Any) -> None:
-    critic, reports, folder = unbroken
+def test_one_report_per_iteration(uninterrupted: Any) -> None:
+    critic, reports, folder = uninterrupted
     assert [report.iteration for report in reports] == [0, 1, 2]
     for report in reports:
         assert report.rollouts == SETTINGS.rollouts
-        for figures in (report.rewards, report.kl, report.goal, report.explained):
-            assert list(figures) == ["good", "brevity"]
+        for metrics in (report.rewards, report.kl, report.goal, report.explained):
+            assert list(metrics) == ["good", "brevity"]
         for name in critic.objectives:
             goal = report.rewards[name] - report.kl[name] / SETTINGS.beta
             assert report.goal[name] == pytest.approx(goal)
@@ -144,19 +144,17 @@ def test_one_report_per_iteration(unbroken: Any) -> None:
         assert IterationReport(**stored) == report
 
 
-def test_it_is_a_generator_that_works_no_further_than_it_is_asked(
-    start: Any, new_critic: Any, tmp_path: Path, unbroken: Any
-) -> None:
+def test_improve_is_lazy(start: Any, new_critic: Any, tmp_path: Path, uninterrupted: Any) -> None:
     run = start(new_critic(), tmp_path)
     assert not list(tmp_path.iterdir())
-    assert without_folder([next(run)]) == without_folder(unbroken[1][:1])
+    assert without_folder([next(run)]) == without_folder(uninterrupted[1][:1])
     assert (tmp_path / "iteration-0" / "critic" / "config.json").is_file()
     assert not (tmp_path / "iteration-1").exists()
     assert not (tmp_path / "critic").exists()
 
 
-def test_the_reference_rollouts_set_the_scale(unbroken: Any) -> None:
-    critic, reports, folder = unbroken
+def test_the_reference_rollouts_set_the_scale(uninterrupted: Any) -> None:
+    critic, reports, folder = uninterrupted
     for mean in reports[0].rewards.values():
         assert mean == pytest.approx(0.0, abs=1e-6)
     import datasets
@@ -171,31 +169,33 @@ def test_the_reference_rollouts_set_the_scale(unbroken: Any) -> None:
     torch.testing.assert_close(critic.reward_std, std)
 
 
-def test_later_rollouts_are_shared_out_over_the_objectives_alone(unbroken: Any) -> None:
+def test_later_rollouts_are_divided_equally_among_single_objectives(uninterrupted: Any) -> None:
     import datasets
 
     for iteration in (1, 2):
         rows = [
             (weights, beta)
-            for path in sorted((unbroken[2] / f"iteration-{iteration}" / "rollouts").glob("shard-*"))
+            for path in sorted((uninterrupted[2] / f"iteration-{iteration}" / "rollouts").glob("shard-*"))
             for shard in [datasets.load_from_disk(str(path))]
             for weights, beta in zip(shard["weights"], shard["beta"], strict=True)
         ]
         assert rows.count(([1.0, 0.0], SETTINGS.beta)) == rows.count(([0.0, 1.0], SETTINGS.beta)) == 12
 
 
-def test_iterations_do_not_sample_the_same_responses(unbroken: Any) -> None:
+def test_iterations_do_not_sample_the_same_responses(uninterrupted: Any) -> None:
     import datasets
 
     first, second = (
-        datasets.load_from_disk(str(unbroken[2] / f"iteration-{iteration}" / "rollouts" / "shard-00000"))["response"][:]
+        datasets.load_from_disk(str(uninterrupted[2] / f"iteration-{iteration}" / "rollouts" / "shard-00000"))[
+            "response"
+        ][:]
         for iteration in (1, 2)
     )
     assert first != second
 
 
-def test_the_critic_on_disk_is_the_critic_in_hand_calibrated(unbroken: Any) -> None:
-    critic, _, folder = unbroken
+def test_the_saved_critic_equals_the_trained_one_and_is_calibrated(uninterrupted: Any) -> None:
+    critic, _, folder = uninterrupted
     assert_same(Critic.from_pretrained(folder / "critic"), critic)  # type: ignore[arg-type]
     assert critic.calibration is not None
     assert critic.calibration.max_new_tokens == 8
@@ -204,20 +204,20 @@ def test_the_critic_on_disk_is_the_critic_in_hand_calibrated(unbroken: Any) -> N
 
 
 def test_no_calibration_where_none_is_asked_for(
-    start: Any, make_tiny_critic: Any, unbroken: Any, tmp_path: Path
+    start: Any, make_tiny_critic: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     critic = make_tiny_critic()
-    critic.calibration = unbroken[0].calibration  # of other heads
+    critic.calibration = uninterrupted[0].calibration  # of other heads
     list(start(critic, tmp_path, replace(SETTINGS, iterations=1, calibration_samples=0)))
     assert critic.calibration is None
     assert Critic.from_pretrained(tmp_path / "critic").calibration is None
 
 
-def test_a_critic_that_was_calibrated_before_is_calibrated_anew(
-    start: Any, make_tiny_critic: Any, unbroken: Any, tmp_path: Path
+def test_a_calibrated_critic_is_calibrated_again(
+    start: Any, make_tiny_critic: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     critic = make_tiny_critic()
-    critic.calibration = old = unbroken[0].calibration
+    critic.calibration = old = uninterrupted[0].calibration
     list(start(critic, tmp_path, replace(SETTINGS, iterations=1)))
     assert critic.calibration is not None
     assert critic.calibration.kl != old.kl
@@ -239,50 +239,48 @@ def test_the_policy_stays_bit_for_bit_and_keeps_no_hook(
     assert critic.attached_policy is None
 
 
-def test_the_callers_random_numbers_change_nothing(start: Any, new_critic: Any, unbroken: Any, tmp_path: Path) -> None:
+def test_the_callers_random_state_has_no_effect(
+    start: Any, new_critic: Any, uninterrupted: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(1234)
     critic = new_critic()
-    assert_same_run(critic, list(start(critic, tmp_path)), tmp_path, unbroken)
+    assert_same_run(critic, list(start(critic, tmp_path)), tmp_path, uninterrupted)
 
 
-def test_another_seed_is_another_run(start: Any, new_critic: Any, unbroken: Any, tmp_path: Path) -> None:
+def test_another_seed_is_another_run(start: Any, new_critic: Any, uninterrupted: Any, tmp_path: Path) -> None:
     settings = replace(SETTINGS, iterations=1, sampling=replace(SETTINGS.sampling, seed=1))
     (report,) = start(new_critic(), tmp_path, settings)
-    assert report.losses != unbroken[1][0].losses
+    assert report.losses != uninterrupted[1][0].losses
 
 
-def test_a_nat_costs_one_over_beta_unless_it_is_priced_otherwise(
-    start: Any, new_critic: Any, unbroken: Any, tmp_path: Path
-) -> None:
+def test_zeta_defaults_to_one_over_beta(start: Any, new_critic: Any, uninterrupted: Any, tmp_path: Path) -> None:
     critic = new_critic()
     reports = list(start(critic, tmp_path / "same", replace(SETTINGS, zeta=1 / SETTINGS.beta)))
-    assert without_folder(reports) == without_folder(unbroken[1])
-    assert_same(critic, unbroken[0])
+    assert without_folder(reports) == without_folder(uninterrupted[1])
+    assert_same(critic, uninterrupted[0])
     *_, free = start(new_critic(), tmp_path / "free", replace(SETTINGS, zeta=0.0, iterations=2, calibration_samples=0))
-    assert free.losses != unbroken[1][1].losses
+    assert free.losses != uninterrupted[1][1].losses
 
 
-def test_progress_counts_up_to_the_whole_of_every_stage(start: Any, new_critic: Any, tmp_path: Path) -> None:
-    told: dict[str, list[tuple[int, int]]] = {}
+def test_progress_counts_up_to_the_total_of_every_stage(start: Any, new_critic: Any, tmp_path: Path) -> None:
+    reported: dict[str, list[tuple[int, int]]] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        told.setdefault(stage, []).append((done, total))
+        reported.setdefault(stage, []).append((done, total))
 
     list(start(new_critic(), tmp_path, progress=progress))
-    assert list(told) == [
+    assert list(reported) == [
         *(f"iteration {i}: {stage}" for i in range(3) for stage in ("rollouts", "replay", "fit")),
         "calibration",
     ]
-    for counts in told.values():
+    for counts in reported.values():
         assert counts[0][0] == 0
         assert counts[-1][0] == counts[-1][1]
         assert sorted(counts) == counts
-    assert told["iteration 1: rollouts"] == [(0, 24), (16, 24), (24, 24)]
+    assert reported["iteration 1: rollouts"] == [(0, 24), (16, 24), (24, 24)]
 
 
-def test_what_is_learnt_earns_more_of_each_objective_and_more_in_the_end(
-    start: Any, new_critic: Any, tmp_path: Path
-) -> None:
+def test_learning_raises_reward_and_goal_of_each_objective(start: Any, new_critic: Any, tmp_path: Path) -> None:
     settings = ImprovementSettings(
         composition="independent",
         iterations=2,
@@ -302,14 +300,14 @@ def test_what_is_learnt_earns_more_of_each_objective_and_more_in_the_end(
 
 
 @pytest.mark.parametrize("composition", ["independent", "conditioned"])
-def test_later_rounds_read_every_earlier_rollout_again_for_a_policy_of_their_own(
+def test_later_iterations_relabel_every_earlier_rollout_with_a_policy_of_their_own(
     start: Any, new_critic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composition: Any
 ) -> None:
     given: list[tuple[Features, torch.Tensor]] = []
 
     def listening(critic: Any, features: Any, *others: Any, held_out: torch.Tensor, **options: Any) -> FitReport:
         given.append((features.local_rollouts, held_out))
-        assert options["on_policy"] == 24  # the first; what is read again comes after them
+        assert options["on_policy"] == 24  # the first; relabelled rollouts come after them
         return fit(critic, features, *others, held_out=held_out, **options)
 
     monkeypatch.setattr(sys.modules["mavis.training.improvement.stages"], "fit", listening)
@@ -349,7 +347,7 @@ def test_a_single_objective_is_enough(start: Any, new_critic: Any, tiny_objectiv
 
 
 def test_a_constant_in_the_raw_rewards_moves_their_mean_and_nothing_else(
-    start: Any, new_critic: Any, tiny_objectives: Any, unbroken: Any, tmp_path: Path
+    start: Any, new_critic: Any, tiny_objectives: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     moved = {
         name: lambda prompts, responses, objective=objective: [r + 4096.0 for r in objective(prompts, responses)]
@@ -357,33 +355,33 @@ def test_a_constant_in_the_raw_rewards_moves_their_mean_and_nothing_else(
     }
     critic = new_critic()
     reports = list(start(critic, tmp_path, objectives=moved))
-    torch.testing.assert_close(critic.reward_mean, unbroken[0].reward_mean + 4096, rtol=0, atol=1e-9)
-    torch.testing.assert_close(critic.reward_std, unbroken[0].reward_std)
+    torch.testing.assert_close(critic.reward_mean, uninterrupted[0].reward_mean + 4096, rtol=0, atol=1e-9)
+    torch.testing.assert_close(critic.reward_std, uninterrupted[0].reward_std)
     for name, tensor in critic.state_dict().items():
         if name != "reward_mean":
-            torch.testing.assert_close(tensor, unbroken[0].state_dict()[name], rtol=1e-4, atol=1e-5)
-    for report, other in zip(reports, unbroken[1], strict=True):
+            torch.testing.assert_close(tensor, uninterrupted[0].state_dict()[name], rtol=1e-4, atol=1e-5)
+    for report, other in zip(reports, uninterrupted[1], strict=True):
         assert report.losses == pytest.approx(other.losses, abs=1e-5)
 
 
-# Breaking off and going on
+# Interruption and resumption
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_after_any_iteration_a_new_process_goes_on(
-    start: Any, new_critic: Any, unbroken: Any, tmp_path: Path, iterations: int
+def test_a_new_process_resumes_after_any_iteration(
+    start: Any, new_critic: Any, uninterrupted: Any, tmp_path: Path, iterations: int
 ) -> None:
     run = start(new_critic(), tmp_path)
     for _ in range(iterations):
         next(run)
     run.close()
     critic = new_critic()
-    assert_same_run(critic, list(start(critic, tmp_path)), tmp_path, unbroken)
+    assert_same_run(critic, list(start(critic, tmp_path)), tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("same_object", [False, True])
-def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends(
-    start: Any, new_critic: Any, unbroken: Any, tmp_path: Path, same_object: bool
+def test_interrupted_at_every_progress_report_it_ends_as_an_uninterrupted_run(
+    start: Any, new_critic: Any, uninterrupted: Any, tmp_path: Path, same_object: bool
 ) -> None:
     critic, breaks, seen = new_critic(), 0, set()
 
@@ -400,13 +398,13 @@ def test_broken_off_at_every_word_of_progress_it_ends_where_an_unbroken_run_ends
         except Stop:
             breaks += 1
             assert critic.attached_policy is None
-    # Two shards each to sample and two epochs; then two shards to replay, and those of all earlier rounds again.
+    # Two shards each to sample and two epochs; then two shards to replay, and those of all earlier iterations again.
     assert breaks == 3 * (3 + 3) + (3 + 5 + 7) + 4
-    assert_same_run(critic, reports, tmp_path, unbroken)
+    assert_same_run(critic, reports, tmp_path, uninterrupted)
 
 
-def test_broken_off_by_an_objective_it_goes_on_without_sampling_finished_shards_again(
-    start: Any, new_critic: Any, tiny_objectives: Any, unbroken: Any, tmp_path: Path
+def test_interrupted_by_an_objective_it_resumes_without_resampling_finished_shards(
+    start: Any, new_critic: Any, tiny_objectives: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     scored: list[int] = []
 
@@ -422,24 +420,24 @@ def test_broken_off_by_an_objective_it_goes_on_without_sampling_finished_shards_
             list(start(new_critic(), tmp_path, objectives=objectives))
     critic = new_critic()
     reports = list(start(critic, tmp_path, objectives=objectives))
-    assert_same_run(critic, reports, tmp_path, unbroken)
+    assert_same_run(critic, reports, tmp_path, uninterrupted)
     calibration = [10, 16, 14]  # cut to the candidates only, then tilted
     assert scored == [16, 8, 8, 16, 16, 8, 8, 16, 8, *calibration]
 
 
-def test_a_finished_run_is_read_and_asks_nothing_of_the_policy(
-    start: Any, new_critic: Any, tiny_policy: Any, unbroken: Any
+def test_a_finished_run_is_loaded_without_calling_the_policy(
+    start: Any, new_critic: Any, tiny_policy: Any, uninterrupted: Any
 ) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("the policy was asked")
+        raise AssertionError("the policy was called")
 
     critic = new_critic()
     hook = tiny_policy.register_forward_pre_hook(never)
     try:
-        reports = list(start(critic, unbroken[2]))
+        reports = list(start(critic, uninterrupted[2]))
     finally:
         hook.remove()
-    assert_same_run(critic, reports, unbroken[2], unbroken)
+    assert_same_run(critic, reports, uninterrupted[2], uninterrupted)
 
 
 CHILD = """
@@ -474,33 +472,33 @@ for _ in improve(policy, tokenizer, critic, objectives, prompts, sys.argv[2], se
 """
 
 
-def test_a_process_killed_in_the_middle_of_rollouts_loses_nothing(
+def test_a_process_killed_during_rollouts_loses_no_finished_shard(
     tiny_folder: Path, tiny_tokenizer: Any, tiny_objectives: Any, new_critic: Any, tmp_path: Path
 ) -> None:
     # Weights read from a file lie elsewhere in memory than the fixture's, which can change a sum's last bit; so both
     # runs read them.
     policy = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    arguments = [str(tiny_folder), str(broken), repr(SETTINGS), repr(PROMPTS)]
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    arguments = [str(tiny_folder), str(interrupted), repr(SETTINGS), repr(PROMPTS)]
     child = subprocess.run([sys.executable, "-c", CHILD, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert child.returncode == -signal.SIGKILL
-    assert (broken / "iteration-0" / "report.json").is_file()
-    assert (broken / "iteration-1" / "rollouts" / "shard-00000").is_dir()
-    assert not (broken / "iteration-1" / "rollouts" / "shard-00001").exists()
+    assert (interrupted / "iteration-0" / "report.json").is_file()
+    assert (interrupted / "iteration-1" / "rollouts" / "shard-00000").is_dir()
+    assert not (interrupted / "iteration-1" / "rollouts" / "shard-00001").exists()
 
     def run(folder: Path) -> tuple[HiddenStateCritic, list[IterationReport], Path]:
         critic = new_critic()
         reports = list(improve(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, folder, SETTINGS))
         return critic, reports, folder
 
-    assert_same_run(*run(broken), run(whole))
+    assert_same_run(*run(interrupted), run(whole))
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "differing"),
     [
         ({"settings": replace(SETTINGS, beta=2.0)}, "settings.beta, settings.zeta"),
         ({"settings": replace(SETTINGS, fit=replace(SETTINGS.fit, epochs=3))}, "settings.fit.epochs"),
@@ -510,25 +508,25 @@ def test_a_process_killed_in_the_middle_of_rollouts_loses_nothing(
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_says_what_differs(
-    start: Any, tiny_policy: Any, unbroken: Any, change: dict[str, Any], named: str
+    start: Any, tiny_policy: Any, uninterrupted: Any, change: dict[str, Any], differing: str
 ) -> None:
     hidden = change.pop("hidden", 8)
     critic = HiddenStateCritic.for_policy(
         tiny_policy, ("good", "brevity"), hidden=hidden, rank=4, composition="independent"
     )
     with pytest.raises(
-        DataError, match=rf"holds a run with different {re.escape(named)}\. Hint: name a new output folder"
+        DataError, match=rf"holds a run with different {re.escape(differing)}\. Hint: name a new output folder"
     ):
-        next(start(critic, unbroken[2], **change))
+        next(start(critic, uninterrupted[2], **change))
 
 
 def test_a_folder_of_another_policy_is_refused(
-    tiny_tokenizer: Any, tiny_objectives: Any, make_other_policy: Any, unbroken: Any
+    tiny_tokenizer: Any, tiny_objectives: Any, make_other_policy: Any, uninterrupted: Any
 ) -> None:
     policy = make_other_policy()
     critic = HiddenStateCritic.for_policy(policy, ("good", "brevity"), hidden=8, rank=4, composition="independent")
     with pytest.raises(DataError, match="holds a run with different policy"):
-        next(improve(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, unbroken[2], SETTINGS))
+        next(improve(policy, tiny_tokenizer, critic, tiny_objectives, PROMPTS, uninterrupted[2], SETTINGS))
 
 
 def test_a_critic_for_another_shape_of_policy_is_refused(
@@ -590,7 +588,7 @@ def test_an_objective_that_returns_infinity_says_for_which_response(
         ({"zeta": -0.1}, "zeta is -0.1"),
         ({"zeta": float("inf")}, "zeta is inf"),
         ({"calibration_samples": -1}, "calibration_samples is -1"),
-        ({"fit": FitSettings(target="monte_carlo")}, "reuse is True, but plain Monte Carlo returns tell only"),
+        ({"fit": FitSettings(target="monte_carlo")}, "reuse is True, but plain Monte Carlo returns are valid only"),
         ({"rollouts": 3}, "rollouts 3"),
         ({"sampling": RolloutSettings(top_k=100)}, "top_k is 100, but the policy has 61 tokens"),
     ],
@@ -616,8 +614,8 @@ def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_ra
     reports = list(start(critic, tmp_path, CONDITIONED))
     for report in reports:
         assert list(report.goal) == ["good", "brevity", MIXTURES]
-        for figures in (report.rewards, report.kl, report.goal, report.goal_error):
-            assert list(figures) == list(report.goal)
+        for metrics in (report.rewards, report.kl, report.goal, report.goal_error):
+            assert list(metrics) == list(report.goal)
         assert list(report.explained) == ["good", "brevity"]
     assert float(critic.max_trained_lambda) == 3.0
     assert reports[0].kl[MIXTURES] > 0  # of the reference policy cut to its candidates
@@ -637,22 +635,20 @@ def test_conditioned_rollouts_draw_weights_from_the_simplex_and_beta_from_its_ra
     assert not torch.equal(*drawn)
 
 
-def test_strengths_are_drawn_about_beta_unless_their_range_is_given() -> None:
+def test_strengths_default_to_a_range_around_beta() -> None:
     assert ImprovementSettings(beta=3.0).strengths == (0.5, 8.0)
     assert ImprovementSettings(beta=6.0, max_beta=7.0).strengths == (1.0, 7.0)
-    with pytest.raises(ConfigError, match=r"min_beta is 2.0 and max_beta 1.0.*they are β/6 and 8β/3"):
+    with pytest.raises(ConfigError, match=r"min_beta is 2.0 and max_beta 1.0.*the defaults are β/6 and 8β/3"):
         ImprovementSettings(beta=12.0, max_beta=1.0)
 
 
-def test_what_was_left_out_is_filled_in_and_what_has_no_use_is_refused(
-    start: Any, new_critic: Any, tmp_path: Path
-) -> None:
+def test_defaults_are_resolved_and_unused_settings_refused(start: Any, new_critic: Any, tmp_path: Path) -> None:
     next(start(new_critic(composition="conditioned"), tmp_path / "one", replace(SETTINGS, composition="conditioned")))
-    told = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
-    assert (told["min_beta"], told["max_beta"], told["zeta"]) == (0.25, 4.0, None)
+    stored = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
+    assert (stored["min_beta"], stored["max_beta"], stored["zeta"]) == (0.25, 4.0, None)
     next(start(new_critic(), tmp_path / "other"))
-    told = json.loads((tmp_path / "other" / "run.json").read_text())["settings"]
-    assert (told["min_beta"], told["max_beta"], told["zeta"]) == (None, None, 1 / 1.5)
+    stored = json.loads((tmp_path / "other" / "run.json").read_text())["settings"]
+    assert (stored["min_beta"], stored["max_beta"], stored["zeta"]) == (None, None, 1 / 1.5)
     with pytest.raises(ConfigError, match="zeta is 0.2, but the conditioned composition does not use it"):
         ImprovementSettings(zeta=0.2)
     for name in ("min_beta", "max_beta"):
@@ -660,22 +656,22 @@ def test_what_was_left_out_is_filled_in_and_what_has_no_use_is_refused(
             ImprovementSettings(composition="independent", **{name: 2.0})
 
 
-def test_a_conditioned_run_goes_on_where_it_was_broken_off(start: Any, new_critic: Any, tmp_path: Path) -> None:
+def test_an_interrupted_conditioned_run_resumes(start: Any, new_critic: Any, tmp_path: Path) -> None:
     options = {"composition": "conditioned", "memory": 4}
-    unbroken = new_critic(**options)
-    expected = list(start(unbroken, tmp_path / "unbroken", CONDITIONED))
-    next(start(new_critic(**options), tmp_path / "broken", CONDITIONED))
+    uninterrupted = new_critic(**options)
+    expected = list(start(uninterrupted, tmp_path / "uninterrupted", CONDITIONED))
+    next(start(new_critic(**options), tmp_path / "interrupted", CONDITIONED))
     critic = new_critic(**options)
-    reports = list(start(critic, tmp_path / "broken", CONDITIONED))
-    assert_same_run(critic, reports, tmp_path / "broken", (unbroken, expected, tmp_path / "unbroken"))
+    reports = list(start(critic, tmp_path / "interrupted", CONDITIONED))
+    assert_same_run(critic, reports, tmp_path / "interrupted", (uninterrupted, expected, tmp_path / "uninterrupted"))
 
 
-@pytest.mark.parametrize(("asked", "has"), [("conditioned", "independent"), ("independent", "conditioned")])
+@pytest.mark.parametrize(("requested", "has"), [("conditioned", "independent"), ("independent", "conditioned")])
 def test_a_critic_of_the_other_composition_is_refused(
-    start: Any, new_critic: Any, tmp_path: Path, asked: str, has: str
+    start: Any, new_critic: Any, tmp_path: Path, requested: str, has: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"composition is '{asked}', but the critic is '{has}'"):
-        next(start(new_critic(composition=has), tmp_path, replace(SETTINGS, composition=asked)))
+    with pytest.raises(ConfigError, match=f"composition is '{requested}', but the critic is '{has}'"):
+        next(start(new_critic(composition=has), tmp_path, replace(SETTINGS, composition=requested)))
 
 
 def test_no_prompt_is_an_error(start: Any, new_critic: Any, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Checks of arguments that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mavis.critics import Critic
+from mavis.errors import ConfigError, DataError
+from mavis.rewards import Objective
+
+
+def check_objectives(critic: Critic, objectives: Mapping[str, Objective]) -> None:
+    """Check that objectives are a critic's, in its order: rewards and values are paired by position.
+
+    Args:
+        critic: that is trained or evaluated.
+        objectives: by name.
+
+    Raises:
+        ConfigError: if the names or their order differ.
+    """
+    if tuple(objectives) != critic.objectives:
+        raise ConfigError(
+            f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
+            "pass the same names in the same order.",
+        )
+
+
+def check_prompts(prompts: Sequence[str], hint: str = "pass a list of texts.") -> None:
+    """Check that prompts are a sequence of at least one text, not a single text.
+
+    Args:
+        prompts: to sample from.
+        hint: of the error.
+
+    Raises:
+        DataError: if they are not.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"prompts is {prompts!r}, expected at least one prompt.", hint)
