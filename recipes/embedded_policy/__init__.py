@@ -1,1 +1,1 @@
-"""How the embedded policy was made."""
+"""The recipe of the embedded policy: corpus, tokenizer and pretraining."""

@@ -1,4 +1,4 @@
-"""What a small policy is trained on: real stories, stories sampled from a teacher LM, and a tokenizer."""
+"""The corpus: real stories, stories sampled from a teacher LM, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 @dataclass(frozen=True)
 class Story:
-    """One text to train on; `whole` is False where the teacher's context ended before the story did."""
+    """A training text; `whole` is False if the teacher's context ended before the story."""
 
     text: str
     whole: bool = True
 
 
 def normalise(text: str) -> str:
-    """Give every story the same white space: NFC, single spaces, single newlines, nothing at the ends.
+    """Normalise Unicode to NFC and white space to single spaces and newlines, with none at the ends.
 
     Args:
-        text: a story as it was read or sampled.
+        text: a story as read or sampled.
 
     Returns:
-        The story; normalising it once more changes nothing.
+        The story; normalisation is idempotent.
     """
     lines = (" ".join(line.split()) for line in unicodedata.normalize("NFC", text).splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def read_stories(path: str | Path) -> list[str]:
-    """Read the stories of a text file that separates them by `<|endoftext|>`, in order, normalised.
+    """Read the normalised stories of a text file, separated by `<|endoftext|>`, in order.
 
     Args:
         path: a UTF-8 file. Bytes cut in the middle of a character (a file cut at a size) are dropped.
 
     Returns:
-        The stories that are not empty.
+        The nonempty stories.
 
     Raises:
-        DataError: there is no such file, or it holds no story.
+        DataError: if there is no such file, or it holds no story.
     """
     file = Path(path)
     if not file.is_file():
@@ -68,17 +68,17 @@ def read_stories(path: str | Path) -> list[str]:
 
 
 def split_tail(stories: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """Hold out the last stories, at a story boundary; no held-out story is left in the training part.
+    """Hold out the last stories, and remove copies of them from the training part.
 
     Args:
         stories: N stories, in the order of the file.
         share: the share of the bytes to hold out, in (0, 1); at least one story is.
 
     Returns:
-        The training stories (copies of held-out ones removed) and the held-out stories.
+        The training stories and the held-out stories.
 
     Raises:
-        DataError: share is outside (0, 1), or nothing would be left to train on.
+        DataError: if share is outside (0, 1), or nothing would be left to train on.
     """
     if not 0 < share < 1:
         raise DataError(f"heldout share is {share}, expected a number in (0, 1).", "hold out 0.05.")
@@ -97,7 +97,7 @@ def split_tail(stories: Sequence[str], share: float) -> tuple[list[str], list[st
 
 
 def load_teacher(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the LM whose samples are trained on, in fp32, with an attention made for `sample_stories`.
+    """Load the teacher LM in fp32, with an attention that is fast in `sample_stories`.
 
     Args:
         folder: a local Hugging Face folder with a causal LM and its tokenizer, which has a BOS token.
@@ -106,7 +106,7 @@ def load_teacher(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
         The LM, frozen and in eval mode, and its tokenizer.
 
     Raises:
-        PolicyError: the folder is missing, or the tokenizer has no BOS token to begin a story with.
+        PolicyError: if the folder is missing, or the tokenizer has no BOS token to start a story with.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -118,7 +118,9 @@ def load_teacher(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     AttentionInterface.register("mavis_grouped", _grouped_attention)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.bos_token_id is None:
-        raise PolicyError(f"teacher {str(folder)!r} has no BOS token.", "a story must begin somewhere: set one.")
+        raise PolicyError(
+            f"teacher {str(folder)!r} has no BOS token.", "stories start with it: set tokenizer.bos_token."
+        )
     teacher = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="mavis_grouped", use_safetensors=True
     )
@@ -132,10 +134,10 @@ def _grouped_attention(
     """Attend from one position: query (B, H, 1, D), key and value (B, G, T, D), H / G heads share a key."""
     batch, heads, steps, width = query.shape
     if steps != 1:
-        raise PolicyError(f"the teacher was asked for {steps} positions at once.", "sample one at a time.")
+        raise PolicyError(f"the teacher got {steps} positions at once, expected one.", "sample token by token.")
     groups = key.shape[1]
-    # Folding the heads of a group into the query axis spares a copy of keys and values per head, and for one
-    # position plain products over keys that lie transposed in memory are faster than the fused kernel.
+    # Folding the heads of a group into the query axis saves a copy of keys and values per head. For one position,
+    # plain products over keys that are transposed in memory are faster than the fused kernel.
     grouped = query.reshape(batch, groups, heads // groups, width) * (scaling or width**-0.5)
     out = torch.matmul(torch.matmul(grouped, key.transpose(-1, -2)).softmax(-1), value)
     return out.reshape(batch, heads, 1, width).transpose(1, 2), None
@@ -145,7 +147,7 @@ def _preallocated_cache(layers: int, length: int) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class Layer(DynamicLayer):
-        """A cache layer that takes its whole room at once: growing by `cat` would cost most of the time."""
+        """A preallocated cache layer: growing by `cat` would take most of the time."""
 
         used = 0
 
@@ -155,14 +157,14 @@ def _preallocated_cache(layers: int, length: int) -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
                 batch, heads, _, width = key_states.shape
-                self.key_room = key_states.new_empty(batch, heads, width, length)  # transposed, see above
-                self.value_room = value_states.new_empty(batch, heads, length, width)
-            begin, end = self.used, self.used + key_states.shape[2]
-            self.key_room[..., begin:end] = key_states.transpose(-1, -2)
-            self.value_room[:, :, begin:end] = value_states
+                self.key_buffer = key_states.new_empty(batch, heads, width, length)  # transposed, see above
+                self.value_buffer = value_states.new_empty(batch, heads, length, width)
+            start, end = self.used, self.used + key_states.shape[2]
+            self.key_buffer[..., start:end] = key_states.transpose(-1, -2)
+            self.value_buffer[:, :, start:end] = value_states
             self.used = end
-            self.keys = self.key_room[..., :end].transpose(-1, -2)
-            self.values = self.value_room[:, :, :end]
+            self.keys = self.key_buffer[..., :end].transpose(-1, -2)
+            self.values = self.value_buffer[:, :, :end]
             return self.keys, self.values
 
     cache = DynamicCache()
@@ -180,10 +182,10 @@ def sample_stories(
     temperature: float,
     generator: torch.Generator,
 ) -> list[Story]:
-    """Sample stories from the teacher, π(a|s)^{1/T}: each row begins with BOS and runs to `length` tokens.
+    """Sample stories from the teacher at temperature T, in rows of `length` tokens that start with BOS.
 
-    A row is cut where the teacher begins or ends a story; what it left unfinished loses its last word and is
-    marked as not whole.
+    Rows are cut where the teacher starts or ends a story; an unfinished story loses its last word and is marked as not
+    whole.
 
     Args:
         teacher: from `load_teacher`.
@@ -191,7 +193,7 @@ def sample_stories(
         rows: rows sampled at once.
         length: tokens per row, BOS included; the teacher's context at most.
         temperature: T > 0.
-        generator: the only source of chance.
+        generator: of all random numbers.
 
     Returns:
         The stories, normalised, in the order of the rows.
@@ -211,9 +213,9 @@ def sample_stories(
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     stories = []
     for row in ids.tolist():
-        begins = [i for i, token in enumerate(row) if token in ends]
-        for begin, end in zip(begins, [*begins[1:], None], strict=True):
-            raw = str(tokenizer.decode(row[begin + 1 : end], skip_special_tokens=True))
+        starts = [i for i, token in enumerate(row) if token in ends]
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            raw = str(tokenizer.decode(row[start + 1 : end], skip_special_tokens=True))
             text = normalise(raw if end is not None else raw.rpartition(" ")[0])
             if text and "\ufffd" not in text:
                 stories.append(Story(text, whole=end is not None))
@@ -229,7 +231,7 @@ def sample_shards(
     temperature: float,
     seed: int,
 ) -> Iterator[Path]:
-    """Write shards of sampled stories, `00007.jsonl` and so on; those that are already there are left alone.
+    """Write the missing shards of sampled stories, `00007.jsonl` and so on.
 
     Args:
         teacher_folder: see `load_teacher`.
@@ -241,10 +243,10 @@ def sample_shards(
         seed: ≥ 0.
 
     Yields:
-        The path of each shard once it is there.
+        The path of each shard once it is on disk.
 
     Raises:
-        PolicyError: the teacher cannot be loaded.
+        PolicyError: if the teacher cannot be loaded.
     """
     missing = [i for i in shards if not (Path(folder) / f"{i:05d}.jsonl").exists()]
     teacher, tokenizer = load_teacher(teacher_folder) if missing else (None, None)
@@ -260,7 +262,7 @@ def sample_shards(
 
 
 def read_shards(paths: Sequence[Path]) -> list[Story]:
-    """Read sampled stories back, in the order of the paths.
+    """Read shards of sampled stories, in the order of the paths.
 
     Args:
         paths: shards that `sample_shards` wrote.
@@ -269,7 +271,7 @@ def read_shards(paths: Sequence[Path]) -> list[Story]:
         Their stories.
 
     Raises:
-        DataError: a shard is missing or broken.
+        DataError: if a shard is missing or broken.
     """
     stories: list[Story] = []
     for path in paths:
@@ -278,13 +280,13 @@ def read_shards(paths: Sequence[Path]) -> list[Story]:
                 stories += [Story(**json.loads(line)) for line in lines]
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"shard {str(path)!r} cannot be read: {error}.", "delete it; it is sampled anew."
+                f"shard {str(path)!r} cannot be read: {error}.", "delete it and rerun: it is sampled again."
             ) from error
     return stories
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, context: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE whose decoding gives back every text exactly, and that puts `<s>` before it.
+    """Train a lossless byte-level BPE tokenizer that puts `<s>` before every text.
 
     Args:
         texts: the training part of the real stories.
@@ -295,7 +297,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, context: int) -> PreT
         The tokenizer; `<s>` is 0, `</s>` 1, `<pad>` 2; it pads on the left.
 
     Raises:
-        ConfigError: the vocabulary has no room for the bytes, or the texts do not fill it.
+        ConfigError: if the vocabulary is smaller than the bytes need, or larger than the texts can fill.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers

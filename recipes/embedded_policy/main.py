@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoTokenizer
 
 from mavis.cli.hydra_app import check_single_process
-from mavis.errors import ConfigError, MavisError
+from mavis.errors import ConfigError, MavisError, closest
+from mavis.policies.save import save_policy
 from mavis.utils.files import atomic_folder, write_json
+from recipes.embedded_policy import corpus as texts
+from recipes.embedded_policy.bits_per_byte import bits_per_byte
+from recipes.embedded_policy.pretrain import Packing, Recipe, Report, Shape, build_policy, encode, pretrain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -25,78 +31,44 @@ STAGES = ("all", "sample", "train")
 
 
 def run(config: DictConfig) -> Path:
-    """Sample, train and save what `config` (pretrain.yaml beside this file) says.
+    """Sample, train and save as `config` (pretrain.yaml beside this file) says.
 
     Args:
         config: the composed configuration.
 
     Returns:
-        The folder of the policy (of the shards, where only those were asked for).
+        The folder of the policy, or of the shards with `stage=sample`.
 
     Raises:
-        MavisError: a setting, the corpus or the teacher cannot be used.
+        MavisError: if a setting, the corpus or the teacher cannot be used.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from mavis.policies.save import save_policy
-    from recipes.embedded_policy import corpus as texts
-    from recipes.embedded_policy import pretrain as recipes
-    from recipes.embedded_policy.bits_per_byte import bits_per_byte
-
-    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    for name in ("corpus", "teacher"):
-        if OmegaConf.is_missing(config, name):
-            raise ConfigError(f"{name} is not set.", f"give it on the command line: {name}=PATH.")
-    if settings["stage"] not in STAGES:
-        raise ConfigError(f"stage is {settings['stage']!r}.", f"choose one of {', '.join(STAGES)}.")
+    settings = _settings(config)
     torch.set_num_threads(settings["threads"])
     tic = time.perf_counter()
     train, heldout = texts.split_tail(texts.read_stories(settings["corpus"]), settings["heldout"])
     work, output = Path(settings["work"]), Path(settings["output"])
-    shards = work / "shards"
+    recipe = Recipe(**settings["recipe"])
     with _progress() as progress:
         if settings["stage"] != "train":
-            wanted = dict(settings["sample"])
-            mine = range(wanted["shards"])[wanted.pop("worker") :: wanted.pop("workers")]
-            del wanted["shards"]
-            bar = progress.add_task("sample", total=len(mine))
-            for _ in texts.sample_shards(settings["teacher"], shards, mine, **wanted):
-                progress.advance(bar)
+            _sample(settings, work / "shards", progress)
         if settings["stage"] == "sample":
-            return shards
-
-        folder = work / "tokenizer"
-        if not folder.is_dir():
-            context = settings["shape"]["context"]
-            fresh = texts.train_tokenizer(train, settings["tokenizer"]["vocabulary"], context)
-            with atomic_folder(folder) as temporary:
-                fresh.save_pretrained(temporary)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        recipe = recipes.Recipe(**settings["recipe"])
-        paths = sorted(shards.glob("[0-9]*.jsonl"))[: settings["sample"]["shards"]]
-        sampled = recipes.encode(texts.read_shards(paths), tokenizer) if paths else []
-        real = recipes.encode([texts.Story(text) for text in train], tokenizer)
+            return work / "shards"
+        tokenizer = _tokenizer(train, settings, work / "tokenizer")
+        paths = sorted((work / "shards").glob("[0-9]*.jsonl"))[: settings["sample"]["shards"]]
+        sampled = encode(texts.read_shards(paths), tokenizer) if paths else []
+        real = encode([texts.Story(text) for text in train], tokenizer)
         log.info("%d real and %d sampled tokens", sum(map(len, real)), sum(map(len, sampled)))
-        policy = recipes.build_policy(tokenizer, recipes.Shape(**settings["shape"]), recipe.seed)
-        reports = recipes.pretrain(
+        policy = build_policy(tokenizer, Shape(**settings["shape"]), recipe.seed)
+        reports = pretrain(
             policy,
-            recipes.Packing(real, recipe.length, seed=2 * recipe.seed + 1),
-            recipes.Packing(sampled, recipe.length, seed=2 * recipe.seed + 2) if sampled else None,
+            Packing(real, recipe.length, seed=2 * recipe.seed + 1),
+            Packing(sampled, recipe.length, seed=2 * recipe.seed + 2) if sampled else None,
             recipe,
             work / "checkpoint",
         )
-        bar = progress.add_task("train", total=recipe.steps)
-        every, few = settings["evaluate_every"], heldout[: settings["evaluate_stories"]]
-        for report in reports:
-            progress.update(bar, completed=report.step, description=f"train, loss {report.loss:.3f}")
-            log.info(
-                "step %d: loss %.4f nats a token, rate %.2f, %.0f tokens/s",
-                report.step, report.loss, report.rate, report.tokens_per_second,
-            )  # fmt: skip
-            if every and report.step % every == 0 and report.step < recipe.steps:
-                log.info("step %d: %.4f bits per byte", report.step, bits_per_byte(policy.eval(), tokenizer, few))
-                policy.train()
+        _train(
+            policy, tokenizer, reports, heldout[: settings["evaluate_stories"]], settings["evaluate_every"], progress
+        )
     bits = bits_per_byte(policy.eval(), tokenizer, heldout)
     log.info("held out: %.4f bits per byte", bits)
     save_policy(output, policy, tokenizer)
@@ -115,12 +87,57 @@ def run(config: DictConfig) -> Path:
     return output
 
 
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """Resolve a configuration and check what Hydra does not."""
+    for name in ("corpus", "teacher"):
+        if OmegaConf.is_missing(config, name):
+            raise ConfigError(f"{name} is not set.", f"give it on the command line: {name}=PATH.")
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    if settings["stage"] not in STAGES:
+        raise ConfigError(f"stage is {settings['stage']!r}.", closest(str(settings["stage"]), STAGES))
+    return dict(settings)
+
+
+def _sample(settings: Mapping[str, Any], folder: Path, progress: Progress) -> None:
+    """Sample this worker's share of the shards."""
+    options = dict(settings["sample"])
+    shards = range(options.pop("shards"))[options.pop("worker") :: options.pop("workers")]
+    bar = progress.add_task("sample", total=len(shards))
+    for _ in texts.sample_shards(settings["teacher"], folder, shards, **options):
+        progress.advance(bar)
+
+
+def _tokenizer(stories: Sequence[str], settings: Mapping[str, Any], folder: Path) -> Any:
+    """Train a tokenizer, unless an earlier call has stored one in `folder`, and load it."""
+    if not folder.is_dir():
+        new = texts.train_tokenizer(stories, settings["tokenizer"]["vocabulary"], settings["shape"]["context"])
+        with atomic_folder(folder) as temporary:
+            new.save_pretrained(temporary)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _train(
+    policy: Any, tokenizer: Any, reports: Iterator[Report], heldout: Sequence[str], every: int, progress: Progress
+) -> None:
+    """Run the training that yields `reports`, evaluating every `every` steps; 0 never does."""
+    bar = progress.add_task("train", total=None)
+    for report in reports:
+        progress.update(bar, total=report.steps, completed=report.step, description=f"train, loss {report.loss:.3f}")
+        log.info(
+            "step %d: loss %.4f nats per token, rate %.2f, %.0f tokens/s",
+            report.step, report.loss, report.rate, report.tokens_per_second,
+        )  # fmt: skip
+        if every and report.step % every == 0 and report.step < report.steps:
+            log.info("step %d: %.4f bits per byte", report.step, bits_per_byte(policy.eval(), tokenizer, heldout))
+            policy.train()
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    # On stderr, so that what is printed can be piped; off where nobody watches, the log has the figures.
+    # On stderr, so that output can be piped; without a terminal the log alone reports progress.
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -129,7 +146,7 @@ def _progress() -> Iterator[Progress]:
 
 @hydra.main(version_base="1.3", config_path=".", config_name="pretrain")
 def main(config: DictConfig) -> None:
-    """Run the command; a mistake that the user can mend ends it with one line instead of a traceback."""
+    """Run the command; errors that the user can correct end it with one line instead of a traceback."""
     try:
         check_single_process("this recipe")
         run(config)

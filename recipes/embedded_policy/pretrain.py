@@ -1,4 +1,4 @@
-"""The recipe of the embedded policy: packing, and training from random weights on a CPU."""
+"""Pretraining on a CPU from random weights: settings, packing, training loop and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IGNORED = -100  # what cross_entropy skips
 
 @dataclass(frozen=True)
 class Shape:
-    """The Llama architecture of the policy: its sizes, in units, heads and layers."""
+    """The sizes of the policy, a Llama."""
 
     hidden: int = 128
     layers: int = 5
@@ -37,24 +37,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The settings of the training.
 
-    The learning rates are multiplied by min(1, (s+1)/warmup, (steps−s)/(decay·steps)) at step s: a level
-    stretch, then a line to zero. So `steps` may be changed on resuming as long as the decay has not begun.
+    At step s the learning rates are multiplied by min(1, (s+1)/warmup, (steps−s)/(decay·steps)): constant, then linear
+    to zero. `steps` may be changed on resuming while the decay has not started.
     """
 
     steps: int = 5000
     rows: int = 4  # rows of `length` tokens per step
     micro_rows: int = 4  # rows per forward and backward pass; does not change the result
     length: int = 512
-    real_share: float = 0.5  # the share of rows that come from the real stories, before the decay ...
-    decay_real_share: float = 0.75  # ... and in it: what is read last is remembered best
+    real_share: float = 0.5  # share of rows that come from real stories, before the decay ...
+    decay_real_share: float = 0.75  # ... and during it
     matrix_lr: float = 0.02  # Muon, all matrices but the embedding
     other_lr: float = 0.004  # AdamW, the embedding and the norms
     weight_decay: float = 0.05  # on the matrices only
     warmup: int = 50
     decay: float = 0.4
-    clip: float = 1.0  # the largest norm of the gradient
+    clip: float = 1.0  # gradient norm
     bfloat16: bool = True  # autocast; the weights stay fp32
     seed: int = 0
     save_every: int = 200
@@ -71,19 +71,19 @@ class Recipe:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1.", "0.5 is one half.")
 
     def real_rows(self, rows: int) -> int:
-        """Return how many of the first `rows` rows of the run are real: ⌊share · rows⌋, in each of its two parts."""
+        """Return how many of the first `rows` rows are real: ⌊share · rows⌋, before and during the decay."""
         level = min(rows, self.rows * round((1 - self.decay) * self.steps))
         return int(level * self.real_share) + int((rows - level) * self.decay_real_share)
 
     def rate(self, step: int) -> float:
-        """Return what the learning rates are multiplied by at `step`, counted from 0."""
+        """Return the factor on the learning rates at `step`, counted from 0."""
         level = min(1.0, (step + 1) / max(self.warmup, 1))
         return min(level, (self.steps - step) / max(self.decay * self.steps, 1.0))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known after `step` steps; `loss` is the mean since the last report, in nats per token."""
+    """The metrics after `step` steps; `loss` is the mean since the last report, in nats per token."""
 
     step: int
     steps: int
@@ -111,10 +111,10 @@ def encode(stories: Sequence[Story], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 class Packing:
-    """Stories laid end to end in a shuffled order and cut into rows; each epoch has an order of its own.
+    """Concatenated stories, cut into rows; each epoch has its own random order.
 
-    Row i of an epoch covers `length` + 1 tokens and shares its last one with row i + 1, so every token but an
-    epoch's first is predicted exactly once. What the last row lacks is filled with `IGNORED`.
+    Row i of an epoch covers `length` + 1 tokens and shares its last one with row i + 1, so every token but an epoch's
+    first is predicted exactly once. The last row is padded with `IGNORED`.
 
     Args:
         encoded: N tensors (T_n,) of ids.
@@ -122,7 +122,7 @@ class Packing:
         seed: of the orders.
 
     Raises:
-        DataError: there are not two tokens.
+        DataError: if there are fewer than two tokens.
     """
 
     def __init__(self, encoded: Sequence[torch.Tensor], length: int, seed: int) -> None:
@@ -134,7 +134,7 @@ class Packing:
         self._epoch, self._stream = -1, torch.empty(0)
 
     def row(self, index: int) -> torch.Tensor:
-        """Return row `index` (length + 1,), counted over all epochs; it depends on nothing else."""
+        """Return row `index`, counted over all epochs, (length + 1,)."""
         epoch, i = divmod(index, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -145,19 +145,19 @@ class Packing:
 
 
 def batch_rows(real: Packing | None, sampled: Packing | None, recipe: Recipe, step: int) -> torch.Tensor:
-    """Return the rows of one step; the real ones are evenly spread, as many as `recipe.real_rows` says.
+    """Return the rows of one step, with the real ones evenly spread.
 
     Args:
         real: real stories; None if there are none.
         sampled: the teacher's; None if there are none.
-        recipe: gives rows and real_rows (which does not count where one of the two is None).
+        recipe: gives `rows`, and `real_rows`, which is unused if one source is None.
         step: counted from 0.
 
     Returns:
         ids (rows, length + 1), `IGNORED` where there is no token.
 
     Raises:
-        DataError: both are None.
+        DataError: if both are None.
     """
     if real is None and sampled is None:
         raise DataError("there is no text to train on.", "give real stories, sampled ones, or both.")
@@ -180,16 +180,16 @@ def build_policy(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) ->
         seed: of the weights.
 
     Returns:
-        The policy, whose generation config holds the special ids and nothing else.
+        The policy; its generation config holds the special ids only.
 
     Raises:
-        ConfigError: the sizes do not divide.
+        ConfigError: if the sizes do not divide.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     if shape.hidden % (2 * shape.heads) or shape.heads % shape.key_value_heads:
         raise ConfigError(
-            f"{shape} does not fit.",
+            f"{shape} has sizes that do not divide.",
             "let heads divide hidden into even parts, and key_value_heads divide heads.",
         )
     ids = {
@@ -216,17 +216,16 @@ def build_policy(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) ->
 
 
 def targets_of(rows: torch.Tensor, bos: int) -> torch.Tensor:
-    """Return what is predicted in rows (B, T + 1), (B, T): the next token, `IGNORED` where that is BOS.
+    """Return the targets of rows (B, T + 1), (B, T): the next token, `IGNORED` where that is BOS.
 
-    BOS is given, never written; and after a story that was cut off, learning it would be learning to stop
-    anywhere.
+    BOS is always given, and predicting it after a story that was cut off would teach the policy to stop anywhere.
     """
     return rows[:, 1:].masked_fill(rows[:, 1:] == bos, IGNORED)
 
 
 def token_loss(policy: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
-    """Return Σ −log π(row[t+1] | row[:t+1]) over the targets of rows (B, T + 1), in nats, a scalar."""
-    inputs = rows[:, :-1].clamp_min(0)  # what stands after the end is never predicted, so any id will do
+    """Compute Σ −log π(row[t+1] | row[:t+1]) over the targets of rows (B, T + 1), in nats, a scalar."""
+    inputs = rows[:, :-1].clamp_min(0)  # padding is never predicted, so any id will do
     step_logits = policy(inputs, use_cache=False).logits
     targets = targets_of(rows, policy.config.bos_token_id)
     return F.cross_entropy(step_logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -239,24 +238,23 @@ def pretrain(
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> Iterator[Report]:
-    """Train the policy in place, by Muon (matrices) and AdamW (the rest), from where a checkpoint left it.
+    """Train the policy in place, with Muon (matrices) and AdamW (the rest), resuming from a checkpoint.
 
-    A step's rows depend on the seed and the step only, so a run that was broken off and resumed equals one
-    that was not.
+    A step's rows depend on the seed and the step only, so a resumed run equals an uninterrupted one.
 
     Args:
         policy: from `build_policy`.
         real: real stories.
         sampled: the teacher's stories.
-        recipe: how to train.
+        recipe: the settings.
         checkpoint: a folder that is replaced every `save_every` steps and at the end.
 
     Yields:
         A report every `report_every` steps and at the end.
 
     Raises:
-        DataError: there is no text.
-        ConfigError: the checkpoint is another policy's.
+        DataError: if there is no text.
+        ConfigError: if the checkpoint is of another policy.
     """
     matrices = [p for n, p in policy.named_parameters() if p.ndim == 2 and "embed" not in n]
     chosen = {id(p) for p in matrices}
@@ -298,7 +296,7 @@ def pretrain(
 def save_checkpoint(
     folder: Path, policy: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], step: int
 ) -> None:
-    """Write the weights, the optimisers' states and the step as one folder, whole, nothing pickled."""
+    """Write weights, optimiser states and step to a folder, atomically and without pickle."""
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
@@ -308,10 +306,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, policy: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Put a checkpoint's weights and states in place.
+    """Load a checkpoint into a policy and its optimisers.
 
     Args:
-        folder: what `save_checkpoint` wrote.
+        folder: written by `save_checkpoint`.
         policy: a policy of the same shape.
         optimizers: as they were when saved.
 
@@ -319,7 +317,7 @@ def load_checkpoint(folder: Path, policy: PreTrainedModel, optimizers: Sequence[
         The number of steps done.
 
     Raises:
-        ConfigError: the folder is broken or another policy's.
+        ConfigError: if the folder is broken or of another policy.
     """
     from safetensors.torch import load_file, load_model
 

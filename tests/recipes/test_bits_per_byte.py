@@ -65,13 +65,13 @@ def test_windows_predict_every_token_once(context: int) -> None:
     assert max(policy.seen) <= context
 
 
-def test_it_begins_with_eos_where_there_is_no_bos() -> None:
+def test_texts_start_with_eos_if_there_is_no_bos() -> None:
     tokenizer = Words()
     tokenizer.bos_token_id, tokenizer.eos_token_id = None, 3
     assert bits_per_byte(uniform(), tokenizer, TEXTS) == bits_per_byte(uniform(), Words(), TEXTS)
 
 
-def test_mistakes_are_named() -> None:
+def test_unusable_arguments_are_refused() -> None:
     with pytest.raises(EvaluationError, match="no byte"):
         bits_per_byte(uniform(), Words(), [""])
     with pytest.raises(EvaluationError, match="context is 1"):

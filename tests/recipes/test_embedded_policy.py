@@ -1,4 +1,4 @@
-"""The recipe of the embedded policy, on a corpus and a teacher made here."""
+"""The recipe of the embedded policy, on a generated corpus and teacher."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mavis.errors import ConfigError, DataError, PolicyError
+from mavis.policies.save import save_policy
 from mavis.utils.files import read_json
 from recipes.embedded_policy.corpus import (
     BOS,
@@ -38,7 +39,6 @@ from recipes.embedded_policy.pretrain import (
     build_policy,
     encode,
     pretrain,
-    save_policy,
     targets_of,
     token_loss,
 )
@@ -112,7 +112,7 @@ def test_the_tail_is_held_out_and_disjoint_from_training(unique: list[str], shar
     assert len(heldout) == 1 or size <= share * sum(len(story.encode()) for story in stories)
 
 
-def test_a_tail_must_leave_something() -> None:
+def test_something_is_left_to_train_on() -> None:
     with pytest.raises(DataError, match="nothing to train on"):
         split_tail(["one"], 0.5)
     with pytest.raises(DataError, match="share is 1"):
@@ -124,7 +124,7 @@ def test_a_tail_must_leave_something() -> None:
 
 @given(st.text())
 @settings(max_examples=200)
-def test_decoding_gives_every_text_back(tokenizer: Any, text: str) -> None:
+def test_the_tokenizer_is_lossless(tokenizer: Any, text: str) -> None:
     if any(special in text for special in (BOS, EOS, PAD)):
         return
     ids = tokenizer(text).input_ids
@@ -187,9 +187,7 @@ def test_real_rows_are_evenly_spread() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_no_row_is_left_out_or_read_twice(
-    steps: int, rows: int, share: float, decay_share: float, decay: float
-) -> None:
+def test_every_row_is_read_once(steps: int, rows: int, share: float, decay_share: float, decay: float) -> None:
     real, sampled = (Packing([torch.arange(500, dtype=torch.int16) + k * 1000], 1, 0) for k in range(2))
     recipe = Recipe(steps, rows, 1, 1, real_share=share, decay_real_share=decay_share, decay=decay, warmup=1)
     read = torch.cat([batch_rows(real, sampled, recipe, step)[:, 0] for step in range(steps)]).tolist()
@@ -244,8 +242,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tokenizer: Any, stories: list[str]
     assert [report.step for report in reports] == [4, 8, 12]
     assert reports[-1].loss < reports[0].loss
 
-    broken = build_policy(tokenizer, SHAPE, seed=0)
-    for report in pretrain(broken, real, None, recipe, tmp_path / "checkpoint"):
+    interrupted = build_policy(tokenizer, SHAPE, seed=0)
+    for report in pretrain(interrupted, real, None, recipe, tmp_path / "checkpoint"):
         if report.step == 8:  # the last checkpoint is that of step 5
             break
     resumed = build_policy(tokenizer, SHAPE, seed=99)
@@ -279,7 +277,7 @@ def test_rates_rise_stay_and_fall_to_zero() -> None:
             recipe_of(**wrong)
 
 
-def test_what_stands_after_the_end_costs_nothing(tokenizer: Any) -> None:
+def test_padding_has_no_loss(tokenizer: Any) -> None:
     policy = build_policy(tokenizer, SHAPE, seed=0)
     row = torch.tensor([[0, 5, 6, 7]])
     longer = torch.tensor([[0, 5, 6, 7, IGNORED, IGNORED]])
@@ -326,7 +324,7 @@ def test_the_command_runs_and_says_what_is_missing(stories: list[str], teacher: 
         run(OmegaConf.merge(config, {"stage": "dance"}))
 
 
-def test_pretraining_is_refused_to_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
