@@ -1,4 +1,4 @@
-"""Jobs of one process and of two, run for real."""
+"""Fixtures that launch jobs of one and of two processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ JOB = Path(__file__).with_name("job.py")
 
 
 def launcher(name: str) -> list[str]:
-    """The beginning of a command that starts one process, or two in one of the ways that users have."""
+    """The start of a command that launches one process, or two in one of the supported ways."""
     if name == "alone":
         return [sys.executable]
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     stage = name.removeprefix("deepspeed ")
     way = ["--multi_gpu"] if stage == name else ["--use_deepspeed", "--zero_stage", *stage.split()]
-    asked = [*way, "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *asked]
+    options = [*way, "--num_processes", "2", "--main_process_port", "0"]  # any port that is free
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
 
 
 def environment() -> dict[str, str]:
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that runs `job.py` by a launcher and returns the folder it has filled."""
+    """A function that runs `job.py` by a launcher and returns its output folder."""
 
     def run(name: str) -> Path:
         out = tmp_path_factory.mktemp("job")
@@ -58,7 +58,7 @@ def command() -> Callable[..., Any]:
     """A function that starts a command of `mavis` by a launcher, in a process group of its own."""
 
     def prepare(further: Callable[[], None] | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has its jobs in the background ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
         if further is not None:
             further()
 

@@ -1,4 +1,4 @@
-"""What one process does of a job; the tests run it alone and as one of two, and compare.
+"""A job that tests run in one process and in two, to compare the results.
 
 python job.py POLICY_FOLDER OUT          alone
 torchrun ... job.py POLICY_FOLDER OUT    together
@@ -57,7 +57,7 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 class Mishap:
-    """Brevity, and in the last process, once, what a file tells to go wrong while its second shard is scored."""
+    """Brevity that fails once, as a marker file says, in the last process while it scores its second shard."""
 
     def __init__(self, marker: str) -> None:
         self.marker, self.calls = Path(marker), 0
@@ -80,7 +80,7 @@ OBJECTIVES = {"good": good, "brevity": brevity}
 
 
 def gradients(processes: ProcessGroup) -> dict[str, torch.Tensor]:
-    """The gradient of every step of a fit in float64, of rollouts that lie in the processes as unevenly as can be."""
+    """The gradient of every step of a fit in float64, of rollouts sharded as unevenly as possible."""
     HeadCritic._normed = lambda self, states: F.layer_norm(states.double(), states.shape[-1:])  # type: ignore[assignment, method-assign]
     rows, steps, tokens, states = 13, 4, 7, 6
     source = torch.Generator().manual_seed(3)
@@ -135,10 +135,10 @@ def gradients(processes: ProcessGroup) -> dict[str, torch.Tensor]:
     return found | {f"critic/{k}": v for k, v in critic.state_dict().items()} | {"losses": torch.tensor(report.losses)}
 
 
-def words(processes: ProcessGroup) -> dict[str, Any]:
-    """What processes say to each other."""
+def collectives(processes: ProcessGroup) -> dict[str, Any]:
+    """The results of all collectives."""
     own = torch.tensor([1.0 + processes.rank, 2.0])
-    said: dict[str, Any] = {
+    results: dict[str, Any] = {
         "total": processes.all_reduce_sum(own).tolist(),
         "of_main": processes.broadcast_from_main(own).tolist(),
         "mine": list(processes.shard(range(7))),
@@ -147,46 +147,46 @@ def words(processes: ProcessGroup) -> dict[str, Any]:
     try:
         processes.check_agreement("number", processes.rank)
     except ProcessError as error:
-        said["disagreement"] = str(error)
-    return said
+        results["disagreement"] = str(error)
+    return results
 
 
 def round_otherwise() -> None:
-    """What a machine of another kind does: it comes to another last digit of a mean."""
-    as_here = HeadCritic.set_normalisation
+    """Round as a machine of another kind does: the last digit of a mean differs."""
+    original = HeadCritic.set_normalisation
 
-    def there(self: HeadCritic, rewards: torch.Tensor) -> None:
-        as_here(self, rewards)
+    def otherwise(self: HeadCritic, rewards: torch.Tensor) -> None:
+        original(self, rewards)
         self.reward_mean.copy_(torch.nextafter(self.reward_mean, torch.tensor(torch.inf).to(self.reward_mean)))
 
-    HeadCritic.set_normalisation = there  # type: ignore[method-assign]
+    HeadCritic.set_normalisation = otherwise  # type: ignore[method-assign]
 
 
 def work(policy_folder: Path, out: Path) -> None:
-    """Do everything once, and write down what came of it, each process in a file of its own."""
+    """Do everything once; each process writes its results to a file of its own."""
     policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     processes = join_processes("cpu")
     if not processes.is_main:
         round_otherwise()
-    facts: dict[str, Any] = {"words": words(processes), "stored": []}
+    facts: dict[str, Any] = {"collectives": collectives(processes), "stored": []}
     module: Any = sys.modules["mavis.rollouts.collect"]  # the package's attribute of that name is the function
-    write = module._write_shard
+    write = module.write_shard
 
     def noting(path: Path, columns: Any) -> None:
         facts["stored"].append(path.name)
         write(path, columns)
 
-    module._write_shard = noting
+    module.write_shard = noting
     plan = RolloutPlan.reference([PROMPTS[row % 5] + " the" * (row // 5) for row in range(33)], 2)
     shards = list(collect(policy, tokenizer, OBJECTIVES, plan, out / "plain", SAMPLING))
     facts["prompts"] = [prompt for shard in shards for prompt in shard["prompt"]]
-    module._write_shard = write
+    module.write_shard = write
 
     critics: dict[str, HiddenStateCritic] = {}
     for composition in ("independent", "conditioned"):
         critic = HiddenStateCritic.for_policy(policy, list(OBJECTIVES), hidden=8, rank=4, composition=composition)  # type: ignore[arg-type]
-        told: list[Any] = []
+        reported: list[Any] = []
         settings = ImprovementSettings(composition=composition, **SETTINGS)  # type: ignore[arg-type]
         reports = improve(
             policy,
@@ -196,10 +196,10 @@ def work(policy_folder: Path, out: Path) -> None:
             PROMPTS,
             out / composition,
             settings,
-            progress=lambda *news, told=told: told.append(news),
+            progress=lambda *news, reported=reported: reported.append(news),
         )
         facts[composition] = [asdict(report) | {"critic": ""} for report in reports]
-        facts[f"{composition} told"] = len(told)
+        facts[f"{composition} reports"] = len(reported)
         critics[composition] = critic
     value_model = ValueModelCritic.for_policy(policy, list(OBJECTIVES), hidden=8, rank=4)
     once = ImprovementSettings(**SETTINGS | {"iterations": 1, "calibration_samples": 0})  # type: ignore[arg-type]
@@ -220,7 +220,7 @@ def work(policy_folder: Path, out: Path) -> None:
     student = HiddenStateCritic.for_policy(
         policy, list(OBJECTIVES), hidden=8, rank=4, composition="independent", seed=1
     )
-    told_of_student = distill(
+    student_report = distill(
         student,
         critics["independent"],
         policy,
@@ -229,7 +229,7 @@ def work(policy_folder: Path, out: Path) -> None:
         out / "distilled",
         DistillSettings(23, 10, sampling=SAMPLING, fit=RegressionSettings(epochs=2, batch_size=8)),
     )
-    facts["distilled"] = asdict(told_of_student)
+    facts["distilled"] = asdict(student_report)
     tensors = {f"{name}/{key}": value for name, one in critics.items() for key, value in one.state_dict().items()}
     tensors |= {f"value model/{key}": value for key, value in value_model.state_dict().items()}
     tensors |= {f"student/{key}": value for key, value in student.state_dict().items()}
@@ -241,14 +241,14 @@ def work(policy_folder: Path, out: Path) -> None:
 
 
 def gradients_in_shards(processes: ProcessGroup) -> dict[str, torch.Tensor]:
-    """The same gradients with every weight cut in two by FSDP 2, which Accelerate offers for accelerators alone."""
+    """The same gradients with every weight sharded by FSDP 2, which Accelerate offers for accelerators only."""
     AcceleratorState._reset_state()
-    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # for all it knows
+    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
     return gradients(processes)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.manual_seed(int(os.environ.get("RANK", "0")))  # what a process draws elsewhere is its own affair
+    torch.manual_seed(int(os.environ.get("RANK", "0")))  # the random state of a process has no effect
     work(Path(sys.argv[1]), Path(sys.argv[2]))

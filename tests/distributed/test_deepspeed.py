@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed come to the critic of one, with weights whole or in shards, round after round."""
+"""DeepSpeed: two processes train the critic of one, with or without sharded weights, over several iterations."""
 
 from __future__ import annotations
 

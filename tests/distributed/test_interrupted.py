@@ -1,6 +1,6 @@
-"""A process dies, a disk is full, a key is pressed: the job ends, what is on disk is whole, and it goes on.
+"""Interruptions: after a killed process, a full disk or Ctrl-C, files are whole and the run resumes.
 
-The objective `mishap` of `job.py` does once what its marker says, in the last process, while it scores a second shard.
+The objective `mishap` of `job.py` fails once, as its marker says, in the last process while it scores a second shard.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from mavis.rollouts import RolloutSettings
 from mavis.training import ImprovementSettings, improve
 from mavis.training.improvement.fit import FitSettings
 
-PATIENCE = 120  # seconds; a hang would be the day that processes wait for each other
+PATIENCE = 120  # seconds; waiting processes would otherwise hang for a day
 
 
 @pytest.fixture(scope="module")
 def start(train: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that starts a training in which something goes wrong once; nothing if it is not said what."""
+    """A function that starts a training which fails once as `what` says, or not at all."""
 
-    def begin(name: str, where: Path, what: str = "", **options: Any) -> Any:
+    def launch(name: str, where: Path, what: str = "", **options: Any) -> Any:
         if what:
             (where / "marker").write_text(what)
         objective = ["+objectives.mishap._target_=job.Mishap", f"+objectives.mishap.marker={where / 'marker'}"]
         return train(name, where, *objective, "output=run", **options)
 
-    return begin
+    return launch
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a job's end; neither the launcher nor anything that it has started may be left."""
+    """Wait for a job to end; neither the launcher nor its processes may be left."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
         deadline = time.monotonic() + 10
@@ -59,7 +59,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def assert_whole(run: Path) -> int:
-    """Load all that is there by its own name; returns how many shards that are."""
+    """Load all finished files; return the number of shards."""
     shards = [path for path in run.rglob("shard-*") if not path.name.startswith(".")]
     for path in shards:
         assert len(datasets.load_from_disk(str(path))) > 0
@@ -70,21 +70,21 @@ def assert_whole(run: Path) -> int:
 
 
 def rollouts(run: Path) -> list[Any]:
-    """All responses of both rounds."""
+    """All responses of both iterations."""
     shards = [datasets.load_from_disk(str(p)) for p in sorted(run.glob("iteration-*/rollouts/shard-*"))]
     return [ids for shard in shards for ids in shard["response_ids"]]
 
 
-def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happened_to(
+def test_a_run_interrupted_in_every_way_ends_as_an_uninterrupted_one(
     start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The same command all the time, by two processes and by one."""
+    """The same command each time, by two processes or by one."""
     calm, where = tmp_path_factory.mktemp("calm"), tmp_path_factory.mktemp("where")
     expected, run = calm / "run", where / "run"
     code, _, err = ended(start("alone", calm))
     assert code == 0, err
 
-    # A process is killed: the launcher says so and ends the others.
+    # A process is killed: the launcher reports it and ends the others.
     code, _, err = ended(start("accelerate", where, "killed"))
     assert code != 0
     assert "SIGKILL" in err
@@ -92,7 +92,7 @@ def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happe
     assert not (run / "iteration-1").exists()
     first = {path: path.stat().st_mtime_ns for path in run.rglob("shard-*/state.json")}
 
-    # An objective answers nonsense in one process: that one says so, and all end.
+    # An objective returns the wrong number of scores in one process: that one reports it, and all end.
     code, _, err = ended(start("torchrun", where, "wrong"))
     assert code != 0
     assert re.search(r"^mavis \(process 1 of 2\): objective 'mishap' .*Hint: ", err, flags=re.MULTILINE), err
@@ -122,12 +122,12 @@ def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happe
     assert_whole(run)
     assert not (run / "critic").exists()
 
-    # Nothing more happens.
+    # No interruption: the run resumes and ends.
     code, out, err = ended(start("accelerate", where))
     assert code == 0, err
-    assert out.count("critic: ") == out.count("J = reward") == 1  # one process speaks
+    assert out.count("critic: ") == out.count("J = reward") == 1  # one process prints
     assert len(list(run.glob("*.log"))) == len(list(run.glob(".hydra"))) == 1
-    assert {path: path.stat().st_mtime_ns for path in first} == first  # what was there was never sampled again
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # finished shards were never sampled again
     assert_whole(run)
     assert rollouts(run) == rollouts(expected)
     state = Critic.from_pretrained(expected / "critic").state_dict()
@@ -136,7 +136,7 @@ def test_a_run_that_everything_happens_to_ends_where_one_ends_that_nothing_happe
 
 
 class FullDisk:
-    """Lets some calls of a function of `os` pass, and then says that the disk is full until room is made."""
+    """Passes some calls of a function of `os` through, then fails as on a full disk."""
 
     def __init__(self, function: Callable[..., Any], passing: int) -> None:
         self.function, self.passing, self.refused = function, passing, 0
@@ -175,10 +175,10 @@ def room() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_is_full_at_any_write_leaves_whole_files_and_room_is_all_that_is_needed(
+def test_a_disk_full_at_any_write_leaves_whole_files_and_the_run_resumes(
     run: Any, tmp_path: Path, room: pytest.MonkeyPatch, call: str
 ) -> None:
-    expected = run(tmp_path / "unbroken")
+    expected = run(tmp_path / "uninterrupted")
     real = getattr(os, call)
     for attempts in range(100):
         disk = FullDisk(real, passing=6 * min(attempts, 1))  # room for a little more each time
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_whole_files_and_room_is_all_tha
         finally:
             room.setattr(os, call, real)
         assert_whole(tmp_path / "run")
-        assert not list((tmp_path / "run").rglob(".*"))  # nothing half written is left lying about
+        assert not list((tmp_path / "run").rglob(".*"))  # no temporary file is left
     assert attempts > 3
     for key, value in expected.state_dict().items():
         assert torch.equal(critic.state_dict()[key], value), key

@@ -1,4 +1,4 @@
-"""What a process takes itself for, and what is refused because it would come to something wrong."""
+"""A single process: its environment, its share of work, and launches that are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mavis.training.rollout_tensors import shard_indices
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 2, 1),
     ],
 )
-def test_what_launchers_say_is_understood(
+def test_the_environment_of_launchers_is_read(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], together: int, number: int
 ) -> None:
     for name, value in given.items():
@@ -37,7 +37,7 @@ def test_what_launchers_say_is_understood(
     assert (launcher_world_size(), launcher_rank()) == (together, number)
 
 
-def test_a_process_alone_is_the_main_one_has_all_and_touches_nothing_global() -> None:
+def test_a_single_process_is_the_main_one_and_changes_no_global_state() -> None:
     found = join_processes("cpu")
     assert found == ProcessGroup() == join_processes()
     assert found.is_main
@@ -50,7 +50,7 @@ def test_a_process_alone_is_the_main_one_has_all_and_touches_nothing_global() ->
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_are_the_whole_each_item_once(count: int) -> None:
+def test_shards_hold_each_item_once(count: int) -> None:
     shares = [list(ProcessGroup(index, count).shard(range(20))) for index in range(count)]
     assert sorted(item for share in shares for item in share) == list(range(20))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -68,7 +68,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
         ProcessGroup(1, 2).check_shared_path(tmp_path / "run.json")
 
 
-def test_what_gloo_says_of_a_lost_process_is_one_line_and_other_errors_are_their_own() -> None:
+def test_a_lost_process_is_reported_in_one_line_and_other_errors_are_raised_as_they_are() -> None:
     with pytest.raises(ProcessError, match="process 0 of 2 lost another process"), ProcessGroup(0, 2).collective():
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     for processes in (ProcessGroup(), ProcessGroup(0, 2)):
@@ -83,7 +83,7 @@ def no_state() -> None:
 
 
 @pytest.mark.usefixtures("no_state")
-def test_accelerate_is_given_back_as_it_was() -> None:
+def test_the_state_of_accelerate_is_restored() -> None:
     assert PartialState._shared_state == {}
     for _ in range(2):  # so that another device can be next
         with accelerator(torch.device("cpu")) as borrowed:
@@ -102,7 +102,7 @@ def test_accelerate_stays_until_the_last_of_several_fits_has_ended() -> None:
     assert PartialState._shared_state == {}
 
 
-def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
+def test_an_accelerator_of_the_user_is_kept() -> None:
     own = Accelerator(cpu=True)
     try:
         with accelerator(torch.device("cpu")):
@@ -116,22 +116,20 @@ def test_an_accelerator_of_the_users_own_stays_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "shown"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )
-def test_sharding_that_a_fit_does_not_undo_is_refused(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], said: str
-) -> None:
+def test_unsupported_sharding_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], shown: str) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"configured for {said}, which mavis does not train with. Hint: shard by"):
+    with pytest.raises(ConfigError, match=f"configured for {shown}, which mavis does not train with. Hint: shard by"):
         check_sharding()
 
 
-def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_unknown_to_accelerate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.state import AcceleratorState
 
     Accelerator(cpu=True)  # a script's own, built before the launcher's environment was looked at
@@ -144,16 +142,16 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch: pyt
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("asked", [1, 2])
-def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, asked: int
+@pytest.mark.parametrize("requested", [1, 2])
+def test_a_launcher_that_starts_fewer_processes_than_requested_is_refused(
+    monkeypatch: pytest.MonkeyPatch, requested: int
 ) -> None:
-    asking = f"--cpu --num_processes {asked} --num_machines 1 --mixed_precision no --dynamo_backend no job.py"
-    # What Accelerate tells the one process that it starts.
-    given = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(asking.split()))[1]
+    arguments = f"--cpu --num_processes {requested} --num_machines 1 --mixed_precision no --dynamo_backend no job.py"
+    # The environment that Accelerate gives to the one process that it starts.
+    given = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(arguments.split()))[1]
     for name in given.keys() - os.environ.keys():
         monkeypatch.setenv(name, given[name])
-    if asked == 1:
+    if requested == 1:
         assert join_processes("cpu") == ProcessGroup()
         return
     with pytest.raises(

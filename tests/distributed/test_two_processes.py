@@ -1,4 +1,4 @@
-"""Two processes come to what one comes to: every prompt once, the same gradient, the same critic."""
+"""Two processes match one: every prompt once, the same gradient, the same critic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mavis.critics import Critic
 
 @dataclass
 class Job:
-    """What each process of a job has written down, and the folder they filled together."""
+    """What each process of a job has written, and their common folder."""
 
     folder: Path
     facts: list[dict[str, Any]]
@@ -51,31 +51,31 @@ def rows(folder: Path) -> dict[str, list[Any]]:
 
 
 def assert_close(found: Any, expected: Any, name: str) -> None:
-    """Compare figures by name or in a list; those that are none are the same."""
+    """Compare metrics by name or in a list; None must be None in both."""
     if isinstance(expected, dict):
         assert list(found) == list(expected), name
         found, expected = list(found.values()), list(expected.values())
     if isinstance(expected, list):
         assert [x is None for x in found] == [x is None for x in expected], name
-        found, expected = ([x for x in figures if x is not None] for figures in (found, expected))
+        found, expected = ([x for x in metrics if x is not None] for metrics in (found, expected))
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), name
     else:
         assert found == expected, name
 
 
-def test_sums_and_shares_and_the_main_ones_word_are_the_same_everywhere(together: Job) -> None:
-    one, other = (facts["words"] for facts in together.facts)
+def test_collectives_agree_in_all_processes(together: Job) -> None:
+    one, other = (facts["collectives"] for facts in together.facts)
     assert one["total"] == other["total"] == [3.0, 4.0]
     assert one["of_main"] == other["of_main"] == [1.0, 2.0]
     assert (one["mine"], other["mine"]) == ([0, 2, 4, 6], [1, 3, 5])
 
 
-def test_processes_that_are_about_to_do_different_things_are_refused_everywhere(together: Job, alone: Job) -> None:
+def test_processes_that_disagree_are_refused(together: Job, alone: Job) -> None:
     for facts in together.facts:
-        assert facts["words"]["disagreement"].startswith(
+        assert facts["collectives"]["disagreement"].startswith(
             "process 1 has a different number than process 0. Hint: start all"
         )
-    assert "disagreement" not in alone.facts[0]["words"]
+    assert "disagreement" not in alone.facts[0]["collectives"]
 
 
 def test_every_shard_is_sampled_by_one_process(together: Job, alone: Job) -> None:
@@ -85,7 +85,7 @@ def test_every_shard_is_sampled_by_one_process(together: Job, alone: Job) -> Non
     assert len(one) - len(other) == 1
 
 
-def test_every_prompt_is_answered_once_and_all_processes_see_all_answers(together: Job, alone: Job) -> None:
+def test_every_prompt_is_answered_once_and_all_processes_see_all_responses(together: Job, alone: Job) -> None:
     prompts = alone.facts[0]["prompts"]
     assert len(set(prompts)) == 33
     assert all(facts["prompts"] == prompts for facts in together.facts)
@@ -142,7 +142,7 @@ def test_the_gradient_is_the_same_with_every_weight_in_shards(together: Job, alo
             torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9 if "losses" not in name else 1e-6)
 
 
-def test_every_process_ends_with_the_same_critic_to_the_bit(together: Job) -> None:
+def test_critics_are_bit_identical_in_all_processes(together: Job) -> None:
     one, other = together.tensors
     assert list(one) == list(other)
     for name, value in one.items():
@@ -161,8 +161,8 @@ def test_reports_are_those_of_one_process_and_the_same_in_all(together: Job, alo
     assert one == other
     for report, expected in zip(one, alone.facts[0][composition], strict=True):
         assert set(report) == set(expected)
-        for name, figures in expected.items():
-            assert_close(report[name], figures, name)
+        for name, metrics in expected.items():
+            assert_close(report[name], metrics, name)
 
 
 def test_a_value_model_learns_what_it_learns_in_one_process(together: Job, alone: Job) -> None:
@@ -172,10 +172,10 @@ def test_a_value_model_learns_what_it_learns_in_one_process(together: Job, alone
     assert abs(one[-1] - one[0]) > 1e-3
 
 
-def test_only_the_main_process_is_told_of_progress_and_has_the_evaluation(together: Job, alone: Job) -> None:
+def test_only_the_main_process_reports_progress_and_the_evaluation(together: Job, alone: Job) -> None:
     main, other = together.facts
-    assert main["independent told"] > 0
-    assert other["independent told"] == 0
+    assert main["independent reports"] > 0
+    assert other["independent reports"] == 0
     assert other["measured"] is None
     assert len(main["measured"]) == len(alone.facts[0]["measured"]) == 3
     for row, expected in zip(main["measured"], alone.facts[0]["measured"], strict=True):
@@ -183,11 +183,11 @@ def test_only_the_main_process_is_told_of_progress_and_has_the_evaluation(togeth
         assert row["kl"] == pytest.approx(expected["kl"], abs=1e-4)
 
 
-def test_distillation_comes_to_what_one_process_comes_to(together: Job, alone: Job) -> None:
+def test_distillation_matches_one_process(together: Job, alone: Job) -> None:
     one, other = (facts["distilled"] for facts in together.facts)
     assert one == other
-    for name, figures in alone.facts[0]["distilled"].items():
-        assert_close(one[name], figures, name)
+    for name, metrics in alone.facts[0]["distilled"].items():
+        assert_close(one[name], metrics, name)
 
 
 def test_the_command_evaluates_with_two_processes_and_reports_once(
@@ -219,7 +219,7 @@ def test_the_command_evaluates_with_two_processes_and_reports_once(
     assert len(list((tmp_path / "run" / "rollouts" / "reference").glob("shard-*"))) == 3
 
 
-def test_what_is_on_disk_is_what_is_in_hand(together: Job) -> None:
+def test_saved_critics_equal_those_in_memory(together: Job) -> None:
     for name in ("independent", "conditioned"):
         state = Critic.from_pretrained(together.folder / name / "critic").state_dict()
         for key, value in state.items():
