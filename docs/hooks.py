@@ -1,6 +1,6 @@
 """Build-time pages of the site: the command line, the configuration, contributing and the changelog.
 
-MkDocs calls the functions named `on_...` (see `hooks` in mkdocs.yml). Everything is read from the sources, so no page
+MkDocs calls `on_files` (see `hooks` in mkdocs.yml). Everything is read from the sources, so no page
 can fall behind.
 """
 
@@ -74,15 +74,6 @@ class Setting:
     name: str
     default: str
     comment: str
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put every generated page of the benchmarks into the navigation."""
-    pages = sorted(path.name for path in (ROOT / "docs" / "benchmarks").glob("*.md"))
-    for entry in config.nav or []:
-        if "Benchmarks" in entry:
-            entry["Benchmarks"] += [f"benchmarks/{name}" for name in pages if name != "index.md"]
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
