@@ -1,8 +1,8 @@
-"""How close does the demo come to the optimum, and how long does it take? The demo itself, once per seed.
+"""How close does the demo come to the optimum, and how long does it take? Runs the demo once per seed.
 
     python benchmarks/bench_demo.py [--seeds 0 1 2] [name=value ...]
 
-Each run starts from nothing in a folder of its own, one after the other, so that its seconds are those of a user.
+The runs start from empty folders, one after another, so each takes as long as it would for a user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the benchmark and write `results/demo.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--name", default="demo", help="of the result file")
+    parser.add_argument("--name", default="demo", help="name of the result file")
     parser.add_argument("overrides", nargs="*", help="settings of the demo")
     arguments = parser.parse_args()
     rows = []

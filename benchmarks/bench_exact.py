@@ -1,8 +1,9 @@
-"""How much of the optimum does each composition reach where the optimum is known? Exact values, no learning.
+"""How much of the optimum does each composition reach with exact values?
 
     python benchmarks/bench_exact.py
 
-Every world is solved by dynamic programming for every weight and β. Iteration 0 tilts by the reference policy's values.
+Every world is solved by dynamic programming for every choice of weights and β. Iteration 0 tilts by the values of the
+reference policy.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--betas", nargs="+", type=float, default=[2.0, 5.0, 10.0])
-    parser.add_argument("--divisions", type=int, default=4, help="of the grid of weights")
-    parser.add_argument("--iterations", type=int, default=4, help="after the reference policy's values")
-    parser.add_argument("--name", default="exact", help="of the result file")
+    parser.add_argument("--divisions", type=int, default=4, help="divisions of the grid of weights")
+    parser.add_argument("--iterations", type=int, default=4, help="iterations after the first")
+    parser.add_argument("--name", default="exact", help="name of the result file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -1,9 +1,9 @@
-"""How much of the optimum do learnt heads reach where it is known? The whole pipeline in an exact world.
+"""How much of the optimum do learnt value heads reach in an exactly solvable world?
 
     python benchmarks/bench_exact_learnt.py
 
-A critic is trained by `improve` from sampled responses alone; then dynamic programming evaluates, exactly, the policy
-that its tilt makes. Beside it stands the same composition with exact values.
+`improve` trains a critic from sampled responses alone, and dynamic programming evaluates the tilted policy exactly. The
+same composition with exact values is included for comparison.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from lib import results
 from mavis import HiddenStateCritic
 from mavis.exact import World, WorldObjective, WorldPolicy, normalised_gain, policy_iteration, world_tokenizer
 from mavis.rollouts import RolloutSettings
-from mavis.training import ImprovementSettings, improve
-from mavis.training.improvement.fit import FitSettings
+from mavis.training import FitSettings, ImprovementSettings, improve
 
 WEIGHTS = [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0)]
 COMPOSITIONS = ("independent", "conditioned")
@@ -71,7 +70,7 @@ def row(
     reached: float,
     critic: str,
 ) -> dict[str, Any]:
-    """Lay one row out; `seed` is that of training, which exact values have none of."""
+    """Build one row; `seed` is that of training, None for exact values."""
     return {
         "kind": arguments.kind,
         "world": arguments.world,
@@ -90,18 +89,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="conflicting")
     parser.add_argument("--world", type=int, default=4, help="seed of the world")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--compositions", nargs="+", default=list(COMPOSITIONS))
     parser.add_argument("--beta", type=float, default=5.0)
-    parser.add_argument("--max-beta", type=float, default=8.0, help="that conditioned training draws")
-    parser.add_argument("--iterations", type=int, default=6, help="after the reference policy's values")
-    parser.add_argument("--rollouts", type=int, default=4096, help="per iteration")
+    parser.add_argument("--max-beta", type=float, default=8.0, help="largest β that conditioned training draws")
+    parser.add_argument("--iterations", type=int, default=6, help="iterations after the first")
+    parser.add_argument("--rollouts", type=int, default=4096, help="rollouts per iteration")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--later-rate", type=float, default=0.5)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--name", default="exact-learnt", help="of the result file")
+    parser.add_argument("--name", default="exact-learnt", help="name of the result file")
     arguments = parser.parse_args()
     world, rows = World.random(arguments.kind, arguments.world), []
     for composition in arguments.compositions:
@@ -113,9 +112,9 @@ def main() -> None:
                 reached = normalised_gain(world, tilt, arguments.beta * w)
                 rows.append(row(arguments, None, weights, composition, iteration, reached, "exact"))
     with ProcessPoolExecutor(arguments.processes) as pool:
-        waiting = [pool.submit(train, c, seed, arguments) for c in arguments.compositions for seed in arguments.seeds]
-        for done in waiting:
-            rows += done.result()
+        futures = [pool.submit(train, c, seed, arguments) for c in arguments.compositions for seed in arguments.seeds]
+        for future in futures:
+            rows += future.result()
     for critic in ("exact", "hidden_state"):
         for composition in arguments.compositions:
             last = [

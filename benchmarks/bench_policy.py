@@ -1,4 +1,4 @@
-"""How well does the embedded policy predict held-out stories, beside the LM it learnt from? Writes its model card.
+"""How well does the embedded policy predict held-out stories, compared with its teacher? Writes its model card.
 
 python benchmarks/bench_policy.py --corpus cased.txt --teacher path/to/stories260K --run path/to/work/run.json
 """
@@ -32,14 +32,14 @@ loads by `mavis.policies.embedded.load()`.
 ## How well it predicts
 
 Bits per byte on held-out stories ({stories} stories, {bytes:,} bytes: the tail of the corpus, never trained on;
-each story after its BOS, longer ones through windows of {context} tokens that overlap by half). Less is better.
+each story after its BOS, longer ones through windows of {context} tokens that overlap by half). Lower is better.
 
 | policy | parameters | bits per byte |
 |---|---|---|
 | embedded | {parameters:,} | {bits:.4f} |
 | stories260K | {teacher_parameters:,} | {teacher_bits:.4f} |
 
-Ratio {ratio:.3f}. The two did not read the same: the embedded policy has seen the rest of this file many times, and
+The ratio is {ratio:.3f}. The training data differ: the embedded policy has seen the rest of this file many times, and
 stories260K, trained on all of TinyStories, may have seen the held-out stories themselves. Measured by
 `benchmarks/bench_policy.py`, which writes this card and `benchmarks/results/policy.json`.
 
@@ -64,8 +64,8 @@ It took {minutes:.0f} minutes on one core of a shared {cpu} machine, after about
 
 ## Samples
 
-Not picked: all rows of one call each, seed {seed}, no top-k, no top-p, at most {new_tokens} new tokens.
-At temperature 1 words and grammar slip often; at 0.8 more sentences are grammatical, and the story still wanders.
+Not cherry-picked: all rows of one call each, seed {seed}, no top-k, no top-p, at most {new_tokens} new tokens.
+At temperature 1 many words and sentences are wrong; at 0.8 more sentences are grammatical, but the story still wanders.
 
 ### Temperature 1
 
@@ -75,19 +75,18 @@ At temperature 1 words and grammar slip often; at 0.8 more sentences are grammat
 
 {cooler}
 
-## What it is for, and what it is not
+## Intended use
 
-For showing and testing how a decoding-time tilt changes what a policy writes, on any laptop. It tells children's
-stories in English; it knows no facts, follows no instructions, forgets who is who within a paragraph and was not
-checked for what it may say. Do not put it before users, and do not read figures measured on it as figures of a
-useful LM.
+It demonstrates and tests how a decoding-time tilt changes the text of a policy, on any laptop. It writes children's
+stories in English. It knows no facts, follows no instructions, loses track of characters within a paragraph, and its
+output has not been checked for safety. Do not deploy it, and do not take measurements on it as those of a useful LM.
 """
 
 
 def sample(
     policy: Any, tokenizer: Any, rows: int, new_tokens: int, seed: int, temperature: float
 ) -> tuple[list[str], float]:
-    """Return `rows` stories sampled from BOS, and the share of them that ended by themselves."""
+    """Return `rows` stories sampled from BOS, and the share of them that reached an end token."""
     torch.manual_seed(seed)
     ids = torch.full((rows, 1), tokenizer.bos_token_id)
     out = policy.generate(
@@ -104,7 +103,7 @@ def sample(
 
 
 def quoted(texts: list[str]) -> str:
-    """Return the texts as Markdown quotes, a rule between two of them."""
+    """Format texts as Markdown quotes, separated by rules."""
     return "\n\n---\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in texts)
 
 

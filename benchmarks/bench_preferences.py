@@ -1,12 +1,12 @@
-"""How fast do a user's choices tell the weights, with pairs that are chosen and with any pairs, and do intervals hold?
+"""How fast do choices reveal a user's weights, for selected and for random pairs, and are the intervals calibrated?
 
     python benchmarks/bench_preferences.py
 
-Simulated users choose between responses of the embedded policy to the same prompt, by P = σ(w · d) in the objectives'
-normalised rewards. Their weights are not drawn from the prior that inference assumes: shares |w_m| / Σ|w| even on the
-simplex, each with a minus in front in one case of four, and Σ|w|, how decisive the user is, log-uniform from 1 (the
-better of two responses is chosen in two cases of three) to 8 (in nine of ten). Both ways ask the same users about the
-same pairs of responses.
+Simulated users choose between two responses of the embedded policy to the same prompt with P = σ(w · d), where d is the
+difference in normalised rewards. Their weights do not follow the prior of the inference: the shares |w_m| / Σ|w| are
+uniform on the simplex, each is negative with probability ¼, and the decisiveness Σ|w| is log-uniform from 1 (the better
+response is chosen in two thirds of the cases) to 8 (nine tenths). Both strategies ask the same users about the same
+pool of pairs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from torch import Tensor
 from mavis.evaluation.statistics import mean_and_stderr
 from mavis.math.bradley_terry import information_gain, posterior_draws
 from mavis.policies import embedded
-from mavis.rewards import Brevity, Dialogue, Positive, Readability
+from mavis.rewards import Brevity, Dialogue, Objective, Positive, Readability
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 
-OBJECTIVES = {"positive": Positive(), "dialogue": Dialogue(), "brevity": Brevity(), "readability": Readability()}
+OBJECTIVES: dict[str, Objective] = {
+    "positive": Positive(),
+    "dialogue": Dialogue(),
+    "brevity": Brevity(),
+    "readability": Readability(),
+}
 PROMPTS = ["Once upon a time", "One day, a little girl", "Tom and Jane were", "The old man looked at", "Lily wanted to"]
 
 
@@ -43,33 +48,33 @@ def reward_pool(responses: int) -> Tensor:
 
 
 def draw_users(users: int, objectives: int, generator: torch.Generator) -> Tensor:
-    """Draw the weights (U, M) of users; see above."""
+    """Draw the weights (U, M) of users; see the module docstring."""
     shares = torch.empty(users, objectives, dtype=torch.float64).exponential_(generator=generator)
     signs = torch.where(torch.rand(users, objectives, generator=generator) < 0.25, -1.0, 1.0)
     decisiveness = torch.exp(math.log(8) * torch.rand(users, 1, generator=generator, dtype=torch.float64))
     return decisiveness * signs * shares / shares.sum(1, keepdim=True)
 
 
-def interview(weights: Tensor, pool: Tensor, luck: Tensor, how: str) -> Tensor:
-    """Ask one user about pairs of the pool, as they come or as they are chosen, and infer after each answer.
+def interview(weights: Tensor, pool: Tensor, uniform: Tensor, how: str) -> Tensor:
+    """Ask one user about pairs of the pool, and infer the weights after each answer.
 
-    This is what `next_pair` and `infer_weights` do, with the draws of the one kept for the other.
+    This does what `next_pair` and `infer_weights` do, but shares the posterior draws between the two.
 
     Args:
         weights: (M,), the user's.
         pool: (P, M), reward differences.
-        luck: (N,) in [0, 1), what each answer turns on.
-        how: "random" takes the first N pairs of the pool, "chosen" those that are expected to tell most.
+        uniform: (N,) in [0, 1), the random number behind each answer.
+        how: "random" takes the first N pairs of the pool, "chosen" those with the highest expected information gain.
 
     Returns:
-        (N, 3, M) inferred weights and the ends of their 95 % intervals, after each answer.
+        (N, 3, M), inferred weights and the bounds of their 95 % intervals after each answer.
     """
     tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     answered = torch.zeros(0, len(weights), dtype=torch.float64)
     draws = posterior_draws(answered)
     left = torch.ones(len(pool), dtype=torch.bool)
     found = []
-    for turn, chance in enumerate(luck.tolist()):
+    for turn, chance in enumerate(uniform.tolist()):
         index = turn
         if how == "chosen":
             gains = information_gain(pool, draws).where(left, torch.tensor(-math.inf))
@@ -83,7 +88,7 @@ def interview(weights: Tensor, pool: Tensor, luck: Tensor, how: str) -> Tensor:
 
 
 def angle(inferred: Tensor, weights: Tensor) -> float:
-    """The angle between two directions in degrees, from 0 to 180."""
+    """Return the angle between two vectors in degrees, from 0 to 180."""
     return math.degrees(math.acos(float(torch.cosine_similarity(inferred, weights, dim=0).clamp(-1, 1))))
 
 
@@ -92,11 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=200)
-    parser.add_argument("--objectives", nargs="+", type=int, default=[2, 3, 4], help="how many, from 1 to 4")
-    parser.add_argument("--pairs", type=int, default=10, help="asked of each user")
-    parser.add_argument("--candidates", type=int, default=64, help="pairs that each user can be asked about")
-    parser.add_argument("--responses", type=int, default=64, help="of the policy to each prompt")
-    parser.add_argument("--name", default="preferences", help="of the result file")
+    parser.add_argument(
+        "--objectives", nargs="+", type=int, default=[2, 3, 4], help="numbers of objectives, from 1 to 4"
+    )
+    parser.add_argument("--pairs", type=int, default=10, help="pairs per user")
+    parser.add_argument("--candidates", type=int, default=64, help="size of each user's pool of pairs")
+    parser.add_argument("--responses", type=int, default=64, help="responses per prompt")
+    parser.add_argument("--name", default="preferences", help="name of the result file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     all_pairs = reward_pool(arguments.responses)
@@ -109,9 +116,9 @@ def main() -> None:
         pools = [
             differences[torch.randperm(len(differences), generator=generator)[: arguments.candidates]] for _ in users
         ]
-        luck = torch.rand(arguments.users, arguments.pairs, generator=generator)
+        uniform = torch.rand(arguments.users, arguments.pairs, generator=generator)
         for how in ("random", "chosen"):
-            interviews = torch.stack([interview(*user, how) for user in zip(users, pools, luck, strict=True)])
+            interviews = torch.stack([interview(*user, how) for user in zip(users, pools, uniform, strict=True)])
             for turn in range(arguments.pairs):
                 inferred, low, high = interviews[:, turn].unbind(1)
                 angles = mean_and_stderr([angle(*pair) for pair in zip(inferred, users, strict=True)])

@@ -1,10 +1,10 @@
-"""How many rollouts more do two processes sample than one, with one thread each?
+"""How much faster do two processes sample rollouts than one, with one thread each?
 
     python benchmarks/bench_processes.py
 
-Each round starts one process, and then two by `accelerate launch`, which collect the same plan: sample, score and write
-it shard by shard. Counted is from when all processes have loaded what they need until all shards are on disk, after a
-first shard that warms up. The medians of the rounds are compared.
+Each repeat starts one process, and then two with `accelerate launch`, which collect the same plan: sample, score and
+write it shard by shard. The clock runs from when all processes are loaded and warmed up until all shards are on disk.
+Medians over the repeats are compared.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lib import results
 
 
 def collect_once(arguments: argparse.Namespace) -> None:
-    """Collect the plan in this process and those that were started with it; the main one prints rows and seconds."""
+    """Collect the plan in all processes of this job; the main process prints the number of rollouts and the seconds."""
     import torch
 
     from mavis.distributed import join_processes
     from mavis.policies import embedded
-    from mavis.rewards import Dialogue, Positive
+    from mavis.rewards import Dialogue, Objective, Positive
     from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 
     torch.set_num_threads(1)
     policy, tokenizer = embedded.load()
     processes = join_processes("cpu")
-    objectives = {"positive": Positive(), "dialogue": Dialogue()}
+    objectives: dict[str, Objective] = {"positive": Positive(), "dialogue": Dialogue()}
     settings = RolloutSettings(max_new_tokens=arguments.new_tokens, shard_size=arguments.shard_size)
     openings = (embedded.path() / "openings.txt").read_text(encoding="utf-8").splitlines()
     prompts = [openings[row % len(openings)] for row in range(arguments.rollouts)]
@@ -55,9 +55,16 @@ def collect_once(arguments: argparse.Namespace) -> None:
 
 
 def measure(processes: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Start so many processes and return what the main one tells."""
+    """Launch a number of processes and return the rates that the main one reports."""
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(processes)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # its defaults, unsaid
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]  # set explicitly to silence its warnings about defaults
     with tempfile.TemporaryDirectory() as folder:
         sizes = ("rollouts", "shard_size", "new_tokens")
         given = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in sizes]
@@ -81,32 +88,32 @@ def measure(processes: int, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark and write `results/processes.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="of one process and two")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of one and two processes")
     parser.add_argument("--rollouts", type=int, default=2048)
     parser.add_argument("--shard-size", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--name", default="processes", help="of the result file")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # given to those that this command starts
+    parser.add_argument("--name", default="processes", help="name of the result file")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # passed to the processes that this script launches
     arguments = parser.parse_args()
     if arguments.folder is not None:
         collect_once(arguments)
         return
-    rounds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    for number in range(arguments.rounds):
-        for processes, measured in rounds.items():
-            measured.append(measure(processes, arguments))
-            rate = measured[-1]["rollouts_per_second"]
-            print(f"round {number}, processes {processes}: {rate:.1f} rollouts/s", file=sys.stderr, flush=True)
-    medians = {n: {key: median(row[key] for row in found) for key in found[0]} for n, found in rounds.items()}
+    measured: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    for repeat in range(arguments.repeats):
+        for processes, rates in measured.items():
+            rates.append(measure(processes, arguments))
+            rate = rates[-1]["rollouts_per_second"]
+            print(f"repeat {repeat}, processes {processes}: {rate:.1f} rollouts/s", file=sys.stderr, flush=True)
+    medians = {n: {key: median(row[key] for row in found) for key in found[0]} for n, found in measured.items()}
     rows = [
         {
             "processes": n,
             "threads_each": 1,
-            **{key: round(value, 3) for key, value in figures.items()},
-            "ratio": round(figures["rollouts_per_second"] / medians[1]["rollouts_per_second"], 4),
-            "rounds": [round(row["rollouts_per_second"], 3) for row in rounds[n]],
+            **{key: round(value, 3) for key, value in metrics.items()},
+            "ratio": round(metrics["rollouts_per_second"] / medians[1]["rollouts_per_second"], 4),
+            "repeats": [round(row["rollouts_per_second"], 3) for row in measured[n]],
         }
-        for n, figures in medians.items()
+        for n, metrics in medians.items()
     ]
     print(f"two processes: {rows[1]['ratio']:.3f} × one", file=sys.stderr)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("folder", "name")}

@@ -1,10 +1,10 @@
-"""What do alignment vectors do: by level, two at once, with a tilt, at a later stage of training?
+"""What do alignment vectors do: by coefficient, two at once, combined with a tilt, and on a model trained further?
 
     python benchmarks/bench_vectors.py
 
-Each seed aligns copies of the embedded policy and trains critics, in a process of its own; a repeated call goes on
-where it stopped. Rewards are in standard deviations of the embedded policy, KL is to it, all on prompts that were never
-trained on.
+Each seed aligns copies of the embedded policy and trains critics, in a process of its own. Rewards are in standard
+deviations of the embedded policy, and KL is measured to it, all on held-out prompts. An interrupted run resumes when
+rerun.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from bench_frontier import OBJECTIVES, PROMPTS, training_prompts
 from lib import results
+from lib.frontier_methods import OBJECTIVES, PROMPTS, training_prompts
 from lib.peak_memory import peak_mib
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -37,8 +37,7 @@ from mavis.rewards import Readability
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
 from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.replay import Sequences, forward_sequences
-from mavis.training import AlignSettings, ImprovementSettings, align, improve
-from mavis.training.improvement.fit import FitSettings
+from mavis.training import AlignSettings, FitSettings, ImprovementSettings, align, improve
 from mavis.utils.files import matches_manifest, write_json
 from mavis.vectors import AlignmentVector, Vectors
 
@@ -49,14 +48,14 @@ HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
 class Lab:
-    """One seed: the embedded policy, what is measured of it and of its descendants."""
+    """The experiments of one seed: aligns the embedded policy, trains critics for it, and measures the results."""
 
     def __init__(self, seed: int, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(1)
         logging.disable_progress_bar()
         self.seed, self.arguments = seed, arguments
         self.policy, self.tokenizer = embedded.load()
-        self.untouched, _ = embedded.load()  # the embedded policy beside the one that vectors are applied to
+        self.untouched, _ = embedded.load()  # the reference for KL, while vectors are applied to `policy`
         self.folder = Path(arguments.folder) / f"seed-{seed}"
         self.prompts = training_prompts()
         self.settings = RolloutSettings(max_new_tokens=64, top_k=None, seed=seed)
@@ -65,7 +64,7 @@ class Lab:
         self.reference = ((rewards - self.mean) / self.std).view(len(PROMPTS), arguments.reference_samples, -1)
 
     def _sample(self, policy: Any, name: str, samples: int, critic: Any, beta: float) -> tuple[Tensor, list[Sequences]]:
-        """Sample from the evaluation prompts: raw rewards (N, M), prompt after prompt, and the responses by shard."""
+        """Sample the evaluation prompts; return the raw rewards (N, M) and the sequences of each shard."""
         prompts = [prompt for prompt in PROMPTS for _ in range(samples)]
         plan = RolloutPlan.reference(prompts, len(OBJECTIVES))
         if critic is not None:
@@ -78,7 +77,7 @@ class Lab:
         return rewards, [Sequences.pack(shard["prompt_ids"], shard["response_ids"]) for shard in shards]
 
     def measure(self, policy: Any, name: str, critic: Any = None, beta: float = 0.0) -> dict[str, Any]:
-        """Rewards with their errors, and the KL to the embedded policy, exact at every step along the responses."""
+        """Return rewards with standard errors, and the KL to the embedded policy, exact at every step."""
         raw, shards = self._sample(policy, name, self.arguments.samples, critic, beta)
         rewards = (raw - self.mean) / self.std
         kl = torch.cat([self._kl(policy, sequences, critic, beta) for sequences in shards])
@@ -94,16 +93,16 @@ class Lab:
         if critic is None:
             return response_kl(policy, self.untouched, sequences)
         (states, logits), (_, plain) = (forward_sequences(model, sequences) for model in (policy, self.untouched))
-        spent = []
-        for row in range(len(states)):  # a response at once: all distributions of a shard would fill the memory
-            inputs = critic.inputs_of_responses(states[row : row + 1])[0]
-            tilt = critic.tilt_of_inputs(inputs, None, (beta * HALF).float().expand(len(inputs), -1))
+        kls = []
+        for row in range(len(states)):  # row by row, to save memory
+            inputs = critic.response_inputs(states[row : row + 1])[0]
+            tilt = critic.tilt_from_inputs(inputs, None, (beta * HALF).float().expand(len(inputs), -1))
             steps = step_kl((logits[row] + tilt).log_softmax(-1), plain[row].log_softmax(-1))
-            spent.append((steps * sequences.is_response[row]).double().sum())
-        return torch.stack(spent)
+            kls.append((steps * sequences.is_response[row]).double().sum())
+        return torch.stack(kls)
 
     def aligned(self, name: str, objective: Any, policy: Any) -> Any:
-        """Align a policy for one objective."""
+        """Return a copy of a policy that is aligned to one objective."""
         settings = AlignSettings(seed=self.seed, evaluation_samples=64, steps=self.arguments.steps)
         report = align(
             policy, self.tokenizer, {name: objective}, {name: 1.0}, self.prompts, self.folder / name, settings
@@ -128,7 +127,7 @@ class Lab:
         return critic
 
     def efficiency(self, points: list[dict[str, Any]], kl: float) -> float | None:
-        """Read a sweep at one KL: its share of the best possible gain at equal weights."""
+        """Return the frontier efficiency of a sweep at one KL and equal weights."""
         rewards = self.reference @ HALF
         base = float(rewards.mean())
         line = sorted((point["kl"], point["reward"]) for point in points)
@@ -141,33 +140,33 @@ class Lab:
 
 
 def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one seed."""
-    claim = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "processes", "name")}
-    place, claimer = (
+    """Return all rows of one seed."""
+    manifest = {name: value for name, value in vars(arguments).items() if name not in ("seeds", "processes", "name")}
+    rows_file, manifest_file = (
         Path(arguments.folder) / f"seed-{seed}.json",
         Path(arguments.folder) / f"seed-{seed}" / "bench.json",
     )
-    if not matches_manifest(claimer, claim, "a benchmark with different"):
-        write_json(claimer, claim)
-    elif place.is_file():
-        found: list[dict[str, Any]] = json.loads(place.read_text())
+    if not matches_manifest(manifest_file, manifest, "a benchmark with different"):
+        write_json(manifest_file, manifest)
+    elif rows_file.is_file():
+        found: list[dict[str, Any]] = json.loads(rows_file.read_text())
         return found
     lab = Lab(seed, arguments)
     aligned = {name: lab.aligned(name, objective, lab.policy) for name, objective in OBJECTIVES.items()}
     vectors = Vectors({name: AlignmentVector.between(lab.policy, model) for name, model in aligned.items()})
     rows: list[dict[str, Any]] = []
 
-    def add(what: str, **figures: Any) -> dict[str, Any]:
-        rows.append({"what": what, "seed": seed} | figures)
-        print(seed, what, {name: f for name, f in figures.items() if name != "errors"}, flush=True)
-        return figures
+    def add(what: str, **metrics: Any) -> dict[str, Any]:
+        rows.append({"what": what, "seed": seed} | metrics)
+        print(seed, what, {name: value for name, value in metrics.items() if name != "errors"}, flush=True)
+        return metrics
 
     ids = lab.tokenizer(PROMPTS, return_tensors="pt", padding=True)
     for name, model in aligned.items():
         with torch.no_grad(), vectors.applied(lab.policy, {name: 1.0}):
-            wanted = model(**ids).logits
-            wrong = (lab.policy(**ids).logits - wanted).abs().max()
-        add("exactness", vector=name, max_difference=float(wrong), largest=float(wanted.abs().max()))
+            expected = model(**ids).logits
+            difference = (lab.policy(**ids).logits - expected).abs().max()
+        add("exactness", vector=name, max_difference=float(difference), largest=float(expected.abs().max()))
         for level in LEVELS:
             with vectors.applied(lab.policy, {name: level}):
                 add("level", coefficients={name: level}, **lab.measure(lab.policy, f"{name}-{level:g}"))
@@ -207,12 +206,12 @@ def cell(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         gain = first["rewards"][name] - start["rewards"][name]
         share = (moved["rewards"][name] - stage["rewards"][name]) / gain
         add("later stage", vector=name, gain=gain, gain_later=share * gain, share=share)
-    write_json(place, rows)
+    write_json(rows_file, rows)
     return rows
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """Apply a vector to a policy of 100 million parameters, and say how much that takes beside the policy itself."""
+    """Measure the memory of applying a vector to a policy of 100 million parameters, in copies of its weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=640, intermediate_size=1_728, num_hidden_layers=12, num_attention_heads=10
@@ -222,14 +221,14 @@ def memory_rows() -> list[dict[str, Any]]:
     for weight in other.parameters():
         weight.add_(0.01)
     copies = sum(weight.nbytes for weight in policy.parameters()) / 2**20
-    made = AlignmentVector.between(policy, other)
+    extracted = AlignmentVector.between(policy, other)
     del other
     with tempfile.TemporaryDirectory() as folder:
-        made.save(Path(folder) / "vector")
+        extracted.save(Path(folder) / "vector")
         rows = []
-        # What is there before: the policy, and a vector in memory, which is as large.
+        # Beforehand there is the policy and, in the first case, a vector of the same size in memory.
         for where, vector, before in (
-            ("memory", made, 2),
+            ("memory", extracted, 2),
             ("folder", AlignmentVector.load(Path(folder) / "vector"), 1),
         ):
 
@@ -239,12 +238,12 @@ def memory_rows() -> list[dict[str, Any]]:
 
             run = partial(apply, Vectors({"all": vector}))
             run()
-            figures = {
+            metrics = {
                 "vector": where,
                 "parameters": policy.num_parameters(),
                 "copies": before + peak_mib(run) / copies,
             }
-            rows.append({"what": "memory"} | figures)
+            rows.append({"what": "memory"} | metrics)
             print(rows[-1], flush=True)
     return rows
 
@@ -254,21 +253,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128, help="responses per prompt and point")
-    parser.add_argument("--reference-samples", type=int, default=2048, help="per prompt, for the limit")
-    parser.add_argument("--steps", type=int, default=AlignSettings.steps, help="of every alignment")
-    parser.add_argument("--rollouts", type=int, default=4096, help="per iteration of every critic")
-    parser.add_argument("--merged", nargs="+", type=float, default=[0.25, 0.5], help="levels of both under the tilt")
+    parser.add_argument(
+        "--reference-samples", type=int, default=2048, help="reference responses per prompt, for the optimal frontier"
+    )
+    parser.add_argument("--steps", type=int, default=AlignSettings.steps, help="steps of every alignment")
+    parser.add_argument("--rollouts", type=int, default=4096, help="rollouts per iteration of every critic")
+    parser.add_argument(
+        "--merged", nargs="+", type=float, default=[0.25, 0.5], help="coefficients of both vectors under a tilt"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", default="outputs/vectors")
-    parser.add_argument("--name", default="vectors", help="of the result file")
+    parser.add_argument("--name", default="vectors", help="name of the result file")
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.processes) as pool:
         rows = [row for found in pool.map(cell, arguments.seeds, [arguments] * len(arguments.seeds)) for row in found]
     for name in OBJECTIVES:
-        told = [r for r in rows if r["what"] == "level" and list(r["coefficients"]) == [name]]
+        levels = [r for r in rows if r["what"] == "level" and list(r["coefficients"]) == [name]]
         for level in LEVELS:
-            values = [row["rewards"][name] for row in told if row["coefficients"][name] == level]
-            print(f"{name} at level {level:g}: {mean(values):.2f} ({min(values):.2f} to {max(values):.2f})", flush=True)
+            values = [row["rewards"][name] for row in levels if row["coefficients"][name] == level]
+            print(
+                f"{name} at coefficient {level:g}: {mean(values):.2f} ({min(values):.2f} to {max(values):.2f})",
+                flush=True,
+            )
     results.write(arguments.name, vars(arguments), rows + memory_rows())
 
 

@@ -1,11 +1,11 @@
-"""What does the tilt cost inside vLLM? Throughput of tilted requests against plain ones, measured by turns.
+"""What does the tilt cost inside vLLM? Compares the throughput of tilted and plain requests.
 
-    python benchmarks/bench_vllm.py                     the random Llama of 8 layers × 512 and the embedded policy
+    python benchmarks/bench_vllm.py                     a random Llama of 8 layers × 512, and the embedded policy
     python benchmarks/bench_vllm.py --policy embedded   one of them
 
-Run it in the environment of `make test-vllm`. Two engines take turns in one process, one without the processor and one
-with it; nothing but the tilt differs. Every figure is a median over rounds, in each of which what is measured runs
-between two runs of what it is compared with, so that drifts of the machine cancel.
+Run it in the environment of `make test-vllm`. Two engines alternate in one process, which differ only in the processor.
+Every result is a median over repeats. In each repeat the measured run lies between two baseline runs, so that drifts of
+the machine cancel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OBJECTIVES, TOP_K = 2, 40
 
 
 class Engines:
-    """A plain engine and one with the processor, for one policy."""
+    """An engine without and one with the processor, for one policy."""
 
     def __init__(self, name: str, folder: Path, memory: int) -> None:
         policy = load(name)
@@ -49,12 +49,12 @@ class Engines:
             policy.save_pretrained(model)
         names = [f"objective_{m}" for m in range(OBJECTIVES)]
         critic = HiddenStateCritic.for_policy(policy, names, memory=memory, composition="independent")
-        torch.nn.init.normal_(critic.heads.outer, std=0.02)  # what a tilt costs does not depend on what was learnt
+        torch.nn.init.normal_(critic.heads.outer, std=0.02)  # training does not affect the speed
         critic.save_pretrained(folder / "critic")
         del policy, critic
-        # The plain one comes first: once the processor's module is imported, every logits layer built is its own.
+        # The plain engine starts first: importing the processor replaces the logits layer of later engines.
         self.plain = self._start(str(model))
-        self.steered = self._start(
+        self.with_processor = self._start(
             str(model),
             logits_processors=["mavis.vllm.logits_processor:MavisLogitsProcessor"],
             additional_config={"mavis_critic": str(folder / "critic")},
@@ -75,12 +75,12 @@ class Engines:
         )
 
     def shut_down(self) -> None:
-        """End both."""
-        for engine in (self.plain, self.steered):
+        """Stop both engines."""
+        for engine in (self.plain, self.with_processor):
             engine.llm_engine.engine_core.shutdown()
 
     def seconds(self, engine: Any, concurrency: int, context: int, new_tokens: int, tilted: bool) -> float:
-        """Time so many requests at once, drawn at temperature 1 to their full length."""
+        """Time concurrent requests, sampled at temperature 1 to their full length."""
         from vllm import SamplingParams, TokensPrompt
 
         generator = torch.Generator().manual_seed(concurrency)
@@ -96,36 +96,36 @@ class Engines:
         return seconds
 
 
-def by_turns(one: Callable[[], float], other: Callable[[], float], rounds: int) -> tuple[float, float, float]:
-    """Compare one way with another.
+def compare(run: Callable[[], float], baseline: Callable[[], float], repeats: int) -> tuple[float, float, float]:
+    """Compare the seconds of two runs, alternating them.
 
     Returns:
-        Medians over the rounds: speed of the one as a share of the other's, seconds of the one, seconds of the other.
+        Medians over the repeats: speed relative to the baseline, seconds of the run, seconds of the baseline.
     """
-    ratios, own, others = [], [], []
-    one(), other()  # caches fill and libraries load
-    before = other()
-    for _ in range(rounds):
-        now, after = one(), other()
-        ratios.append((before + after) / 2 / now)
-        own.append(now)
-        others.append(before)
+    ratios, run_seconds, baseline_seconds = [], [], []
+    run(), baseline()  # warm up
+    before = baseline()
+    for _ in range(repeats):
+        seconds, after = run(), baseline()
+        ratios.append((before + after) / 2 / seconds)
+        run_seconds.append(seconds)
+        baseline_seconds.append(before)
         before = after
-    return median(ratios), median(own), median(others)
+    return median(ratios), median(run_seconds), median(baseline_seconds)
 
 
 def main() -> None:
     """Run the benchmark and write `results/vllm.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", nargs="+", default=["random", "embedded"], help="random, embedded")
-    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64], help="requests at once")
-    parser.add_argument("--context", type=int, default=32, help="tokens in every prompt")
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64], help="concurrent requests")
+    parser.add_argument("--context", type=int, default=32, help="prompt length in tokens")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--memory", type=int, default=0, help="size of the critic's memory")
-    parser.add_argument("--seconds", type=float, default=75.0, help="about how long each comparison may take")
-    parser.add_argument("--rounds", type=int, default=5, help="the least rounds of each comparison")
+    parser.add_argument("--seconds", type=float, default=75.0, help="approximate duration of each comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="minimum repeats of each comparison")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--name", default="vllm", help="of the result file")
+    parser.add_argument("--name", default="vllm", help="name of the result file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
@@ -139,17 +139,17 @@ def main() -> None:
                     return engines.seconds(engines.plain, *shape, tilted=False)
 
                 def loaded(shape: Any = shape, engines: Any = engines) -> float:
-                    return engines.seconds(engines.steered, *shape, tilted=False)
+                    return engines.seconds(engines.with_processor, *shape, tilted=False)
 
                 def tilted(shape: Any = shape, engines: Any = engines) -> float:
-                    return engines.seconds(engines.steered, *shape, tilted=True)
+                    return engines.seconds(engines.with_processor, *shape, tilted=True)
 
                 plain()
-                rounds = max(arguments.rounds, round(arguments.seconds / (2 * plain())))
-                for what, one, other in (("tilted", tilted, loaded), ("none asks", loaded, plain)):
-                    ratio, own, others = by_turns(one, other, rounds)
+                repeats = max(arguments.repeats, round(arguments.seconds / (2 * plain())))
+                for what, run, baseline in (("tilted", tilted, loaded), ("none asks", loaded, plain)):
+                    ratio, run_seconds, baseline_seconds = compare(run, baseline, repeats)
                     tokens = concurrency * arguments.new_tokens
-                    print(f"{name} concurrency {concurrency} {what}: {ratio:.3f} in {rounds} rounds", flush=True)
+                    print(f"{name} concurrency {concurrency} {what}: {ratio:.3f} in {repeats} repeats", flush=True)
                     rows.append(
                         {
                             "what": what,
@@ -162,10 +162,10 @@ def main() -> None:
                             "top_k": TOP_K,
                             "objectives": OBJECTIVES,
                             "context": arguments.context,
-                            "rounds": rounds,
+                            "repeats": repeats,
                             "ratio": ratio,
-                            "tokens_per_second": tokens / own,
-                            "plain_tokens_per_second": tokens / others,
+                            "tokens_per_second": tokens / run_seconds,
+                            "plain_tokens_per_second": tokens / baseline_seconds,
                         }
                     )
             engines.shut_down()

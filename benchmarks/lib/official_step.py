@@ -1,8 +1,8 @@
-"""The decoding step of the official MAVIS scripts, written anew as a logits processor, to be timed beside ours.
+"""The decoding step of the official MAVIS scripts, reimplemented as a logits processor for speed comparisons.
 
-One value model per objective reads every candidate. A single prompt's candidates are rows of a batch, each with a copy
-of the prompt's cache and with its last two tokens read again; those of several prompts stand side by side under a mask.
-Both follow `ValueGeneratorWithCache` and `ValueGeneratorBatched` of https://github.com/5-Jeremy/MAVIS.
+One value model per objective reads every candidate. For a single prompt the candidates are rows of a batch, each with a
+copy of the prompt's cache, and the last two tokens are read again. For several prompts the candidates of a prompt are
+laid out side by side under a mask. Both follow `ValueGeneratorWithCache` and `ValueGeneratorBatched` of https://github.com/5-Jeremy/MAVIS.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers import DynamicCache, LogitsProcessor
 
 
 class OfficialStep(LogitsProcessor):
-    """Adds β · Σ_m V_m(s ⊕ a) / M to the top-k logits.
+    """Add β · Σ_m V_m(s ⊕ a) / M to the top-k logits.
 
     Args:
-        trunks: a decoder without output embedding for each objective.
-        scores: the linear head of each.
+        trunks: for each objective, a decoder without output embedding.
+        scores: the linear head of each trunk.
         top_k: K, the number of candidates.
         beta: β.
     """

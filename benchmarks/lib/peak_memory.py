@@ -1,4 +1,4 @@
-"""How much memory something takes at its peak, as Linux tells it."""
+"""Measures the peak memory of a call, from what Linux reports of the process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def peak_mib(run: Callable[[], Any]) -> float:
-    """Measure how much more memory a run holds at its peak than before it, in MiB."""
+    """Return by how many MiB the resident memory of the process exceeds its current size at the peak of a call."""
     status = Path("/proc/self/status")
 
     def kib(name: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would be used again, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise freed memory would be reused without being counted
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
     before = kib("VmRSS")
     run()
     return round((kib("VmHWM") - before) / 1024, 1)

@@ -1,4 +1,4 @@
-"""The policies that speeds are measured on."""
+"""The policies on which speed is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mavis.policies import embedded
 
 
 def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
-    """Describe a Llama with heads of 64."""
+    """Configure a Llama with heads of size 64."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -27,7 +27,7 @@ def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
 
 
 def load(name: str) -> Any:
-    """Load a policy by the name that the command line takes."""
+    """Load a policy: `random`, `embedded`, a folder or a hub id."""
     if name == "random":
         torch.manual_seed(0)
         config = llama(32_000, layers=8, width=512)

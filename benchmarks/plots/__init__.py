@@ -1,0 +1,1 @@
+"""The plots of the benchmarks, drawn from their result files."""
