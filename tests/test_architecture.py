@@ -44,8 +44,6 @@ TESTED_ELSEWHERE = {
     "critics/io/load.py": "critics/test_hidden_state.py",
     "critics/io/save.py": "critics/test_hidden_state.py",
     "critics/trained_decoding.py": "decoding/test_as_trained.py",
-    "critics/trunk/kv_cache.py": "critics/trunk/test_reader.py",
-    "critics/trunk/trial.py": "critics/trunk/test_reader.py",
     "distributed/launch.py": "distributed/test_single_process.py",
     "distributed/process_group.py": "distributed/test_two_processes.py",
     "evaluation/efficiency.py": "evaluation/test_sweep.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mavis.distributed import join_processes
-from mavis.errors import ConfigError, MavisError, PolicyError, closest, first_sentence
+from mavis.errors import ConfigError, MavisError, closest
 
 if TYPE_CHECKING:
     from mavis.critics import Critic
@@ -32,58 +32,11 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of `policy.device` that let transformers spread the policy over several accelerators."""
-
-
 def load_policy(config: Any) -> tuple[Any, Any]:
-    """Load the policy and the tokenizer that a `policy` group describes.
+    """Load the policy and the tokenizer that a `policy` group describes; see `mavis.policies.load_policy`."""
+    from mavis import policies
 
-    Args:
-        config: with `path`, None for the embedded policy; else also dtype, device, revision and trust_remote_code.
-
-    Returns:
-        The policy in evaluation mode, without gradients, and its tokenizer, padding on the left.
-
-    Raises:
-        PolicyError: if there is no such model, or its weights are no safetensors.
-    """
-    if config.path is None:
-        from mavis.policies import embedded
-
-        return embedded.load()
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    local = Path(config.path).expanduser()
-    if not local.exists() and (local.is_absolute() or str(config.path).startswith((".", "~"))):
-        raise PolicyError(f"policy.path is {config.path!r}, which does not exist.", "name a folder or a model id.")
-    source = str(local) if local.exists() else config.path
-    shared = {"revision": config.get("revision") or "main", "trust_remote_code": config.get("trust_remote_code", False)}
-    device = config.get("device", "cpu")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-        policy = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=config.get("dtype", "auto"),
-            use_safetensors=True,
-            **({"device_map": device} if device in DEVICE_MAPS else {}),
-            **shared,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PolicyError(
-            f"policy.path is {config.path!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
-        ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise PolicyError(
-                f"the tokenizer of {config.path!r} has neither padding nor an end token.", "give it a pad token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    policy = policy if device in DEVICE_MAPS else policy.to(device)
-    return policy.eval().requires_grad_(False), tokenizer
+    return policies.load_policy(**plain(config))
 
 
 def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str, Objective]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mavis.cli.build import DEVICE_MAPS
 from mavis.cli.conf_dir import conf_dir
 from mavis.distributed import join_processes, launcher_rank, launcher_world_size, leave_process_group
 from mavis.errors import ConfigError, MavisError
+from mavis.policies.loading import DEVICE_MAPS
 
 
 def hydra_app(config_name: str, *, multi_process: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:

@@ -74,7 +74,7 @@ class HeadCritic(Critic):
             self.register_buffer("token_table", torch.zeros(fingerprint.vocab_size, rank + 1))
 
     @abstractmethod
-    def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
+    def rollout_inputs(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
         """Compute what the heads read at every step of whole responses; gradients flow to what is trained.
 
         Args:
@@ -94,14 +94,14 @@ class HeadCritic(Critic):
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """See `Critic.tilt`."""
         with torch.no_grad():
-            return self.tilt_of_inputs(self._inputs(prefix_ids), candidate_ids, lam)
+            return self.tilt_from_inputs(self._inputs(prefix_ids), candidate_ids, lam)
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
         with torch.no_grad():
-            return self.values_of_inputs(self._inputs(prefix_ids), candidate_ids, lam)
+            return self.values_from_inputs(self._inputs(prefix_ids), candidate_ids, lam)
 
-    def tilt_of_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+    def tilt_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """Compute the tilt for what the heads read.
 
         Args:
@@ -120,7 +120,7 @@ class HeadCritic(Critic):
             return mixed @ self.token_table.T
         return torch.bmm(F.embedding(candidate_ids, self.token_table), mixed[:, :, None]).squeeze(2)
 
-    def values_of_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
+    def values_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """Compute the values for what the heads read.
 
         Args:
@@ -137,7 +137,7 @@ class HeadCritic(Critic):
         self.check_lambda_supported(lam)
         return self._outputs(inputs, candidate_ids, lam)[..., : len(self.objectives)]
 
-    def kl_to_come_of_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+    def kl_to_come_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """Compute K(s, a; λ), the KL that the tilted policy will spend after a token.
 
         Args:

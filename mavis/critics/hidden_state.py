@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mavis.critics.base import Composition
 from mavis.critics.head_critic import HeadCritic, check_sizes
-from mavis.critics.recurrent import RecurrentMemory, RecurrentRows
+from mavis.critics.recurrent import RecurrentMemory, SequenceMemories
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
 
@@ -65,7 +65,7 @@ class HiddenStateCritic(HeadCritic):
         )
         self.memory = RecurrentMemory(fingerprint.hidden_size, memory) if memory else None
         self.can_skip_steps = self.memory is None
-        self._memory_rows: RecurrentRows | None = None
+        self._memory_rows: SequenceMemories | None = None
 
     @classmethod
     def for_policy(
@@ -103,11 +103,11 @@ class HiddenStateCritic(HeadCritic):
         critic.refresh_token_table(token_embeddings(policy))
         return critic
 
-    def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
-        """See `HeadCritic.inputs_of_rollouts`."""
-        return self.inputs_of_responses(states)
+    def rollout_inputs(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
+        """See `HeadCritic.rollout_inputs`."""
+        return self.response_inputs(states)
 
-    def inputs_of_responses(self, states: Tensor) -> Tensor:
+    def response_inputs(self, states: Tensor) -> Tensor:
         """Compute what the heads read at every step of whole responses.
 
         Args:
@@ -119,7 +119,7 @@ class HiddenStateCritic(HeadCritic):
         normed = self._normed(states)
         return torch.cat([normed, self.memory(normed)], dim=-1) if self.memory is not None else normed
 
-    def inputs_of_step(self, states: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def step_inputs(self, states: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Compute what the heads read at one step of each sequence, for callers who keep the memories themselves.
 
         Args:
@@ -144,7 +144,7 @@ class HiddenStateCritic(HeadCritic):
 
     def _on_attach(self, policy: Any) -> None:
         super()._on_attach(policy)
-        self._memory_rows = RecurrentRows() if self.memory is not None else None
+        self._memory_rows = SequenceMemories() if self.memory is not None else None
 
     def detach(self) -> None:
         """See `Critic.detach`."""
@@ -158,5 +158,5 @@ class HiddenStateCritic(HeadCritic):
         assert self._capture is not None
         assert self._memory_rows is not None
         ids, position = prefix_ids.to(normed.device), self._capture.position(prefix_ids)
-        remembered = self._memory_rows.advance(self.memory, ids, normed, position, self._capture.raise_if_missing)
+        remembered = self._memory_rows.advance(self.memory, ids, normed, position, self._capture.raise_if_unknown)
         return torch.cat([normed, remembered], dim=-1)

@@ -53,7 +53,7 @@ class RecurrentMemory(nn.Module):
         return after
 
 
-class RecurrentRows:
+class SequenceMemories:
     """The memories of the sequences that one policy is generating, per thread.
 
     Beams change places, so a row's memory is looked up by a key of the ids that led to it and of how many of them are

@@ -1,4 +1,4 @@
-"""The paper's critic: a small language model of its own, with value heads on its last state."""
+"""The value-model critic of the paper: a separate small language model with value heads."""
 
 from __future__ import annotations
 
@@ -20,39 +20,63 @@ from mavis.critics.trunk.lora import add_lora, merge_lora
 from mavis.critics.trunk.reader import PrefixReader
 from mavis.errors import CriticError, check_whole, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.protocol import CausalLM
 from mavis.policies.token_embeddings import token_embeddings
 
 Readout = Literal["token", "candidates"]
-"""Where values are read: for all tokens at once at the prefix's last token, or at every candidate after the prefix."""
+"""Where values are read: at the last token of the prefix for all tokens at once, or at each candidate."""
 
 
 class ValueModelCritic(HeadCritic):
-    """Values from the last state of a small language model that all objectives share, the trunk.
+    """Reads values from the last state of a small language model that all objectives share, the trunk.
 
         candidates:  Q_m(s, a) = V_m(z(s ⊕ a))
         token:       Q_m(s, a) = V_m(z(s)) + ⟨A_m(z(s)), u_a⟩
 
     where z is the trunk's last hidden state, layer-normed unless `norm` is False. `candidates` is the paper's form: the
-    trunk reads every candidate, each after the prefix and blind to the others. `token` reads one token a step, however
-    many candidates there are. The trunk keeps a cache of its own, which follows `generate` through beams, rollbacks and
-    new prompts.
+    trunk reads every candidate after the prefix, independently of the others. `token` reads one token per step,
+    whatever the number of candidates. The trunk has its own cache, which follows `generate` through beam search, assisted
+    decoding and new prompts.
 
     Args:
         objectives: M distinct names.
-        fingerprint: the policy this critic is for; gives V.
-        backbone: the trunk's configuration, as plain data with its `model_type`.
+        fingerprint: of the policy that the critic is for; determines V.
+        backbone: config of the trunk, as a dict with its `model_type`.
         readout: `token` or `candidates`.
         embedding_size: E, width of the policy's input embedding.
         hidden: width of each head; 0 for heads that are linear in z, as the paper's.
         rank: r, size of u_a in the `token` readout.
         composition: how the objectives' values become a tilt.
-        norm: whether the trunk's last state gets a layer norm without parameters; the paper's heads read it as it is.
-        lora_rank: rank of adapters on the trunk's linear layers, which are then all that a fit trains of it; 0 for
-            none, and a trunk that is trained whole.
+        norm: whether the trunk's last state gets a layer norm without parameters; the paper uses none.
+        lora_rank: rank of adapters on the trunk's linear layers, which are then the only part of it that is trained; 0
+            trains the whole trunk.
 
     Raises:
-        CriticError: if a size, the readout or the composition is impossible, the trunk is no decoder or knows fewer
-            tokens than the policy, or a name is repeated; MissingPackageError if adapters need peft.
+        CriticError: if a size, the readout or the composition is invalid, the trunk is not a decoder or knows fewer
+            tokens than the policy, or a name is repeated.
+        MissingPackageError: if adapters are requested and peft is not installed.
+
+    Examples:
+        A trunk of random weights, far smaller than the policy:
+
+        >>> from transformers import LlamaConfig
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> small = LlamaConfig(
+        ...     vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> critic = mavis.ValueModelCritic.for_policy(policy, ["positive", "dialogue"], backbone=small)
+        >>> critic.readout, critic.trunk.config.hidden_size
+        ('token', 16)
+
+        While the policy generates, the trunk reads along; untrained heads predict 0:
+
+        >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+        >>> with critic.attach(policy):
+        ...     logits = policy(**inputs).logits
+        ...     values = critic.values(inputs["input_ids"], None)
+        >>> values.shape, float(values.abs().max())
+        (torch.Size([1, 2048, 2]), 0.0)
 
     Source: MAVIS (arXiv 2508.13415).
     """
@@ -76,7 +100,7 @@ class ValueModelCritic(HeadCritic):
         if readout not in get_args(Readout):
             raise CriticError(f"readout is {readout!r}.", closest(str(readout), get_args(Readout)))
         check_sizes(rank=rank)
-        config = _configuration(backbone)
+        config = _build_config(backbone)
         super().__init__(
             objectives,
             fingerprint,
@@ -99,13 +123,13 @@ class ValueModelCritic(HeadCritic):
                 "choose a backbone with the policy's own tokenizer.",
             )
         self._reader: PrefixReader | None = None
-        self._watched: Any = None
+        self._policy_cache: Any = None
         self._add_lora(lora_rank)
 
     @classmethod
     def for_policy(
         cls,
-        policy: Any,
+        policy: CausalLM,
         objectives: Sequence[str],
         *,
         backbone: PreTrainedConfig | str | os.PathLike[str] | None = None,
@@ -119,28 +143,29 @@ class ValueModelCritic(HeadCritic):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> ValueModelCritic:
-        """Build a critic that fits a policy; it predicts 0 until it is trained.
+        """Build an untrained critic for a policy; it predicts 0 until it is trained.
 
         Args:
             policy: a causal LM with input and output embeddings.
             objectives: M distinct names.
-            backbone: the trunk: a folder or hub id of any `AutoModel` decoder, a configuration for one with random
-                weights, or None for a copy of the policy without its output embedding.
-            tokenizer: the policy's, to be compared with that of a backbone that is loaded.
+            backbone: the trunk: a folder or hub id of any `AutoModel` decoder, a config for random weights, or None for
+                a copy of the policy without its output embedding.
+            tokenizer: of the policy; if given, a loaded backbone must have the same vocabulary.
             readout: `token` or `candidates`.
             hidden: width of each head; 0 for linear heads.
             rank: size of a token's vector in the `token` readout.
-            composition: `conditioned` on λ = β·w, which comes to the optimum of every mixture, or `independent`, whose
-                values go with any weights and can be put together with those of other critics.
-            norm: whether the trunk's last state gets a layer norm; False is the paper's.
-            lora_rank: rank of adapters that are trained instead of the trunk's own weights; 0 trains those.
-            trust_remote_code: whether a loaded backbone may bring code of its own.
+            composition: `conditioned` on λ = β·w, which converges to the optimum for all weights, or `independent`, as
+                the paper, whose values can be combined with those of other critics.
+            norm: whether the trunk's last state gets a layer norm; the paper uses none.
+            lora_rank: rank of adapters that are trained instead of the trunk's own weights; 0 for none.
+            trust_remote_code: whether to run Python code that a loaded backbone contains.
             seed: of the initial weights.
 
         Raises:
             PolicyError: if the policy has no output embedding.
-            CriticError: if the backbone cannot be loaded, has another vocabulary, or a size, the readout or the
-                composition is impossible; MissingPackageError if adapters need peft.
+            CriticError: if the backbone cannot be loaded or has another vocabulary, or a size, the readout or the
+                composition is invalid.
+            MissingPackageError: if adapters are requested and peft is not installed.
         """
         trunk: Any = None
         config: Any
@@ -149,15 +174,15 @@ class ValueModelCritic(HeadCritic):
             config = trunk.config
             if any(weight.is_meta for weight in trunk.parameters()):
                 raise CriticError(
-                    "backbone is None, but the policy's weights are kept elsewhere and cannot be copied.",
-                    "name the folder or hub id that the policy was loaded from.",
+                    "backbone is None, but the policy's weights are offloaded and cannot be copied.",
+                    "pass the folder or hub id that the policy was loaded from.",
                 )
         elif isinstance(backbone, PreTrainedConfig):
             config = backbone
         else:
             trunk = load_trunk(backbone, "backbone", trust_remote_code)
             config = trunk.config
-            _check_tokenizer(_source(backbone), tokenizer, trust_remote_code)
+            _check_tokenizer(_resolve(backbone), tokenizer, trust_remote_code)
         width = policy.get_input_embeddings().weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -170,20 +195,20 @@ class ValueModelCritic(HeadCritic):
         critic.refresh_token_table(token_embeddings(policy))
         return critic.eval()
 
-    def inputs_of_rollouts(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
-        """See `HeadCritic.inputs_of_rollouts`; in the `candidates` readout the heads read each step's own token."""
+    def rollout_inputs(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
+        """See `HeadCritic.rollout_inputs`; in the `candidates` readout the heads read each step's own token."""
         steps = states.shape[1]
         positions = (is_token.long().cumsum(1) - 1).clamp_min(0)
-        read = self.trunk(
+        hidden = self.trunk(
             input_ids=ids, attention_mask=is_token.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
-        return self._normed(read[:, -steps:] if self.readout == "candidates" else read[:, -steps - 1 : -1])
+        return self._normed(hidden[:, -steps:] if self.readout == "candidates" else hidden[:, -steps - 1 : -1])
 
-    def inputs_of_ends(self, states: Tensor) -> Tensor:
-        """Compute what the heads of the `token` readout read, for callers who keep the trunk's cache themselves.
+    def prefix_inputs(self, states: Tensor) -> Tensor:
+        """Compute the inputs of the heads in the `token` readout, for callers that run the trunk themselves.
 
         Args:
-            states: (B, H), floating: the trunk's last hidden states at the ends of prefixes.
+            states: (B, H) floating, the trunk's last hidden states at the ends of prefixes.
 
         Returns:
             (B, I) float32.
@@ -196,8 +221,8 @@ class ValueModelCritic(HeadCritic):
             return super().tilt(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            each = lam.repeat_interleave(inputs.shape[1], dim=0)
-            return self.tilt_of_inputs(inputs.flatten(0, 1), None, each).view(inputs.shape[:2])
+            repeated = lam.repeat_interleave(inputs.shape[1], dim=0)
+            return self.tilt_from_inputs(inputs.flatten(0, 1), None, repeated).view(inputs.shape[:2])
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
@@ -205,14 +230,14 @@ class ValueModelCritic(HeadCritic):
             return super().values(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            each = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
-            return self.values_of_inputs(inputs.flatten(0, 1), None, each).view(*inputs.shape[:2], -1)
+            repeated = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
+            return self.values_from_inputs(inputs.flatten(0, 1), None, repeated).view(*inputs.shape[:2], -1)
 
     def merge_lora(self) -> None:
-        """Fold the adapters into the trunk's weights in place, W + 2 B A for W.
+        """Merge the adapters into the trunk's weights in place: W becomes W + 2 B A.
 
-        The values stay as they are. From now on peft is not needed, and a fit trains the trunk whole. Without adapters
-        nothing happens.
+        The values stay the same. Afterwards peft is not needed, and training updates the whole trunk. Without adapters
+        this does nothing.
         """
         if self.lora_rank:
             merge_lora(self.trunk)
@@ -225,7 +250,7 @@ class ValueModelCritic(HeadCritic):
     def settings(self) -> dict[str, Any]:
         """See `Critic.settings`."""
         return super().settings() | {
-            "backbone": _plain(self.trunk.config),
+            "backbone": _config_to_dict(self.trunk.config),
             "readout": self.readout,
             "embedding_size": self._embedding_size,
             "rank": self._rank,
@@ -236,14 +261,14 @@ class ValueModelCritic(HeadCritic):
     def detach(self) -> None:
         """See `Critic.detach`."""
         super().detach()
-        self._reader = self._watched = None
+        self._reader = self._policy_cache = None
 
-    def _on_attach(self, policy: Any) -> None:
+    def _on_attach(self, policy: CausalLM) -> None:
         super()._on_attach(policy)
-        self._reader, self._watched = PrefixReader(self.eval().trunk), threading.local()
+        self._reader, self._policy_cache = PrefixReader(self.eval().trunk), threading.local()
 
     def _add_lora(self, rank: int) -> None:
-        check_whole(CriticError, "16 is a good rank; 0 trains the trunk whole.", 0, lora_rank=rank)
+        check_whole(CriticError, "16 is a good rank; 0 trains the whole trunk.", 0, lora_rank=rank)
         if rank:
             add_lora(self.trunk, rank)
             self.lora_rank = rank
@@ -256,25 +281,25 @@ class ValueModelCritic(HeadCritic):
 
     def _candidate_inputs(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
         if candidate_ids is None:
-            every = torch.arange(self.fingerprint.vocab_size, device=prefix_ids.device)
-            candidate_ids = every.expand(len(prefix_ids), -1)
+            vocabulary = torch.arange(self.fingerprint.vocab_size, device=prefix_ids.device)
+            candidate_ids = vocabulary.expand(len(prefix_ids), -1)
         return self._normed(self._read(prefix_ids, candidate_ids))
 
     def _read(self, prefix_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
-        self._states(prefix_ids)  # not for the states: that these rows are the attached policy's is checked there
+        self._states(prefix_ids)  # checks that the rows are those of the attached policy; the states are not needed
         assert self._capture is not None
         assert self._reader is not None
-        # What was read is let go of together with the policy's own cache, whose end nothing else announces.
+        # Nothing else announces the end of a generation, so the prefixes are released with the policy's own cache.
         cache, reader = self._capture.cache, self._reader
-        watched: weakref.ref[Any] | None = getattr(self._watched, "cache", None)
-        if cache is not None and (watched is None or watched() is not cache):
-            self._watched.cache = weakref.ref(cache, lambda _: reader.release())
-        position = self._capture.position(prefix_ids)
-        missing = self._capture.raise_if_missing if position.starts_response is False else None
-        return reader.read(prefix_ids, self._capture.is_token(prefix_ids), candidate_ids, missing=missing)
+        previous: weakref.ref[Any] | None = getattr(self._policy_cache, "ref", None)
+        if cache is not None and (previous is None or previous() is not cache):
+            self._policy_cache.ref = weakref.ref(cache, lambda _: reader.release())
+        is_token, position = self._capture.is_token(prefix_ids), self._capture.position(prefix_ids)
+        raise_if_unknown = self._capture.raise_if_unknown if position.starts_response is False else None
+        return reader.read(prefix_ids, is_token, candidate_ids, raise_if_unknown=raise_if_unknown)
 
 
-def _configuration(backbone: Mapping[str, Any]) -> PreTrainedConfig:
+def _build_config(backbone: Mapping[str, Any]) -> PreTrainedConfig:
     plain = dict(backbone)
     model_type = plain.pop("model_type", None)
     try:
@@ -282,32 +307,32 @@ def _configuration(backbone: Mapping[str, Any]) -> PreTrainedConfig:
     except (ValueError, TypeError) as error:
         raise CriticError(
             f"backbone has model_type {model_type!r}, which transformers does not know.",
-            "choose a model that AutoModel can build without code of its own.",
+            "choose a model that AutoModel can build without remote code.",
         ) from error
     config.dtype = torch.float32
     return config
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """Turn a configuration into plain data, without where it came from."""
+def _config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """Convert a config to JSON-compatible data, without its origin."""
     content = config.to_diff_dict() | {"model_type": config.model_type}
     plain = {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
-    as_read: dict[str, Any] = json.loads(json.dumps(plain))  # names that are numbers, as of labels, come back as text
-    return as_read
+    as_json: dict[str, Any] = json.loads(json.dumps(plain))  # numeric keys, as of labels, become strings
+    return as_json
 
 
 def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code: bool = False) -> Any:
     """Load a decoder without its output embedding, in float32 and from safetensors.
 
     Args:
-        source: folder or hub id.
-        argument: what the caller calls it.
-        trust_remote_code: whether it may bring code of its own.
+        source: a folder or hub id.
+        argument: the name of the caller's argument, for errors.
+        trust_remote_code: whether to run Python code that it contains.
 
     Raises:
         CriticError: if it cannot be loaded.
     """
-    name = _source(source)
+    name = _resolve(source)
     try:
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -319,10 +344,10 @@ def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code:
         ) from error
 
 
-def _source(given: str | os.PathLike[str]) -> str:
-    """Tell a folder from a hub id."""
-    folder = Path(given).expanduser()
-    return str(folder) if folder.exists() else str(given)
+def _resolve(source: str | os.PathLike[str]) -> str:
+    """Return an existing folder with `~` expanded, or else a hub id as it is."""
+    folder = Path(source).expanduser()
+    return str(folder) if folder.exists() else str(source)
 
 
 def _check_tokenizer(source: str, tokenizer: Any, trust_remote_code: bool) -> None:
@@ -331,9 +356,9 @@ def _check_tokenizer(source: str, tokenizer: Any, trust_remote_code: bool) -> No
     try:
         other = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
-        return  # a folder without a tokenizer says nothing
+        return  # without a tokenizer there is nothing to compare
     if other.get_vocab() != tokenizer.get_vocab():
         raise CriticError(
-            f"backbone {source!r} has another vocabulary than the policy's tokenizer.",
+            f"backbone is {source!r}, which has another vocabulary than the policy's tokenizer.",
             "its token ids would mean other words; choose a backbone with the policy's own tokenizer.",
         )

@@ -117,9 +117,9 @@ def _predictions(
         with torch.no_grad():
             device = steps.states.device
             ids, is_token = sequences.ids.to(device), sequences.is_token.to(device)
-            inputs = critic.inputs_of_rollouts(ids, is_token, steps.states)[response, step]
+            inputs = critic.rollout_inputs(ids, is_token, steps.states)[response, step]
             lams = lam.to(inputs.device).expand(len(inputs), -1) if critic.conditioned else None
-            values = critic.values_of_inputs(inputs, steps.action_ids[response, step][:, None], lams)
+            values = critic.values_from_inputs(inputs, steps.action_ids[response, step][:, None], lams)
         predicted.extend(values[:, 0, objective].tolist())
         observed.extend(returns[response.cpu(), step.cpu()].tolist())
     return predicted, observed

@@ -160,8 +160,8 @@ class WorldPolicy(PreTrainedModel, GenerationMixin):
                 "use a HiddenStateCritic without memory; evaluate others by sampling with generate.",
             )
         grid = self.state_grid()
-        inputs = critic.inputs_of_responses(grid.flatten(0, 2)[:, None])[:, 0]
-        tilt: Tensor = critic.tilt_of_inputs(inputs, None, lam.float().expand(len(inputs), -1))
+        inputs = critic.response_inputs(grid.flatten(0, 2)[:, None])[:, 0]
+        tilt: Tensor = critic.tilt_from_inputs(inputs, None, lam.float().expand(len(inputs), -1))
         return tilt.double().view(*grid.shape[:3], -1)
 
 

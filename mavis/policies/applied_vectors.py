@@ -6,6 +6,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from mavis.policies.protocol import CausalLM
+
 
 @dataclass(frozen=True)
 class AppliedVectors:
@@ -26,7 +28,7 @@ vectors_of_policies: weakref.WeakKeyDictionary[Any, AppliedVectors] = weakref.We
 """Applied vectors by policy; written by `mavis.vectors`."""
 
 
-def applied_vectors(policy: Any) -> AppliedVectors | None:
+def applied_vectors(policy: CausalLM) -> AppliedVectors | None:
     """Return the alignment vectors applied to a policy, or to a model that it wraps; None if there are none."""
     found = (vectors_of_policies.get(module) for module in policy.modules())
-    return next((added for added in found if added is not None), None)
+    return next((vectors for vectors in found if vectors is not None), None)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from mavis.errors import PolicyError
 from mavis.policies.embeddings import output_embedding
+from mavis.policies.protocol import CausalLM
 
 
-def states_device(policy: Any) -> torch.device:
+def states_device(policy: CausalLM) -> torch.device:
     """Return the device on which hidden states reach the output embedding.
 
     Raises:

@@ -14,6 +14,7 @@ from mavis.errors import CriticError
 from mavis.policies.applied_vectors import applied_vectors
 from mavis.policies.devices import weights_loaded
 from mavis.policies.embeddings import embedding_shape, output_embedding
+from mavis.policies.protocol import CausalLM
 
 _SAMPLES_PER_TENSOR = 64
 
@@ -28,6 +29,12 @@ class Fingerprint:
         vocab_size: V, output size of the output embedding.
         weights: hexadecimal hash over a sample of every weight, rounded to bfloat16 so that it does not depend on the
             precision in which the policy is loaded.
+
+    Examples:
+        >>> from mavis.policies import Fingerprint, embedded
+        >>> policy, tokenizer = embedded.load()
+        >>> Fingerprint.of(policy)
+        Fingerprint(model_type='llama', hidden_size=128, vocab_size=2048, weights='80d4df1fd927c378')
     """
 
     model_type: str
@@ -36,7 +43,7 @@ class Fingerprint:
     weights: str
 
     @classmethod
-    def of(cls, policy: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> Fingerprint:
+    def of(cls, policy: CausalLM, tensors: Mapping[str, torch.Tensor] | None = None) -> Fingerprint:
         """Compute the fingerprint of a policy.
 
         Args:
@@ -55,7 +62,7 @@ class Fingerprint:
             weights=_weights_hash(policy, tensors),
         )
 
-    def check(self, policy: Any) -> None:
+    def check(self, policy: CausalLM) -> None:
         """Check that a policy has this shape, and warn if it has other weights.
 
         Raises:
@@ -74,13 +81,13 @@ class Fingerprint:
         was_added = added is not None and added.has_effect and added.weights_before == self.weights
         if was_added or other.weights != self.weights:
             warnings.warn(
-                f"{self._what_differs(policy)}; its values are predictions about that other policy. "
+                f"{self._describe_difference(policy)}; its values are predictions about that other policy. "
                 "Train a critic for this one if the tilt seems weak.",
                 UserWarning,
                 stacklevel=3,
             )
 
-    def _what_differs(self, policy: Any) -> str:
+    def _describe_difference(self, policy: CausalLM) -> str:
         added = applied_vectors(policy)
         names = ", ".join(map(repr, added.names)) if added is not None else ""
         if added is not None and added.weights_before == self.weights:
@@ -89,11 +96,12 @@ class Fingerprint:
         return f"{said} (vectors {names} are applied to it)" if names else said
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the fingerprint as JSON-compatible data."""
         return asdict(self)
 
 
-def _weights_hash(policy: Any, tensors: Mapping[str, torch.Tensor] | None) -> str:
+def _weights_hash(policy: CausalLM, tensors: Mapping[str, torch.Tensor] | None) -> str:
+    """Hash a strided sample of every weight; tied weights count once."""
     samples, seen = [], set[int]()
     tied = getattr(policy, "all_tied_weights_keys", None) or {}
     for path, module in policy.named_modules():

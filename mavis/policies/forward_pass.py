@@ -35,7 +35,7 @@ class ForwardPass:
         positions: (B or 1, S) integer, counted without padding, or None.
         cache: weak reference to the cache that the pass writes to, or None.
         hidden: (B, S', H) states at the output embedding: of the last S' ≤ S positions.
-        asked: the first index into S whose states were asked for, or None.
+        first_read: the first index into S whose states have been read, or None.
     """
 
     ids: Tensor
@@ -97,13 +97,13 @@ class ForwardPass:
         return self.cache is not None
 
     def position(self, length: int) -> ResponsePosition:
-        """Say where in their responses the rows are at a prefix whose states were asked for.
+        """Return where in their responses the rows are at a prefix whose states were read.
 
-        The first index of a pass that is asked about ends a prompt if all before it was read in this pass, or several
-        tokens on top of a cache. Drafts are asked about one after the other, from the one token that is no draft.
+        The first index that is read ends a prompt if this pass contains everything before it, or several tokens on top
+        of a cache. The states of draft tokens are read in order, beginning with the one token that is not a draft.
 
         Args:
-            length: number of ids, of which the last is in this pass.
+            length: number of ids, the last of which is in this pass.
         """
         index = length - 1 - self.start
         starts_response = index == self.first_read and (self.start == 0 or index > 0)
@@ -114,7 +114,7 @@ class ForwardPass:
         )
 
     def is_padding(self, index: int) -> Tensor | None:
-        """Tell which rows have padding at an index of a pass that begins: (B,) bool, or None where no mask says so."""
+        """Return which rows have padding at an index of a first pass, (B,) bool; None if no mask shows it."""
         masks = self.mask.values() if isinstance(self.mask, dict) else [self.mask]
         mask = next((mask for mask in masks if isinstance(mask, Tensor)), None)
         if self.start or mask is None:
@@ -127,17 +127,17 @@ class ForwardPass:
         return None
 
     def is_token(self, length: int) -> Tensor:
-        """Tell tokens from padding among the first ids of every row: (B or 1, length) bool."""
+        """Return which of the first ids of every row are tokens, not padding: (B or 1, length) bool."""
         mask = self.mask
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= self.end:
             return mask[:, :length].bool()
         if mask is not None and (self.positions is None or self.positions.shape[1] != self.new_tokens):
             raise DecodingError(
-                "the policy's attention mask is not by token and comes without position_ids, so that padding cannot be "
-                "told from tokens.",
+                "the policy's attention mask is not per token and comes without position_ids, so padding cannot be "
+                "distinguished from tokens.",
                 "let generate build the masks.",
             )
-        # Padding is on the left, so how many tokens there are says where they begin.
+        # Padding is on the left, so the number of tokens determines where they begin.
         return torch.arange(length, device=self.ids.device) >= length - self._lengths(length)[:, None]
 
     def _lengths(self, length: int) -> Tensor:
@@ -156,21 +156,21 @@ class ForwardPass:
 
 
 def _length(cache: Any | None, before: ForwardPass | None) -> int | None:
-    """Count the tokens of each row that a cache holds; None if that cannot be told.
+    """Return the number of tokens of each row in a cache; None if it is unknown.
 
     Args:
-        cache: what the pass writes to, or None.
-        before: the pass before, if it wrote to the same cache.
+        cache: the one that the pass writes to, or None.
+        before: the previous pass, if it wrote to the same cache.
     """
     if cache is None:
         return 0
     try:
         length = cache.get_seq_length()
-    except ValueError:  # the states of state-space models do not say how many tokens they have read
+    except ValueError:  # the states of state-space models do not record how many tokens they have read
         if before is not None:
             return before.end
         return None if cache.has_previous_state() else 0
     if not isinstance(length, Tensor):
         return int(length)
-    # A static cache counts on its device, and asking it would make the host wait.
+    # A static cache counts on its device; reading the count would make the host wait.
     return before.end if before is not None and length.device.type != "cpu" else int(length)

@@ -1,4 +1,4 @@
-"""What a policy's own `generation_config` would do to samples, and a configuration that leaves a tilt alone."""
+"""Generation configs under which samples come from the tilted distribution and nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 from mavis.errors import ConfigError, DecodingError
+from mavis.policies.protocol import CausalLM
 
-# What a model's own generation_config would do to the scores beside the tilt, and the value that does nothing.
-# `generate` fills None from that configuration again, so a neutral value has to be explicit.
+# Settings of a model's generation_config that change the scores beside the tilt, with the value that has no effect.
+# `generate` fills None from that config again, so the neutral value has to be explicit.
 _NEUTRAL_PENALTIES: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -25,19 +26,21 @@ _NEUTRAL_SAMPLING: dict[str, Any] = {
 }
 
 
-def neutral_generation_config(policy: Any, temperature: float, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def neutral_generation_config(
+    policy: CausalLM, temperature: float, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Build a generation config that leaves a tilted distribution alone.
 
     Args:
-        policy: whose `generation_config` is set aside.
-        temperature: T that `generate` is to divide by.
-        arguments: what the caller asked `generate` for; `do_sample` is filled in.
+        policy: a causal LM; the penalties and filters of its `generation_config` are disabled.
+        temperature: T that `generate` divides the scores by.
+        arguments: the caller's arguments of `generate`; `do_sample` is filled in.
 
     Returns:
-        The config, and the arguments it has no place for.
+        The config, and the arguments that are not part of it.
 
     Raises:
-        DecodingError: if the policy's own configuration holds what cannot be set aside.
+        DecodingError: if the policy's own config has a setting that cannot be disabled.
     """
     inherited = policy.generation_config
     if getattr(inherited, "top_h", None) is not None:  # has no neutral value, and None would be filled in again
@@ -59,12 +62,12 @@ def neutral_generation_config(policy: Any, temperature: float, arguments: dict[s
 
 
 def end_token_ids(policy: Any) -> set[int]:
-    """Return the tokens that end a response of a policy; empty if it has none, or for no policy."""
+    """Return the ids of the tokens that end a response; empty if the policy is None or has none."""
     end = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
     return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
 
 
-# What a policy's own generation_config can do to its scores that replaying responses would not repeat.
+# Settings of a policy's generation_config whose effect on the scores is not reproduced when responses are replayed.
 _NOT_REPLAYED = (
     "suppress_tokens",
     "begin_suppress_tokens",
@@ -78,7 +81,12 @@ _NOT_REPLAYED = (
 )
 
 
-def check_replayable(policy: Any) -> None:
+def check_replayable(policy: CausalLM) -> None:
+    """Check that a policy samples from its own distribution, so that replaying a response reproduces its scores.
+
+    Raises:
+        ConfigError: if its generation_config changes the scores.
+    """
     for name in _NOT_REPLAYED:
         value = getattr(policy.generation_config, name, None)
         if value not in (None, 0, []):

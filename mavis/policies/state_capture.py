@@ -13,23 +13,24 @@ from transformers import GenerationMixin
 
 from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 from mavis.policies.call_stack import inside_processor
-from mavis.policies.fingerprint import output_embedding
+from mavis.policies.embeddings import output_embedding
 from mavis.policies.forward_pass import ForwardPass, ResponsePosition
+from mavis.policies.protocol import CausalLM
 
 _NOT_MATCHED_HINT = (
     "the tilt needs each step's scores to come from the latest forward pass, in this thread, of the policy that the "
-    "critic is attached to; attach before the policy is first compiled; inputs_embeds, learnt prompts and states that "
-    "are kept outside past_key_values and cache_params are not supported."
+    "critic is attached to; attach before the policy is first compiled; inputs_embeds, learnt prompts, and states kept "
+    "outside past_key_values and cache_params are not supported."
 )
-_OTHER_TOKENS = "the scores' token ids are not the ones that the latest forward pass of the policy has read."
+_OTHER_TOKENS = "the token ids of the scores are not the ones that the latest forward pass of the policy read."
 _UNKNOWN_ROWS = (
-    "the critic has a memory, but not of every row: some go on from ids that no earlier step has ended with."
+    "the critic's recurrent memory does not cover every row: some continue a prefix that no earlier step ended with."
 )
-_PADDED_RIGHT = "the prompts are padded on the right, so that responses would go on from padding."
+_PADDED_RIGHT = "the prompts are padded on the right, so responses would continue from padding."
 _HINTS = {
     _PADDED_RIGHT: PAD_ON_THE_LEFT,
-    _UNKNOWN_ROWS: "let the tilt see every step, from the prompt on; a prompt that is read in chunks must not end with "
-    "a chunk of one token.",
+    _UNKNOWN_ROWS: "apply the tilt at every step, from the prompt on; a prompt that is read in chunks must not end "
+    "with a chunk of one token.",
 }
 
 
@@ -44,12 +45,12 @@ class StateCapture:
         PolicyError: if the policy has no output embedding.
     """
 
-    def __init__(self, policy: Any, owner: Any) -> None:
+    def __init__(self, policy: CausalLM, owner: Any) -> None:
         embedding = output_embedding(policy)
-        # A wrapper (PEFT's, a compiled module) hands `generate` on to the model inside, so that one's passes are seen.
+        # Wrappers (PEFT's, a compiled module) delegate `generate` to the model inside, whose passes are captured.
         model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
         self.policy = weakref.ref(policy)
-        self.owner = owner  # a strong reference: nobody could remove the hooks of a critic that is gone
+        self.owner = owner  # a strong reference: the hooks of a critic that is gone could not be removed
         self._thread = threading.local()
         self._hooks: list[Any] = []
         # A compiler would record what a hook finds, but each pass has its own thread and its own callers.
@@ -99,7 +100,7 @@ class StateCapture:
                 f"{len(forward.ids)} rows at positions {forward.end - forward.hidden.shape[1]} to {forward.end - 1}.",
                 _NOT_MATCHED_HINT,
             )
-        self._compare(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
+        self._compare_ids(prefix_ids[:, forward.start :], forward.ids[:, : index + 1])
         padded = forward.is_padding(index)
         if padded is not None:
             self._raise_when_known(padded.any(), _PADDED_RIGHT)
@@ -107,7 +108,7 @@ class StateCapture:
         return forward.hidden[:, in_hidden]
 
     def position(self, prefix_ids: Tensor) -> ResponsePosition:
-        """Say where in a response the rows are whose states were just asked for.
+        """Return where in their responses the rows are whose states were just read.
 
         Args:
             prefix_ids: (B, L) integer, for which `states` has returned.
@@ -133,36 +134,36 @@ class StateCapture:
         forward: ForwardPass = self._thread.forward
         return forward.is_token(prefix_ids.shape[1]).expand(len(prefix_ids), -1)
 
-    def raise_if_missing(self, answer: Tensor) -> None:
-        """Raise, now or once the result has arrived, if rows are unknown.
+    def raise_if_unknown(self, unknown: Tensor) -> None:
+        """Raise if rows are unknown: now, or once the result has arrived from an accelerator.
 
         Args:
-            answer: () bool, True if some are.
+            unknown: () bool, whether any row is unknown.
 
         Raises:
-            DecodingError: if so.
+            DecodingError: if one is.
         """
-        self._raise_when_known(answer, _UNKNOWN_ROWS)
+        self._raise_when_known(unknown, _UNKNOWN_ROWS)
 
-    def _compare(self, expected: Tensor, caught: Tensor) -> None:
-        if caught.device.type == "cpu" and expected.device.type == "cpu":
-            if not torch.equal(expected, caught):
+    def _compare_ids(self, expected: Tensor, captured: Tensor) -> None:
+        if captured.device.type == "cpu" and expected.device.type == "cpu":
+            if not torch.equal(expected, captured):
                 raise DecodingError(_OTHER_TOKENS, _NOT_MATCHED_HINT)
             return
-        self._raise_when_known((expected.to(caught.device) != caught).any(), _OTHER_TOKENS)
+        self._raise_when_known((expected.to(captured.device) != captured).any(), _OTHER_TOKENS)
 
-    def _raise_when_known(self, bad: Tensor, said: str) -> None:
+    def _raise_when_known(self, wrong: Tensor, message: str) -> None:
         """Raise an error if a scalar is True: at once on the CPU, else once it has arrived from the accelerator."""
-        if bad.device.type == "cpu":
-            if bool(bad):
-                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
+        if wrong.device.type == "cpu":
+            if bool(wrong):
+                raise DecodingError(message, _HINTS.get(message, _NOT_MATCHED_HINT))
             return
-        # A comparison that the host waits for would stall every step; the answer is read when it has arrived.
-        event = torch.cuda.Event() if bad.device.type == "cuda" else None
-        answer = bad.to("cpu", non_blocking=True)
+        # Waiting for the comparison would stall every step; its result is read once it has arrived.
+        event = torch.cuda.Event() if wrong.device.type == "cuda" else None
+        result = wrong.to("cpu", non_blocking=True)
         if event is not None:
-            event.record(torch.cuda.current_stream(bad.device))
-        self._pending().append((answer, event, said))
+            event.record(torch.cuda.current_stream(wrong.device))
+        self._pending().append((result, event, message))
 
     def raise_pending(self, *, wait: bool) -> None:
         """Raise errors of this thread that were found asynchronously.
@@ -171,16 +172,16 @@ class StateCapture:
             wait: for results still on their way from an accelerator; else only those that have arrived count.
 
         Raises:
-            DecodingError: if the ids differ from the caught ones, or rows are unknown.
+            DecodingError: if the ids differ from the captured ones, or rows are unknown.
         """
         pending = self._pending()
         while pending and (wait or pending[0][1] is None or pending[0][1].query()):
-            answer, event, said = pending.pop(0)
+            result, event, message = pending.pop(0)
             if wait and event is not None:
                 event.synchronize()
-            if bool(answer):
+            if bool(result):
                 pending.clear()
-                raise DecodingError(said, _HINTS.get(said, _NOT_MATCHED_HINT))
+                raise DecodingError(message, _HINTS.get(message, _NOT_MATCHED_HINT))
 
     @property
     def restarted(self) -> bool:
@@ -216,7 +217,7 @@ class StateCapture:
             forward.hidden = args[0]
 
 
-def forward_states(policy: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+def forward_states(policy: CausalLM, **inputs: Any) -> tuple[Tensor, Tensor]:
     """Run one forward pass and return the hidden states at the output embedding and the logits.
 
     Args:
@@ -225,14 +226,23 @@ def forward_states(policy: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
 
     Returns:
         Hidden states (B, S', H) and logits (B, S', V), S' the positions whose logits were computed.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.policies import embedded, forward_states
+        >>> policy, tokenizer = embedded.load()
+        >>> with torch.no_grad():
+        ...     states, logits = forward_states(policy, **tokenizer("Once upon a time", return_tensors="pt"))
+        >>> states.shape, logits.shape
+        (torch.Size([1, 5, 128]), torch.Size([1, 5, 2048]))
     """
-    caught: list[Tensor] = []
-    hook = output_embedding(policy).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    captured: list[Tensor] = []
+    hook = output_embedding(policy).register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     try:
         logits = policy(**inputs).logits
     finally:
         hook.remove()
-    return caught[-1], logits
+    return captured[-1], logits
 
 
 def generating_policy() -> Any | None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from mavis.policies.devices import states_device, weights_loaded
 from mavis.policies.embeddings import embedding_shape, output_embedding
+from mavis.policies.protocol import CausalLM
 
 
-def token_embeddings(policy: Any) -> Tensor:
+def token_embeddings(policy: CausalLM) -> Tensor:
     """Return the policy's input embedding, scaled so that its entries have unit variance over the vocabulary.
 
     Returns:
-        (V, E) float32, where V is the size of the *output* vocabulary: rows beyond it are dropped, missing ones are 0.
+        (V, E) float32, where V is the size of the *output* vocabulary: rows beyond it are dropped, missing rows are 0.
 
     Raises:
         PolicyError: if the policy has no output embedding, or no weights.
+
+    Examples:
+        >>> from mavis.policies import embedded, token_embeddings
+        >>> policy, tokenizer = embedded.load()
+        >>> token_embeddings(policy).shape
+        torch.Size([2048, 128])
     """
     states_device(policy)  # raises for a policy without weights
     embedding = policy.get_input_embeddings()

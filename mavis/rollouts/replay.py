@@ -140,7 +140,7 @@ def replay(
     states, logits = forward_sequences(policy, sequences)
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
-    head_inputs = critic.inputs_of_rollouts(ids, is_token, states) if critic is not None else states
+    head_inputs = critic.rollout_inputs(ids, is_token, states) if critic is not None else states
     chunk = rows_per_chunk(device, length, logits.shape[2])
     parts = [
         _step_quantities(
@@ -187,7 +187,7 @@ def _step_quantities(
         logprobs = torch.log_softmax(kept, dim=-1)
     else:
         assert lam is not None
-        logprobs = tilted_logprobs(kept, critic.tilt_of_inputs(inputs, kept_ids, lam))
+        logprobs = tilted_logprobs(kept, critic.tilt_from_inputs(inputs, kept_ids, lam))
     probs = logprobs.exp()
     if kept_ids is None:
         expected = probs @ table

@@ -87,7 +87,7 @@ class AppliedContext:
         self._originals: _Originals | None = None
 
     def __enter__(self) -> Any:
-        model = getattr(self._policy, "_orig_mod", self._policy)
+        model: Any = getattr(self._policy, "_orig_mod", self._policy)
         self._vector.check(model)
         state = state_of(model)
         check_no_overlap(state, self._vector.tensors)

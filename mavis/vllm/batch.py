@@ -187,10 +187,10 @@ class TiltedBatch:
     def _inputs(self, states: Tensor) -> Tensor:
         """Compute what the heads read, (R, I), from the policy's states (R, H) or with a value model."""
         if self._value_model is not None:
-            inputs: Tensor = self.critic.inputs_of_ends(self._value_model.read(self.tilted))
+            inputs: Tensor = self.critic.prefix_inputs(self._value_model.read(self.tilted))
             return inputs
         memory = self._memory
-        inputs, after = self.critic.inputs_of_step(states, memory.current if memory is not None else None)
+        inputs, after = self.critic.step_inputs(states, memory.current if memory is not None else None)
         if memory is not None:
             memory.after_step = after
         return inputs
@@ -233,14 +233,14 @@ def _tilt(logits: Tensor, inputs: Tensor, group: _Group, critic: Any) -> None:
     """Tilt the rows of one group in place."""
     rows = group.rows
     if group.top_k is None:
-        tilt = critic.tilt_of_inputs(inputs, None, group.lam)
+        tilt = critic.tilt_from_inputs(inputs, None, group.lam)
         tilt = tilt if group.temperature is None else tilt * group.temperature
         _ = logits.add_(tilt) if rows is None else logits.index_add_(0, rows, tilt)
         return
     group_logits = logits if rows is None else logits.index_select(0, rows)
     # Ranks matter only where the rows differ in K, so only then are the candidates sorted.
     values, ids = group_logits.topk(group.top_k, sorted=group.beyond_k is not None)
-    tilt = critic.tilt_of_inputs(inputs, None if group.dense else ids, group.lam)
+    tilt = critic.tilt_from_inputs(inputs, None if group.dense else ids, group.lam)
     tilt = tilt.gather(1, ids) if group.dense else tilt
     values += tilt if group.temperature is None else tilt * group.temperature
     if group.beyond_k is not None:

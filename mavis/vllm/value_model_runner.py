@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mavis.critics.trunk.kv_cache import added, seen_from
+from mavis.critics.trunk.kv_cache import additive_mask, causal_mask
 from mavis.critics.trunk.reader import PrefixReader
 from mavis.errors import CriticError
 
@@ -136,11 +136,11 @@ class ValueModelRunner:
 
     def __init__(self, trunk: Any, rows: int, length: int) -> None:
         self._reader = reader = PrefixReader(trunk)  # checks the trunk, and finds out which masks it takes
-        if reader.positions is not None and reader.positions < length:
+        if reader.max_positions is not None and reader.max_positions < length:
             raise CriticError(
                 f"the engine takes requests of up to {length} tokens, but the value model has learnt "
-                f"{reader.positions} positions.",
-                f"pass --max-model-len {reader.positions}, or serve a value model with rotary positions.",
+                f"{reader.max_positions} positions.",
+                f"pass --max-model-len {reader.max_positions}, or serve a value model with rotary positions.",
             )
         weight = trunk.get_input_embeddings().weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -244,7 +244,7 @@ class ValueModelRunner:
             positions = self._columns[None, current.start : end].expand(len(ids), -1)
         columns = self._columns[:end]
         masks = {
-            kind: added(seen_from(positions, columns, window), self._dtype)[:, None]
+            kind: additive_mask(causal_mask(positions, columns, window), self._dtype)[:, None]
             for kind, window in self._reader.windows.items()
         }
         self._state.current = current

@@ -39,7 +39,7 @@ def talkative(policy: Any, objectives: list[str] | None = None) -> HiddenStateCr
 
 def first_step(critic: HiddenStateCritic, states: torch.Tensor) -> torch.Tensor:
     """What the heads read where each state is the first of a response: (B, I)."""
-    return critic.inputs_of_responses(states[:, None])[:, 0]
+    return critic.response_inputs(states[:, None])[:, 0]
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def policy() -> Any:
 def test_an_untrained_critic_predicts_nothing_and_tilts_nothing(policy: Any) -> None:
     critic = HiddenStateCritic.for_policy(policy, ["a", "b"])
     states = torch.randn(3, 16)
-    assert (critic.values_of_inputs(first_step(critic, states), None) == 0).all()
-    assert (critic.tilt_of_inputs(first_step(critic, states), None, torch.ones(3, 2)) == 0).all()
+    assert (critic.values_from_inputs(first_step(critic, states), None) == 0).all()
+    assert (critic.tilt_from_inputs(first_step(critic, states), None, torch.ones(3, 2)) == 0).all()
 
 
 def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -> None:
@@ -67,7 +67,7 @@ def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -
         out = inner[:, m * 8 : (m + 1) * 8] @ critic.heads.outer[m] + critic.heads.bias[m]
         by_hand = out[:, :4] @ vectors.T + out[:, 4:]
         torch.testing.assert_close(
-            critic.values_of_inputs(first_step(critic, states), None)[:, :, m], by_hand, atol=1e-5, rtol=1e-5
+            critic.values_from_inputs(first_step(critic, states), None)[:, :, m], by_hand, atol=1e-5, rtol=1e-5
         )
 
 
@@ -75,22 +75,22 @@ def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -
 def test_the_tilt_is_the_values_weighed_by_lambda(policy: Any, candidates: torch.Tensor | None) -> None:
     critic = talkative(policy)
     states, lam = torch.randn(3, 16), torch.tensor([[1.0, -2.0], [0.0, 0.5], [4.0, 0.0]])
-    values = critic.values_of_inputs(first_step(critic, states), candidates)
+    values = critic.values_from_inputs(first_step(critic, states), candidates)
     torch.testing.assert_close(
-        critic.tilt_of_inputs(first_step(critic, states), candidates, lam),
+        critic.tilt_from_inputs(first_step(critic, states), candidates, lam),
         torch.einsum("bkm,bm->bk", values, lam),
         atol=1e-5,
         rtol=1e-5,
     )
     if candidates is not None:
-        everything = critic.values_of_inputs(first_step(critic, states), None)
+        everything = critic.values_from_inputs(first_step(critic, states), None)
         torch.testing.assert_close(values, everything.gather(1, candidates[..., None].expand(-1, -1, 2)))
 
 
 def test_an_independent_critic_is_asked_for_no_conditioning(policy: Any) -> None:
     critic, lam = talkative(policy), torch.ones(2, 2)
     inputs = first_step(critic, torch.zeros(2, 16))
-    for ask in (critic.values_of_inputs, critic.kl_to_come_of_inputs):
+    for ask in (critic.values_from_inputs, critic.kl_to_come_from_inputs):
         with pytest.raises(CriticError, match="composition is 'independent'.*composition='conditioned'"):
             ask(inputs, None, lam)
     with critic.attached_to(policy):
@@ -106,12 +106,12 @@ def test_attached_it_reads_the_policys_last_hidden_state(policy: Any) -> None:
     with critic.attach(policy):
         out = policy(input_ids=ids, output_hidden_states=True)
         torch.testing.assert_close(
-            critic.values(ids, None), critic.values_of_inputs(first_step(critic, out.hidden_states[-1][:, -1]), None)
+            critic.values(ids, None), critic.values_from_inputs(first_step(critic, out.hidden_states[-1][:, -1]), None)
         )
         # a shorter prefix of the same pass is matched by its position
         torch.testing.assert_close(
             critic.values(ids[:, :3], None),
-            critic.values_of_inputs(first_step(critic, out.hidden_states[-1][:, 2]), None),
+            critic.values_from_inputs(first_step(critic, out.hidden_states[-1][:, 2]), None),
         )
 
 

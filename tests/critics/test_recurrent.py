@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mavis.critics.recurrent import RecurrentMemory, RecurrentRows
+from mavis.critics.recurrent import RecurrentMemory, SequenceMemories
 from mavis.policies.forward_pass import ResponsePosition
 
 
@@ -42,7 +42,7 @@ def test_rows_that_change_places_double_or_drop_out_keep_their_memory(memory: Re
     """Each row's memory is that of its own states, though the parents are drawn anew at every step."""
     with torch.no_grad():
         torch.manual_seed(1)
-        rows, ids = RecurrentRows(), torch.arange(4)[:, None] + 10
+        rows, ids = SequenceMemories(), torch.arange(4)[:, None] + 10
         states = torch.randn(4, 1, 3)
         found = rows.advance(memory, ids, states[:, 0], at(1, True), refuse)
         for step in range(1, 8):
@@ -55,7 +55,7 @@ def test_rows_that_change_places_double_or_drop_out_keep_their_memory(memory: Re
 
 def test_rows_go_on_when_the_batch_shrinks(memory: RecurrentMemory) -> None:
     with torch.no_grad():
-        rows, ids, states = RecurrentRows(), torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.randn(3, 2, 3)
+        rows, ids, states = SequenceMemories(), torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.randn(3, 2, 3)
         rows.advance(memory, ids, states[:, 0], at(2, True), refuse)
         ids = torch.cat([ids[[2, 0]], torch.tensor([[7], [8]])], dim=1)
         found = rows.advance(memory, ids, states[[2, 0], 1], at(3, False), refuse)
@@ -65,7 +65,7 @@ def test_rows_go_on_when_the_batch_shrinks(memory: RecurrentMemory) -> None:
 def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: RecurrentMemory) -> None:
     """Three drafts are asked about one after the other, the second turns out to be wrong, and so on."""
     with torch.no_grad():
-        rows, ids, states = RecurrentRows(), torch.tensor([[1, 2]]), torch.randn(1, 1, 3)
+        rows, ids, states = SequenceMemories(), torch.tensor([[1, 2]]), torch.randn(1, 1, 3)
         rows.advance(memory, ids, states[:, -1], at(2, True, shortest_resumable=0), refuse)
         for accepted in (1, 3, 0, 2, 0):
             shortest_resumable = ids.shape[1]
@@ -85,7 +85,7 @@ def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: Recu
     ids=["another token", "another order", "two tokens further"],
 )
 def test_rows_that_no_step_has_ended_with_are_reported(memory: RecurrentMemory, ids: list[list[int]]) -> None:
-    rows, states = RecurrentRows(), torch.randn(1, 3)
+    rows, states = SequenceMemories(), torch.randn(1, 3)
     rows.advance(memory, torch.tensor([[1, 2]]), states, at(2, True), refuse)
     with pytest.raises(Lost):
         rows.advance(memory, torch.tensor(ids), states, at(len(ids[0]), False), refuse)
@@ -93,7 +93,7 @@ def test_rows_that_no_step_has_ended_with_are_reported(memory: RecurrentMemory, 
 
 def test_without_a_cache_rows_begin_unless_all_are_known(memory: RecurrentMemory) -> None:
     with torch.no_grad():
-        rows, states = RecurrentRows(), torch.randn(2, 2, 3)
+        rows, states = SequenceMemories(), torch.randn(2, 2, 3)
         first = torch.tensor([[1, 2], [3, 4]])
         at_once = memory(states)
         begun = rows.advance(memory, first, states[:, 0], at(2, None), refuse)
@@ -106,7 +106,7 @@ def test_without_a_cache_rows_begin_unless_all_are_known(memory: RecurrentMemory
 
 def test_a_key_tells_orders_lengths_and_padding_apart(memory: RecurrentMemory) -> None:
     """A thousand random prefixes of three tokens in all orders have different keys: no two of them are confused."""
-    rows = RecurrentRows()
+    rows = SequenceMemories()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 50_000, (1_000, 3), generator=generator)
     ids = torch.cat([ids[:, order] for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 1, 0])])

@@ -54,8 +54,8 @@ def policy() -> Any:
 @pytest.mark.parametrize("readout", READOUTS)
 def test_an_untrained_critic_predicts_nothing(policy: Any, readout: Any) -> None:
     critic = ValueModelCritic.for_policy(policy, ["a", "b"], readout=readout)
-    inputs = critic.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)[:, 0]
-    assert (critic.values_of_inputs(inputs, torch.zeros(2, 1, dtype=torch.long)) == 0).all()
+    inputs = critic.rollout_inputs(IDS, IS_TOKEN, NO_STATES)[:, 0]
+    assert (critic.values_from_inputs(inputs, torch.zeros(2, 1, dtype=torch.long)) == 0).all()
     assert not critic.training
 
 
@@ -95,8 +95,8 @@ def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(p
             ids = IDS[row][IS_TOKEN[row]][None]
             states[row] = policy.model(input_ids=ids).last_hidden_state[0]
         normed = {row: torch.nn.functional.layer_norm(found, (16,)) for row, found in states.items()}
-        token = ValueModelCritic.for_policy(policy, ["a"]).inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)
-        candidates = ValueModelCritic.for_policy(policy, ["a"], readout="candidates").inputs_of_rollouts(
+        token = ValueModelCritic.for_policy(policy, ["a"]).rollout_inputs(IDS, IS_TOKEN, NO_STATES)
+        candidates = ValueModelCritic.for_policy(policy, ["a"], readout="candidates").rollout_inputs(
             IDS, IS_TOKEN, NO_STATES
         )
     torch.testing.assert_close(token[0], normed[0][-4:-1])
@@ -108,17 +108,17 @@ def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(p
 @pytest.mark.parametrize("readout", READOUTS)
 def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, readout: Any) -> None:
     plain, normed = (talkative(policy, readout=readout, hidden=0, norm=norm) for norm in (False, True))
-    found = plain.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)
+    found = plain.rollout_inputs(IDS, IS_TOKEN, NO_STATES)
     with torch.no_grad():
         row = IDS[0][IS_TOKEN[0]]
         state = policy.model(input_ids=row[None]).last_hidden_state[0]
     torch.testing.assert_close(found[0], state[-3:] if readout == "candidates" else state[-4:-1])
     expected = torch.nn.functional.layer_norm(found, (16,))
-    torch.testing.assert_close(normed.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES), expected)
+    torch.testing.assert_close(normed.rollout_inputs(IDS, IS_TOKEN, NO_STATES), expected)
     with plain.attach(policy):  # and while the policy generates
         policy(input_ids=row[None, :-1])
         values = plain.values(row[None, :-1], row[None, -1:])
-    torch.testing.assert_close(values, plain.values_of_inputs(found[0, -1:], row[None, -1:]))
+    torch.testing.assert_close(values, plain.values_from_inputs(found[0, -1:], row[None, -1:]))
 
 
 # Its folder
@@ -142,10 +142,10 @@ def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout
     assert again.settings() == critic.settings()
     assert not again.training
     with torch.no_grad():
-        found = [c.inputs_of_rollouts(IDS, IS_TOKEN, NO_STATES)[:, 1] for c in (critic, again)]
+        found = [c.rollout_inputs(IDS, IS_TOKEN, NO_STATES)[:, 1] for c in (critic, again)]
         ids = torch.tensor([[3], [9]])
         assert torch.equal(*found)
-        assert torch.equal(*(c.values_of_inputs(i, ids) for c, i in zip((critic, again), found, strict=True)))
+        assert torch.equal(*(c.values_from_inputs(i, ids) for c, i in zip((critic, again), found, strict=True)))
 
 
 def test_a_folder_from_before_the_norm_was_a_setting_has_one(policy: Any, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_what_cannot_be_built_is_refused(policy: Any, options: Any, message: str
 
 
 def test_a_policy_that_is_not_in_memory_cannot_be_copied() -> None:
-    with pytest.raises(CriticError, match="backbone is None, but the policy's weights are kept elsewhere"):
+    with pytest.raises(CriticError, match="backbone is None, but the policy's weights are offloaded"):
         ValueModelCritic.for_policy(llama().to("meta"), ["a"])
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from mavis import HiddenStateCritic
 from mavis.critics import ValueModelCritic
 from mavis.policies.state_capture import forward_states
+from tests.decoding.steps import EITHER, KINDS
+from tests.factories import NEVER_ENDING, llama_config
 
 VOCABULARY = 40
 TRUNK = Qwen2Config(
@@ -28,12 +30,13 @@ TRUNK = Qwen2Config(
 
 def build(family: str) -> Any:
     torch.manual_seed(len(family))
-    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     configs = {
-        "llama": lambda: LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **ends),
-        "qwen2": lambda: Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **ends),
-        "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_layer=2, n_embd=32, n_head=4, n_positions=128, **ends),
+        "llama": lambda: llama_config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **NEVER_ENDING),
+        "qwen2": lambda: Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **NEVER_ENDING),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCABULARY, n_layer=2, n_embd=32, n_head=4, n_positions=128, **NEVER_ENDING
+        ),
     }
     policy = AutoModelForCausalLM.from_config(configs[family]()).eval().requires_grad_(False)
     with torch.no_grad():  # freshly drawn models are nearly uniform; sharper ones tell right from wrong
@@ -114,11 +117,11 @@ def _tilted_by_hand(
             values, spent = _read_by_hand(critic, ids[mask.bool()], torch.tensor([lam]))
         else:
             states = states[:, -1 if prompt is None else prompt - 1 :]
-            inputs, rows = critic.inputs_of_responses(states)[:, -1], torch.tensor([lam])
-            values = critic.values_of_inputs(inputs, None, rows if critic.conditioned else None)[0].double()
+            inputs, rows = critic.response_inputs(states)[:, -1], torch.tensor([lam])
+            values = critic.values_from_inputs(inputs, None, rows if critic.conditioned else None)[0].double()
             spent = torch.zeros(())
             if critic.conditioned:
-                spent = critic.kl_to_come_of_inputs(inputs, None, rows)[0].double()
+                spent = critic.kl_to_come_from_inputs(inputs, None, rows)[0].double()
     scores[list(banned)] = -torch.inf
     keep = scores.topk(top_k).indices if top_k else torch.arange(len(scores))
     tilted = torch.full_like(scores, -torch.inf)
@@ -132,15 +135,27 @@ def _read_by_hand(critic: ValueModelCritic, ids: torch.Tensor, lam: torch.Tensor
     vocabulary = critic.fingerprint.vocab_size
     every = torch.arange(vocabulary)
     whole = torch.cat([ids.expand(vocabulary, -1), every[:, None]], dim=1)
-    inputs = critic.inputs_of_rollouts(whole, torch.ones_like(whole, dtype=torch.bool), torch.zeros(vocabulary, 1, 0))
+    inputs = critic.rollout_inputs(whole, torch.ones_like(whole, dtype=torch.bool), torch.zeros(vocabulary, 1, 0))
     inputs, rows = inputs[:, 0], lam.expand(vocabulary, -1)
-    values = critic.values_of_inputs(inputs, every[:, None], rows if critic.conditioned else None)[:, 0].double()
+    values = critic.values_from_inputs(inputs, every[:, None], rows if critic.conditioned else None)[:, 0].double()
     if not critic.conditioned:
         return values, torch.zeros(())
-    return values, critic.kl_to_come_of_inputs(inputs, every[:, None], rows)[:, 0].double()
+    return values, critic.kl_to_come_from_inputs(inputs, every[:, None], rows)[:, 0].double()
 
 
 @pytest.fixture
 def tilted_by_hand() -> Callable[..., torch.Tensor]:
     """The function that writes a step out."""
     return _tilted_by_hand
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each kind of critic in turn."""
+    return request.param
+
+
+@pytest.fixture(params=[KINDS[name] for name in EITHER], ids=EITHER)
+def either(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The least and the most that a critic reads."""
+    return request.param

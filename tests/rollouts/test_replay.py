@@ -135,8 +135,8 @@ def test_kl_log_probabilities_and_expectations_are_the_sums_they_stand_for(
             kept = reference[step].topk(top_k or 61).indices
             tilt = torch.zeros(len(kept), dtype=torch.float64)
             if tilted:
-                values = critic.values_of_inputs(
-                    critic.inputs_of_responses(steps.states[row][None, step : step + 1])[:, 0], kept[None]
+                values = critic.values_from_inputs(
+                    critic.response_inputs(steps.states[row][None, step : step + 1])[:, 0], kept[None]
                 )[0].detach()
                 tilt = (values.double() * LAM[row].double()).sum(-1)
             unnormalised = (reference[step, kept] + tilt).exp()

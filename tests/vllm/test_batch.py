@@ -26,7 +26,7 @@ VOCABULARY, HIDDEN = 61, 32
 def expected(critic: Any, logits: Tensor, inputs: Tensor, tilt: Tilt) -> Tensor:
     """Compute one row as `MavisTilt` does: log π over the candidates, −inf elsewhere (V,)."""
     values, ids = top_candidates(logits[None], tilt.top_k) if tilt.top_k else (logits[None], None)
-    logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs[None], ids, tilt.lam[None]), tilt.temperature)
+    logprobs = tilted_logprobs(values, critic.tilt_from_inputs(inputs[None], ids, tilt.lam[None]), tilt.temperature)
     return torch.full_like(logits, -torch.inf).scatter_(0, ids[0], logprobs[0]) if ids is not None else logprobs[0]
 
 
@@ -72,7 +72,7 @@ def test_every_row_has_its_own_weights_candidates_and_temperature(
         batch.advance()
         batch.update(len(rows), [], added, [])
         tilted = batch.apply(logits.clone(), states)
-        inputs = critic.inputs_of_responses(states[:, None])[:, 0]
+        inputs = critic.response_inputs(states[:, None])[:, 0]
         for at, tilt in enumerate(rows):
             if tilt is None:
                 assert torch.equal(tilted[at], logits[at])
@@ -116,13 +116,13 @@ def test_many_candidates_of_one_row_are_not_gathered_for_the_others(
     """A (B, K, r) tensor with K near V is gigabytes on a real vocabulary: one request could end the engine."""
     monkeypatch.setattr("mavis.vllm.batch._MAX_GATHERED", 20)
     critic, asked = make_critic(tiny_policy), []
-    tilt_of_inputs = critic.tilt_of_inputs
+    tilt_from_inputs = critic.tilt_from_inputs
 
     def spy(inputs: Tensor, ids: Tensor | None, lam: Tensor) -> Tensor:
         asked.append((len(inputs), None if ids is None else ids.shape[1]))
-        return tilt_of_inputs(inputs, ids, lam)
+        return tilt_from_inputs(inputs, ids, lam)
 
-    monkeypatch.setattr(critic, "tilt_of_inputs", spy)
+    monkeypatch.setattr(critic, "tilt_from_inputs", spy)
     batch = TiltedBatch(critic)
     rows = [
         (at, TiltedRow(Tilt(torch.ones(2), top_k, 1.0), [], PreemptedMemories()))
@@ -266,7 +266,7 @@ def test_rows_keep_their_tilt_and_memory_through_every_move(
             assert torch.equal(tilted, logits)
             return
         step = len(one.drawn)
-        inputs = critic.inputs_of_responses(one.states[None, : step + 1])[0, -1]
+        inputs = critic.response_inputs(one.states[None, : step + 1])[0, -1]
         close(torch.log_softmax(tilted, 0), expected(critic, logits, inputs, one.tilt))
 
     returned, discarded = simulate(critic, seed, check)
@@ -296,7 +296,7 @@ def test_a_value_model_reads_every_prefix_as_if_alone(
             assert torch.equal(tilted, logits)
             return
         ids = torch.tensor([[*one.prompt, *one.drawn, 0]])
-        inputs = critic.inputs_of_rollouts(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 1, 0))[0, 0]
+        inputs = critic.rollout_inputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 1, 0))[0, 0]
         torch.testing.assert_close(
             torch.log_softmax(tilted, 0), expected(critic, logits, inputs, one.tilt), atol=1e-4, rtol=1e-4
         )

@@ -35,7 +35,7 @@ def push_critic(
     return str(done.commit_url)
 
 
-def fetch_critic(repo_id: str, files: list[str], revision: str | None) -> Path:
+def download_critic(repo_id: str, files: list[str], revision: str | None) -> Path:
     """Download a critic folder, or find it in the cache.
 
     Args:

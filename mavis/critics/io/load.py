@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mavis.critics.calibration import Calibration
 from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt
-from mavis.critics.io.hub import fetch_critic
+from mavis.critics.io.hub import download_critic
 from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
@@ -32,7 +32,7 @@ def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | No
     """Read a critic folder, here or on the hub; see `Critic.from_pretrained`."""
     path = Path(folder)
     if isinstance(folder, str) and is_hub_id(folder):
-        path = fetch_critic(folder, [CONFIG, WEIGHTS], revision)
+        path = download_critic(folder, [CONFIG, WEIGHTS], revision)
     critic = _build(path, kinds)
     _load_weights(critic, path)
     return critic.eval()

@@ -1,1 +1,1 @@
-"""The small language model of a value-model critic: reading, caching, fusing and adapting it."""
+"""The language model of a value-model critic: incremental reading, cache, fused forward pass, adapters."""

@@ -1,4 +1,4 @@
-"""The forward pass of a small Llama-like trunk in half the operations, for a decoding step's few positions."""
+"""A fused forward pass for small Llama-like trunks, with half the operations per decoding step."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from transformers.cache_utils import Cache
 
 _FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 _TORCH_CLASSES = {nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation}
-_READERS, _FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
-_LARGEST = 1 << 29
-"""Bytes that a trunk may have besides its embedding; the step of a larger one is work, and not calls."""
-_ANGLES_AT_ONCE = 1024
-"""By how many positions the table of angles grows."""
+_QKV, _FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+_MAX_BYTES = 1 << 29
+"""Size of the largest trunk, without its embedding; a larger one is bound by arithmetic, not by call overhead."""
+_ANGLE_BLOCK = 1024
+"""The table of rotary angles grows by this many positions."""
 
 
 class FusedTrunk:
-    """Computes the last hidden states of a Llama, Mistral, Qwen2 or Qwen3 with a cache, as its own forward pass does.
+    """Computes the same last hidden states as a Llama, Mistral, Qwen2 or Qwen3 with a cache, in fewer operations.
 
         x ← x + W_o attention(rope(W_qkv n(x) + b_qkv))
         x ← x + W_down (silu(g) ∘ u),  (g, u) = W_gate,up n(x)
 
-    with n an RMS norm; Qwen3 norms queries and keys before they are turned. One position of a small model is so little
-    work that each operation costs its call. So layers that read the same are one product, with a copy of their weights
-    side by side, and angles are looked up.
+    with n an RMS norm; Qwen3 normalises queries and keys before the rotation. At one position of a small model, call
+    overhead dominates. So layers with the same input are computed as one product, from concatenated copies of their
+    weights, and rotary angles are looked up in a table.
 
     Args:
-        trunk: for which `understands` is true. Its weights are not touched; what is made of them is good until one of
-            them changes. It is not for training: gradients would miss the copies.
+        trunk: one for which `supports` is true. Its weights are copied, so the copies are stale once one of them
+            changes, and gradients do not reach the trunk.
     """
 
     def __init__(self, trunk: Any) -> None:
@@ -47,8 +47,8 @@ class FusedTrunk:
             self._layers = [_Layer(layer) for layer in trunk.layers[: config.num_hidden_layers]]
 
     @staticmethod
-    def understands(trunk: Any) -> bool:
-        """Tell whether a trunk is small, of a family that is known, and has nothing replaced, wrapped or hooked."""
+    def supports(trunk: Any) -> bool:
+        """Return whether a trunk is small, of a known family, and without replaced, wrapped or hooked modules."""
         own = type(trunk).__module__
         if type(trunk).__name__ not in _FAMILIES or not own.startswith("transformers.models."):
             return False
@@ -62,63 +62,63 @@ class FusedTrunk:
         weights = list(trunk.parameters())
         if len({(weight.dtype, weight.device, type(weight)) for weight in weights}) > 1:
             return False
-        if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _LARGEST:
+        if sum(weight.nbytes for weight in weights) - trunk.embed_tokens.weight.nbytes > _MAX_BYTES:
             return False
         heads = trunk.config.num_attention_heads, *[trunk.config.num_key_value_heads] * 2
-        return all(_is_known(layer, heads) for layer in trunk.layers)
+        return all(_is_standard(layer, heads) for layer in trunk.layers)
 
     def __call__(self, ids: Tensor, masks: Mapping[str, Tensor], positions: Tensor, cache: Cache, end: int) -> Tensor:
-        """Read tokens after those that the cache keeps.
+        """Read tokens after those in the cache.
 
         Args:
             ids: (B, S) integer.
-            masks: by kind of layer, or one of the kind "" for all: (B, 1, S, L + S), what is added to attention.
+            masks: additive, by kind of layer or one of kind "" for all: (B, 1, S, L + S).
             positions: (B, S) integer, ≥ 0.
-            cache: takes every layer's keys and values, and gives those that are attended to.
-            end: more than any position, known on the host.
+            cache: stores the keys and values of every layer, and returns those to attend to.
+            end: a bound above all positions, known on the host.
 
         Returns:
             (B, S, H) in the weights' dtype.
         """
         rows, new = ids.shape
-        every, queries, keys, size = rows * new, self._queries, self._keys, self._size
-        x = F.embedding(ids.reshape(every), self._embedding)
-        angles = F.embedding(positions.reshape(every), self._angles_until(end)).view(every, 2, 1, size)
+        tokens, queries, keys, size = rows * new, self._queries, self._keys, self._size
+        x = F.embedding(ids.reshape(tokens), self._embedding)
+        angles = F.embedding(positions.reshape(tokens), self._angles_up_to(end)).view(tokens, 2, 1, size)
         cos, sin = angles[:, 0], angles[:, 1]
         for index, layer in enumerate(self._layers):
-            read = _product(layer.norm(x), layer.qkv, layer.qkv_bias).view(every, -1, size)
-            turning, value = read[:, : queries + keys], read[:, queries + keys :]
+            qkv = _product(layer.norm(x), layer.qkv, layer.qkv_bias).view(tokens, -1, size)
+            unrotated, value = qkv[:, : queries + keys], qkv[:, queries + keys :]
             if layer.head_norms is not None:
-                parts = zip(layer.head_norms, turning.split([queries, keys], dim=1), strict=True)
-                turning = torch.cat([norm(part) for norm, part in parts], dim=1)
-            # (−x₂, x₁) sin = roll(x) (−sin, sin): the sign is in the table.
-            turned = torch.addcmul(turning * cos, turning.roll(size // 2, dims=-1), sin)
-            key, value = (heads.view(rows, new, keys, size).transpose(1, 2) for heads in (turned[:, queries:], value))
+                parts = zip(layer.head_norms, unrotated.split([queries, keys], dim=1), strict=True)
+                unrotated = torch.cat([norm(part) for norm, part in parts], dim=1)
+            # (−x₂, x₁) sin = roll(x) (−sin, sin); the table holds the sign.
+            rotated = torch.addcmul(unrotated * cos, unrotated.roll(size // 2, dims=-1), sin)
+            key, value = (heads.view(rows, new, keys, size).transpose(1, 2) for heads in (rotated[:, queries:], value))
             key, value = cache.update(key, value, index)
             mask = masks[""] if "" in masks else masks[self._kinds[index]]
-            seen = self._attend(turned[:, :queries].view(rows, new, queries, size), key, value, mask)
-            x = torch.addmm(x, seen.reshape(every, -1), layer.out)
+            attended = self._attend(rotated[:, :queries].view(rows, new, queries, size), key, value, mask)
+            x = torch.addmm(x, attended.reshape(tokens, -1), layer.out)
             gate, up = torch.mm(layer.second_norm(x), layer.gate_up).chunk(2, dim=1)
             x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
         return self._norm(x).view(rows, new, -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Attend with (B, S, heads, D) to keys and values (B, heads', L, D), each for as many heads: like the query."""
+        """Attend with queries (B, S, heads, D) to keys and values (B, heads', L, D): like the query."""
         rows, new, queries, size = query.shape
         shared = queries // self._keys
-        if new == 1:  # heads that share a key stand where positions do, so that nothing is copied
+        if new == 1:  # heads that share a key take the place of positions, so nothing is copied
             query = query.view(rows, self._keys, shared, size)
             return F.scaled_dot_product_attention(query, key, value, mask, scale=self._scale)
         if shared > 1:
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, mask, scale=self._scale)
-        return seen.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, mask, scale=self._scale)
+        return attended.transpose(1, 2)
 
-    def _angles_until(self, end: int) -> Tensor:
-        """Return cos and sin of positions up to an end, the latter with its first half negated: (≥ end, 2D)."""
+    def _angles_up_to(self, end: int) -> Tensor:
+        """Return cos and sin of all positions up to an end, sin with its first half negated: (≥ end, 2D)."""
         angles = self._angles
         if len(angles) < end:
-            positions = -(-end // _ANGLES_AT_ONCE) * _ANGLES_AT_ONCE
+            positions = -(-end // _ANGLE_BLOCK) * _ANGLE_BLOCK
             every = torch.arange(positions, device=self._embedding.device)
             cos, sin = (table[0] for table in self._rotary(self._embedding, every[None]))
             sin = torch.cat([-sin[:, : self._size // 2], sin[:, self._size // 2 :]], dim=1)
@@ -127,11 +127,11 @@ class FusedTrunk:
 
 
 class _Layer:
-    """One layer's weights, those of linear layers as (inputs, outputs)."""
+    """The weights of one layer; those of linear layers as (inputs, outputs)."""
 
     def __init__(self, layer: Any) -> None:
         attention, feed_forward = layer.self_attn, layer.mlp
-        readers = [getattr(attention, name) for name in _READERS]
+        readers = [getattr(attention, name) for name in _QKV]
         self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.qkv = torch.cat([one.weight.t() for one in readers], dim=1)
         self.qkv_bias = torch.cat([one.bias for one in readers]) if readers[0].bias is not None else None
@@ -143,7 +143,7 @@ class _Layer:
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """Do what an RMS norm of transformers does, in one call."""
+    """Return the RMS norm of a transformers module as a single call."""
     weight, eps = module.weight, module.variance_epsilon
     return partial(F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)
 
@@ -152,21 +152,21 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
 
 
-def _is_known(layer: Any, heads: tuple[int, ...]) -> bool:
-    """Tell whether a layer's parts are linear layers of the usual sizes, with biases where these families have some.
+def _is_standard(layer: Any, heads: tuple[int, ...]) -> bool:
+    """Return whether a layer consists of plain linear layers of the expected sizes, with biases only on q, k and v.
 
     Args:
-        layer: of a trunk.
-        heads: how many there are of queries, keys and values.
+        layer: a layer of a trunk.
+        heads: the numbers of query, key and value heads.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
-    readers: list[Any] = [getattr(attention, name, None) for name in _READERS]
+    readers: list[Any] = [getattr(attention, name, None) for name in _QKV]
     others: list[Any] = [
         getattr(attention, "o_proj", None),
         *(getattr(feed_forward, name, None) for name in _FEED_FORWARD),
     ]
     return (
-        all(map(is_plain, [*readers, *others]))
+        all(map(is_plain_linear, [*readers, *others]))
         and all(one.bias is None for one in others)
         and len({one.bias is None for one in readers}) == 1
         and [one.out_features for one in readers] == [count * attention.head_dim for count in heads]
@@ -174,6 +174,6 @@ def _is_known(layer: Any, heads: tuple[int, ...]) -> bool:
     )
 
 
-def is_plain(module: Any) -> TypeGuard[nn.Linear]:
-    """Tell whether a module is a linear layer and nothing more: no adapter, no quantised weights."""
+def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Return whether a module is exactly a linear layer: no adapter, no quantised weights."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter

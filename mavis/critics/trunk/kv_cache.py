@@ -1,4 +1,4 @@
-"""What a reader of prefixes keeps of them: their ids, their keys and values, and the masks of what is read next."""
+"""The cache of a prefix reader: ids, keys and values of the prefixes read so far, and the masks of the next pass."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mavis.math.position_hash import position_multipliers
 
 PADDING = -1
-"""What stands for the id of padding."""
+"""Replaces the ids of padding."""
 _UNKNOWN = -2
-"""What stands for every id of a row that has turned out not to be known."""
+"""Replaces the ids of a row that turned out not to continue a known prefix."""
 
-_CHUNK = 64
-"""By how many positions buffers grow at least; a multiple of what the attention of accelerators wants masks to be."""
+_GRANULARITY = 64
+"""Buffers have a multiple of this many positions, which attention kernels on accelerators require of masks."""
 
 
 class PrefixLayer(CacheLayerMixin):
-    """One layer's keys and values: written after the first `length` positions, which alone are kept."""
+    """The keys and values of one layer; new ones overwrite everything after the first `length` positions."""
 
-    is_sliding = False  # its mask says what a window hides, so that a cropped prefix can be read on from anywhere
+    is_sliding = False  # the mask hides what is outside a window, so a truncated prefix can be continued anywhere
 
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make empty buffers for rows like these."""
+        """Allocate empty buffers for rows like these."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write after what is kept.
+        """Write the keys and values of new positions.
 
         Args:
             key_states: (B, heads, S, D).
             value_states: (B, heads, S, D').
 
         Returns:
-            Keys and values of the kept positions and of these, (B, heads, length + S, ·), as views.
+            Views of the keys and values of the old and the new positions, (B, heads, length + S, ·).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         written = key_states.shape[2]
         end = self.length + written
         if end > self.keys.shape[2]:
-            self.keys = _grown(self.keys, self.length, end)
-            self.values = _grown(self.values, self.length, end)
+            self.keys = _grow(self.keys, self.length, end)
+            self.values = _grow(self.values, self.length, end)
         self.keys.narrow(2, self.length, written).copy_(key_states)
         self.values.narrow(2, self.length, written).copy_(value_states)
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def select(self, rows: Tensor) -> None:
-        """Let row i be what row rows[i] is, as far as it is kept."""
-        self.keys = _selected(self.keys, rows, self.length)
-        self.values = _selected(self.values, rows, self.length)
+        """Replace row i by row rows[i]."""
+        self.keys = _select_rows(self.keys, rows, self.length)
+        self.values = _select_rows(self.values, rows, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of positions that attention will see and the first of them."""
+        """Return the number of positions that attention covers, and the first of them."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the number of positions that are kept."""
+        """Return the number of valid positions."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -81,13 +81,13 @@ class PrefixCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PrefixLayer)
 
-    def keep(self, length: int) -> None:
-        """Keep the first `length` positions, which have been written, and no more."""
+    def set_length(self, length: int) -> None:
+        """Declare the first `length` positions valid, all of which have been written."""
         for layer in self.layers:
             layer.length = length
 
     def select(self, rows: Tensor) -> None:
-        """Let every row i be what row rows[i] is now.
+        """Replace every row i by row rows[i].
 
         Args:
             rows: (B',) integer, on the cache's device.
@@ -97,50 +97,58 @@ class PrefixCache(Cache):
 
 
 def prefix_mask(is_token: Tensor, new: int, candidates: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Build what is added to attention: 0 for what a position sees, the least number of its dtype for what it does not.
+    """Build the additive attention mask for the last tokens of prefixes and the candidates after them.
 
-    The last `new` tokens of a prefix see its tokens up to themselves, candidates see its tokens and themselves; of
-    these, a layer with a window sees the last W, itself among them. Padding sees itself, so that its softmax is over
-    something.
+    Each of the last `new` tokens attends to the tokens up to itself, each candidate to the prefix and itself; with a
+    window, only to the last W of these. Padding attends to itself, because a softmax over nothing is NaN.
 
     Args:
         is_token: (B, L) bool, False on padding.
-        new: how many of the last positions are read.
-        candidates: K, which are read after them.
-        window: W, or None where everything is seen.
+        new: the number of last positions that are read.
+        candidates: K, the number of candidates that are read after them.
+        window: W, or None for no window.
         dtype: floating.
 
     Returns:
-        (B, 1, new + K, L + K).
+        (B, 1, new + K, L + K): 0 where attended to, else the minimum of the dtype.
     """
     length, device = is_token.shape[1], is_token.device
     columns = torch.arange(length, device=device)
-    places = torch.arange(length - new, length + candidates, device=device).clamp_(max=length)
-    seen = seen_from(places, columns, window)
-    sees_itself = torch.ones(new + candidates, candidates, dtype=torch.bool, device=device).tril_(-new).triu_(-new)
-    in_prefix = (seen & is_token[:, None, :]) | (columns == places[:, None])
-    visible = torch.cat([in_prefix, sees_itself.expand(len(is_token), -1, -1)], dim=2)[:, None]
-    return added(visible, dtype)
+    positions = torch.arange(length - new, length + candidates, device=device).clamp_(max=length)
+    causal = causal_mask(positions, columns, window)
+    itself = torch.ones(new + candidates, candidates, dtype=torch.bool, device=device).tril_(-new).triu_(-new)
+    in_prefix = (causal & is_token[:, None, :]) | (columns == positions[:, None])
+    visible = torch.cat([in_prefix, itself.expand(len(is_token), -1, -1)], dim=2)[:, None]
+    return additive_mask(visible, dtype)
 
 
-def seen_from(places: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """Tell which columns (L,) stand before places (..., S) or there, within a window W if there is one: (..., S, L)."""
-    places = places[..., None]
-    seen = columns <= places
-    return seen if window is None else seen & (columns > places - window)
+def causal_mask(positions: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """Return which columns each position attends to: those up to itself, within its window.
+
+    Args:
+        positions: (..., S) integer.
+        columns: (L,) integer.
+        window: W, or None for no window.
+
+    Returns:
+        (..., S, L) bool.
+    """
+    positions = positions[..., None]
+    causal = columns <= positions
+    return causal if window is None else causal & (columns > positions - window)
 
 
-def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn what is visible, bool, into what is added to attention, of the same shape: 0, or the least number."""
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a bool mask to an additive one of the same shape: 0 where True, else the minimum of the dtype."""
     hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return hidden.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 class StepMask:
-    """The mask of a prefix's last token and K candidates, kept in a buffer while the prefix grows by a token a step.
+    """The mask of a prefix's last token and K candidates, updated in place while prefixes grow by a token a step.
 
     Args:
-        window: how many positions are seen, or None for all.
+        window: W, or None for no window.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -148,21 +156,21 @@ class StepMask:
         self._buffer: Tensor | None = None
         self._length = -1
 
-    def forget(self) -> None:
-        """Build the next one anew, because the prefixes have been cut and may go on with other padding."""
+    def reset(self) -> None:
+        """Discard the buffer: truncated prefixes may continue with other padding."""
         self._buffer = None
 
     def select(self, rows: Tensor) -> None:
-        """Let every row i be what row rows[i] is now."""
+        """Replace every row i by row rows[i]."""
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, rows)
 
     def mask(self, is_token: Tensor, new: int, candidates: int, dtype: torch.dtype) -> Tensor:
-        """Return what `prefix_mask` does, good until the next call.
+        """Return the same as `prefix_mask`, valid until the next call.
 
         Args:
             is_token: (B, L) bool; the last of each row is a token.
-            new: how many of the last positions are read.
+            new: the number of last positions that are read.
             candidates: K.
             dtype: floating.
 
@@ -180,23 +188,23 @@ class StepMask:
             or length - self._length not in (0, 1)
         ):
             built = prefix_mask(is_token, 1, candidates, self._window, dtype)
-            buffer = built.new_empty(*built.shape[:3], _roomy(end))
+            buffer = built.new_empty(*built.shape[:3], _capacity(end))
             buffer[..., :end] = built
-            self._own = built[:1, :, :, length:].clone()
-            self._least = torch.finfo(dtype).min
+            self._candidate_columns = built[:1, :, :, length:].clone()
+            self._min = torch.finfo(dtype).min
         elif length > self._length:
             self._extend(buffer, length, end)
         self._buffer, self._length = buffer, length
         return buffer[:, :, 1 - new :, :end]
 
     def _extend(self, buffer: Tensor, length: int, end: int) -> None:
-        """Write the column of a new token, move those of the candidates on, and hide what leaves the window."""
+        """Write the column of a new token, shift those of the candidates, and hide what leaves the window."""
         buffer[:, :, :, length - 1] = 0
-        buffer[:, :, :, length:end] = self._own
+        buffer[:, :, :, length:end] = self._candidate_columns
         if self._window is not None and length >= self._window:
-            buffer[:, :, 1:, length - self._window] = self._least
+            buffer[:, :, 1:, length - self._window] = self._min
             if length > self._window:
-                buffer[:, :, 0, length - self._window - 1] = self._least
+                buffer[:, :, 0, length - self._window - 1] = self._min
 
 
 @dataclass(slots=True)
@@ -204,12 +212,12 @@ class KeptPrefixes:
     """Prefixes that have been read.
 
     Args:
-        ids: (B, L) integer, `PADDING` where there is some.
+        ids: (B, L) integer, `PADDING` on padding.
         masks: by kind of layer.
-        weights: what tells whether the weights are still those that read them.
+        weights: version of the weights that read them.
         cache: keys and values of the first `length` positions.
-        length: L, but fewer while the prefixes are being read.
-        state: (B, H) float32 at the last position, or None where it has not been computed.
+        length: L; smaller while the prefixes are being read.
+        state: (B, H) float32 at the last position, or None if it has not been computed.
     """
 
     ids: Tensor
@@ -219,58 +227,58 @@ class KeptPrefixes:
     length: int = 0
     state: Tensor | None = None
 
-    def go_on(self, ids: Tensor) -> bool:
-        """Become the beginning of other prefixes: as they are, with rows in another order, or cut.
+    def extend(self, ids: Tensor) -> bool:
+        """Continue with new prefixes: reuse the longest beginning that each of them shares with a known row.
 
         Args:
-            ids: (B', L') integer, `PADDING` where there is some.
+            ids: (B', L') integer, `PADDING` on padding.
 
         Returns:
-            Whether they share a beginning with what is kept; else this is of no more use.
+            Whether all of them share a beginning with known rows; if not, this object is of no further use.
         """
         known, self.ids = self.ids, ids
-        begins = ids[:, : self.length]
-        if begins.shape == known.shape and torch.equal(begins, known):
+        beginnings = ids[:, : self.length]
+        if beginnings.shape == known.shape and torch.equal(beginnings, known):
             return True
-        if begins.shape[1] == known.shape[1]:
-            rows, found = _rows_alike(known, begins)
+        if beginnings.shape[1] == known.shape[1]:
+            rows, found = _match_rows(known, beginnings)
             if bool(found.all()):
                 self._select(rows)
                 return True
-        rows, shared = _rows_sharing_most(known, ids)
+        rows, shared = _longest_shared_prefix(known, ids)
         if shared:
-            self.cut(shared)
+            self.truncate(shared)
             if len(rows) != len(known) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
                 self._select(rows)
         return shared > 0
 
-    def go_on_unseen(self, ids: Tensor, missing: Callable[[Tensor], None]) -> None:
-        """Become the beginning of other prefixes of at least this length, without knowing on the host that it is one.
+    def extend_without_sync(self, ids: Tensor, raise_if_unknown: Callable[[Tensor], None]) -> None:
+        """Continue with longer prefixes that are assumed to begin with known rows, without waiting for the comparison.
 
         Args:
             ids: (B', L') integer, L' ≥ L.
-            missing: told of a bool scalar that is True if it is not, for some row.
+            raise_if_unknown: called with a bool scalar that is True if some row does not begin with a known one.
         """
-        known, begins = self.ids, ids[:, : self.length]
+        known, beginnings = self.ids, ids[:, : self.length]
         if len(ids) == len(known) == 1:
-            found = (begins == known).all(dim=1)
+            found = (beginnings == known).all(dim=1)
         else:
-            rows, found = _rows_alike(known, begins)
+            rows, found = _match_rows(known, beginnings)
             self._select(rows)
         found = found & (ids[:, -1] != PADDING)
-        self.ids = torch.where(found[:, None], ids, _UNKNOWN)  # no later call shall go on from what was not found
-        missing(~found.all())
+        self.ids = torch.where(found[:, None], ids, _UNKNOWN)  # no later call may continue a row that was not found
+        raise_if_unknown(~found.all())
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` positions only."""
+    def truncate(self, length: int) -> None:
+        """Drop everything after the first `length` positions."""
         if length < self.length:
-            self.cache.keep(length)
+            self.cache.set_length(length)
             for mask in self.masks.values():
-                mask.forget()
+                mask.reset()
             self.length, self.state = length, None
 
     def _select(self, rows: Tensor) -> None:
-        """Let every row i be what row rows[i] is now."""
+        """Replace every row i by row rows[i]."""
         self.cache.select(rows)
         for mask in self.masks.values():
             mask.select(rows)
@@ -279,25 +287,29 @@ class KeptPrefixes:
 
 
 @functools.lru_cache(maxsize=4)
-def _factors(length: int, device: torch.device) -> Tensor:
-    """Give a number for each position."""
+def _multipliers(length: int, device: torch.device) -> Tensor:
+    """Return the hash multiplier of each position."""
     return position_multipliers(torch.arange(length, device=device))
 
 
-def _rows_alike(known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _match_rows(known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Find the row of `known` (R, L) that each row of `wanted` (B, L) equals: its index (B,), and whether it does (B,).
 
-    Rows are looked up by keys, so that not every two of them have to be compared.
+    Rows are looked up by hash, so that only one pair per row has to be compared.
     """
     length = known.shape[1]
-    factors = _factors(_roomy(length), known.device)[:length]
-    wanted_keys, known_keys = [((rows + 3) * factors).sum(dim=1) for rows in (wanted, known)]
+    multipliers = _multipliers(_capacity(length), known.device)[:length]
+    wanted_keys, known_keys = [((rows + 3) * multipliers).sum(dim=1) for rows in (wanted, known)]
     rows = (wanted_keys[:, None] == known_keys).int().argmax(dim=1)
     return rows, (known.index_select(0, rows) == wanted).all(dim=1)
 
 
-def _rows_sharing_most(known: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
-    """Find the row of `known` (R, L) that each of `wanted` (B, L') begins like: its index (B,), and how far all do."""
+def _longest_shared_prefix(known: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
+    """Find the row of `known` (R, L) with the longest common prefix for each row of `wanted` (B, L').
+
+    Returns:
+        Its index (B,), and the length of the shortest of these prefixes.
+    """
     length = min(known.shape[1], wanted.shape[1])
     rows, shared = [], []
     for row in wanted[:, :length]:
@@ -308,18 +320,18 @@ def _rows_sharing_most(known: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
     return torch.stack(rows), int(torch.stack(shared).min())
 
 
-def _roomy(length: int) -> int:
-    """Round a length up, with a quarter more, so that few steps have to grow a buffer."""
-    return -(-(length + length // 4) // _CHUNK) * _CHUNK
+def _capacity(length: int) -> int:
+    """Return the size of a buffer for a length: a quarter more, rounded up, so that few steps have to grow it."""
+    return -(-(length + length // 4) // _GRANULARITY) * _GRANULARITY
 
 
-def _grown(buffer: Tensor, length: int, end: int) -> Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], _roomy(end), buffer.shape[3])
+def _grow(buffer: Tensor, length: int, end: int) -> Tensor:
+    grown = buffer.new_empty(*buffer.shape[:2], _capacity(end), buffer.shape[3])
     grown[:, :, :length] = buffer[:, :, :length]
     return grown
 
 
-def _selected(buffer: Tensor, rows: Tensor, length: int) -> Tensor:
+def _select_rows(buffer: Tensor, rows: Tensor, length: int) -> Tensor:
     selected = buffer.new_empty(len(rows), *buffer.shape[1:])
     torch.index_select(buffer[:, :, :length], 0, rows, out=selected[:, :, :length])
     return selected

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 from mavis.errors import PolicyError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from mavis.policies.protocol import CausalLM
 
 
 def path() -> Path:
-    """Return the folder of the embedded policy, in the Hugging Face layout."""
+    """Return the folder of the embedded policy, in the Hugging Face layout.
+
+    Examples:
+        >>> import mavis
+        >>> (mavis.embedded.path() / "model.safetensors").is_file()
+        True
+    """
     return Path(__file__).resolve().parent
 
 
@@ -20,18 +28,31 @@ def critic_path() -> Path:
     """Return the folder of the critic that ships with the embedded policy, for `Critic.from_pretrained`.
 
     Its objectives are `positive` (VADER sentiment) and `dialogue` (share of characters inside quotation marks).
+
+    Examples:
+        >>> import mavis
+        >>> mavis.Critic.from_pretrained(mavis.embedded.critic_path()).objectives
+        ('positive', 'dialogue')
     """
     return path() / "critic"
 
 
-def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the embedded policy, from the package's own files only.
+def load() -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Load the embedded policy from the files of the package.
 
     Returns:
-        The policy (fp32, eval mode, frozen) and its tokenizer, which pads on the left and puts `<s>` first.
+        The policy (float32, evaluation mode, frozen) and its tokenizer, which pads on the left and puts `<s>` first.
 
     Raises:
-        PolicyError: the weights are not in this copy of the package.
+        PolicyError: if the weights are not in this copy of the package.
+
+    Examples:
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+        >>> output = policy.generate(**inputs, do_sample=False, max_new_tokens=6)
+        >>> tokenizer.decode(output[0], skip_special_tokens=True)
+        'Once upon a time, there was a little girl'
     """
     if not (path() / "model.safetensors").is_file():
         raise PolicyError(
@@ -43,7 +64,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would flash up for a fraction of a second
+    logging.disable_progress_bar()  # loading takes a fraction of a second
     policy = AutoModelForCausalLM.from_pretrained(
         path(), dtype=torch.float32, local_files_only=True, use_safetensors=True
     )

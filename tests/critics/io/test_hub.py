@@ -82,7 +82,8 @@ print(branch.about["policy"])
 
 
 def test_the_calls_of_the_guide_work(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "guides" / "hub.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    guide = (ROOT / "docs" / "guides" / "hub.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL)
     (calls,) = [block for block in blocks if "push_to_hub" in block]
     make_tiny_critic().save_pretrained(tmp_path / "critic")
     ask(f'critic = mavis.Critic.from_pretrained("critic")\n{calls}\nassert critic.objectives == ("good", "brevity")')

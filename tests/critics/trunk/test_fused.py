@@ -78,10 +78,10 @@ def inputs(at: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 CLOSE = {"rtol": 0, "atol": 2e-5}  # norms and angles are in single precision in the trunk's own
-Forward = Callable[[Tensor, dict[str, Tensor], Tensor, Any, int], Tensor]
+ForwardPass = Callable[[Tensor, dict[str, Tensor], Tensor, Any, int], Tensor]
 
 
-def own(trunk: Any) -> Forward:
+def own(trunk: Any) -> ForwardPass:
     """The trunk's own forward pass."""
     return lambda ids, masks, positions, cache, end: trunk(
         input_ids=ids, attention_mask=masks.get("", masks), position_ids=positions, past_key_values=cache
@@ -89,7 +89,7 @@ def own(trunk: Any) -> Forward:
 
 
 @torch.no_grad()
-def states(trunk: Any, forward: Forward, at: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def states(trunk: Any, forward: ForwardPass, at: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Read a beginning, then a token, then the rest together with candidates, from some position on."""
     ids, is_token, positions = inputs(at)
     cache, read = PrefixCache(), []
@@ -98,7 +98,7 @@ def states(trunk: Any, forward: Forward, at: int = 0, dtype: torch.dtype = torch
         last = end + candidates
         masks = masks_of(trunk, is_token[:, :end], end - start, candidates, dtype)
         read.append(forward(ids[:, start:last], masks, positions[:, start:last], cache, at + LENGTH + 1))
-        cache.keep(end)
+        cache.set_length(end)
     return torch.cat(read, dim=1)
 
 
@@ -108,7 +108,7 @@ def test_its_states_are_those_of_the_trunks_own_forward_pass(name: str) -> None:
     before = {name: (weight, weight.detach().clone(), weight.stride()) for name, weight in trunk.named_parameters()}
     expected = states(trunk, own(trunk))
     assert float(expected.std()) > 0.1
-    assert FusedTrunk.understands(trunk)
+    assert FusedTrunk.supports(trunk)
     torch.testing.assert_close(states(trunk, FusedTrunk(trunk)), expected, **CLOSE)
     for weight, (same, values, stride) in zip(trunk.parameters(), before.values(), strict=True):
         assert weight is same
@@ -161,7 +161,7 @@ def test_lower_precision_costs_it_no_more_than_it_costs_the_trunk(dtype: torch.d
     exact = states(build("Qwen3"), own(build("Qwen3")))
     trunk = build("Qwen3").to(dtype)
 
-    def error(forward: Forward) -> float:
+    def error(forward: ForwardPass) -> float:
         return float((states(trunk, forward, dtype=dtype) - exact).square().mean())
 
     assert error(FusedTrunk(trunk)) < 2 * error(own(trunk))
@@ -222,9 +222,9 @@ def with_an_adapter(trunk: Any) -> None:
 )  # fmt: skip
 def test_it_does_not_understand_what_has_been_changed(change: Callable[[Any], Any]) -> None:
     trunk = build("Llama")
-    assert FusedTrunk.understands(trunk)
+    assert FusedTrunk.supports(trunk)
     change(trunk)
-    assert not FusedTrunk.understands(trunk)
+    assert not FusedTrunk.supports(trunk)
 
 
 class LlamaModel(transformers.LlamaModel):
@@ -242,13 +242,13 @@ STRANGERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_it_does_not_understand_other_architectures(name: str) -> None:
-    assert not FusedTrunk.understands(STRANGERS[name]())
+    assert not FusedTrunk.supports(STRANGERS[name]())
 
 
 def test_it_does_not_copy_large_trunks() -> None:
     config = build("Llama").config
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 4096, 11
     with torch.device("meta"):
-        assert not FusedTrunk.understands(transformers.LlamaModel(config))
+        assert not FusedTrunk.supports(transformers.LlamaModel(config))
         config.num_hidden_layers = 10
-        assert FusedTrunk.understands(transformers.LlamaModel(config))
+        assert FusedTrunk.supports(transformers.LlamaModel(config))

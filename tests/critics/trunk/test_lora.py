@@ -85,7 +85,7 @@ def test_every_linear_layer_of_the_trunk_has_an_adapter_and_nothing_else_of_it_i
 def test_new_adapters_change_nothing(policy: Any, readout: Any) -> None:
     critics = [ValueModelCritic.for_policy(policy, ["a"], readout=readout, lora_rank=rank) for rank in (0, 3)]
     is_token, no_states = MASK.bool(), torch.zeros(2, 2, 0)
-    whole, new = (critic.inputs_of_rollouts(PROMPTS, is_token, no_states) for critic in critics)
+    whole, new = (critic.rollout_inputs(PROMPTS, is_token, no_states) for critic in critics)
     assert torch.equal(whole, new)
 
 
@@ -114,8 +114,8 @@ def test_values_step_by_step_are_those_of_whole_prefixes(policy: Any, readout: A
             prefix = ids[row, : 4 + step][MASK[row].argmax() :]
             whole = torch.cat([prefix.expand(20, -1), every[:, None]], dim=1)
             with torch.no_grad():
-                inputs = critic.inputs_of_rollouts(whole, torch.ones_like(whole) > 0, torch.zeros(20, 1, 0))[:, 0]
-                expected = critic.values_of_inputs(inputs, every[:, None])[:, 0]
+                inputs = critic.rollout_inputs(whole, torch.ones_like(whole) > 0, torch.zeros(20, 1, 0))[:, 0]
+                expected = critic.values_from_inputs(inputs, every[:, None])[:, 0]
             torch.testing.assert_close(values[row, step], expected, rtol=1e-4, atol=1e-5)
     plain = adapted(policy, readout=readout, lora_rank=0)
     assert not torch.allclose(generated(policy, plain)[1], values, atol=1e-2)

@@ -200,12 +200,12 @@ def exact_logprobs(
         return torch.log_softmax(logits / temperature, -1)
     if isinstance(critic, ValueModelCritic):
         ids = torch.tensor([[*prompt, *response]])
-        inputs = critic.inputs_of_rollouts(ids, torch.ones_like(ids, dtype=torch.bool), states[..., :0])[0]
+        inputs = critic.rollout_inputs(ids, torch.ones_like(ids, dtype=torch.bool), states[..., :0])[0]
     else:
-        inputs = critic.inputs_of_responses(states)[0]
+        inputs = critic.response_inputs(states)[0]
     values, ids = top_candidates(logits, tilt.top_k) if tilt.top_k else (logits, None)
     lam = tilt.lam.expand(len(inputs), -1)
-    logprobs = tilted_logprobs(values, critic.tilt_of_inputs(inputs, ids, lam), temperature)
+    logprobs = tilted_logprobs(values, critic.tilt_from_inputs(inputs, ids, lam), temperature)
     return torch.full_like(logits, -torch.inf).scatter_(1, ids, logprobs) if ids is not None else logprobs
 
 

@@ -1,0 +1,84 @@
+"""Loading a policy and its tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mavis.errors import PolicyError, first_sentence
+from mavis.policies import embedded
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from mavis.policies.protocol import CausalLM
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device` that let transformers spread a policy over several accelerators."""
+
+
+def load_policy(
+    path: str | os.PathLike[str] | None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer, ready for tilted generation.
+
+    A tokenizer without a padding token pads with its end token. Weights are read from safetensors only.
+
+    Args:
+        path: a folder or a model id on the hub; None for the embedded policy, which takes no other option.
+        dtype: a dtype or its name; `auto` for that of the checkpoint.
+        device: where the policy goes; one of `DEVICE_MAPS` spreads it over all accelerators, which needs accelerate.
+        revision: branch, tag or commit on the hub; None for `main`.
+        trust_remote_code: whether to run Python code that the checkpoint contains.
+
+    Returns:
+        The policy in evaluation mode, without gradients, and its tokenizer, which pads on the left.
+
+    Raises:
+        PolicyError: if there is no such model, its weights are not safetensors, or its tokenizer has neither a padding
+            nor an end token.
+
+    Examples:
+        >>> from mavis.policies import embedded, load_policy
+        >>> policy, tokenizer = load_policy(embedded.path(), dtype="float32")
+        >>> type(policy).__name__, tokenizer.padding_side
+        ('LlamaForCausalLM', 'left')
+    """
+    if path is None:
+        return embedded.load()
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given = os.fspath(path)
+    folder = Path(given).expanduser()
+    if not folder.exists() and (folder.is_absolute() or given.startswith((".", "~"))):
+        raise PolicyError(f"policy.path is {given!r}, which does not exist.", "name a folder or a model id.")
+    source = str(folder) if folder.exists() else given
+    spread = str(device) in DEVICE_MAPS
+    shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        policy: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **({"device_map": device} if spread else {}), **shared
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PolicyError(
+            f"policy.path is {given!r}, which cannot be loaded: {first_sentence(error)}.",
+            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise PolicyError(
+                f"the tokenizer of {given!r} has neither padding nor an end token.", "give it a pad token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    policy = policy if spread else policy.to(device)
+    return policy.eval().requires_grad_(False), tokenizer
