@@ -161,6 +161,6 @@ def test_a_folder_without_a_plain_adapter_is_refused(build: Build, adapt: Adapt,
     save_file(weights, folder / "adapter_model.safetensors")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
-        MissingPackageError, match="an adapter needs peft, which is not installed. Hint: pip install 'mavis"
+        MissingPackageError, match="an adapter needs peft, which is not installed. Hint: pip install 'mavis-decoding"
     ):
         AlignmentVector.between(base, folder)

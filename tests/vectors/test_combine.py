@@ -160,7 +160,7 @@ def test_without_peft_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft.utils.merge_utils", None)
     with pytest.raises(
-        MissingPackageError, match="method 'ties' needs peft, which is not installed. Hint: pip install 'mavis"
+        MissingPackageError, match="method 'ties' needs peft, which is not installed. Hint: pip install 'mavis-decoding"
     ):
         combine(three, {"x": 1}, "ties", 0.5)
     assert combine(three, {"x": 1}).tensors
