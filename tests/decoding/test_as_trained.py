@@ -83,7 +83,8 @@ def test_critics_of_a_group_agree_or_the_user_says(llama: Any, make_critic: Make
     one.decoding = TRAINED
     assert mavis.MavisTilt([1.0, 0.5], [one, two], beta=2.0).top_k == 7  # the other one does not say
     two.decoding = TrainedDecoding(top_k=9, temperature=0.6)
-    with pytest.raises(DecodingError, match=r"top_k is 'as_trained', but .* different ones: 7, 9\. Hint: pass top_k"):
+    wrong = r"top_k is 'as_trained', but the critics were trained with 7 and 9\. Hint: pass top_k"
+    with pytest.raises(DecodingError, match=wrong):
         mavis.MavisTilt([1.0, 0.5], CriticGroup([one, two]), beta=2.0)
     assert mavis.MavisTilt([1.0, 0.5], [one, two], beta=2.0, top_k=3).temperature == 0.6
 
@@ -98,7 +99,7 @@ def test_a_folder_remembers(llama: Any, make_critic: MakeCritic, tmp_path: Path)
 
 @pytest.mark.parametrize("wrong", ["as trained", "trained", ""])
 def test_other_words_are_refused(llama: Any, make_critic: MakeCritic, wrong: str) -> None:
-    with pytest.raises(DecodingError, match=f"top_k is '{wrong}', expected a whole number ≥ 1, None or 'as_trained'"):
+    with pytest.raises(DecodingError, match=f"top_k is '{wrong}', expected a whole number ≥ 1.*None .* 'as_trained'"):
         mavis.MavisTilt([1.0, 0.5], make_critic(llama), beta=2.0, top_k=wrong)  # type: ignore[arg-type]
-    with pytest.raises(DecodingError, match=f"temperature is '{wrong}', expected a number > 0 or 'as_trained'"):
+    with pytest.raises(DecodingError, match=f"temperature is '{wrong}', expected a finite number > 0.* 'as_trained'"):
         mavis.MavisTilt([1.0, 0.5], make_critic(llama), beta=2.0, temperature=wrong)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def test_a_group_is_attached_whole_or_not_at_all(llama: Any, policy: Any, four: 
         assert group.attached_policy is llama
     assert group.attached_policy is None
     four[2].attach(llama)
-    with pytest.raises(CriticError, match="attached to a policy already"):
+    with pytest.raises(CriticError, match="already attached to a policy"):
         group.attach(llama)
     assert [critic.attached_policy for critic in four] == [None, None, llama, None]
     group.detach()

@@ -195,7 +195,7 @@ def test_inputs_that_no_response_could_follow_are_refused(llama: Any, make_criti
     with pytest.raises(DecodingError, match=r"padded on the right.*padding_side='left'"):
         mavis.generate(llama, right, **steer)
     for text in ("Once upon a time", ["Once", "upon"]):
-        with pytest.raises(DecodingError, match=rf"inputs is a {type(text).__name__}, expected what the tokenizer"):
+        with pytest.raises(DecodingError, match=rf"inputs is a {type(text).__name__}, expected the tokenizer"):
             mavis.generate(llama, text, **steer)
 
 
