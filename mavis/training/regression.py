@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup
-from mavis.errors import ConfigError, TrainingError, check_whole
+from mavis.errors import ConfigError, TrainingError, check_number, check_whole
 from mavis.training.accelerate_session import GRADIENT_NORM, accelerator, modifies_modules, trained_state
 from mavis.training.rollout_tensors import Rollouts, ShardedRollouts
 
@@ -48,18 +48,12 @@ class RegressionSettings:
 
     def __post_init__(self) -> None:
         check_whole(ConfigError, "the defaults are 6 and 32.", epochs=self.epochs, batch_size=self.batch_size)
-        for name in ("held_out", "learning_rate", "trunk_rate", "weight_decay"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{name} is {value!r}, expected a number.", "e.g. learning_rate=3e-3.")
+        check_number(ConfigError, "the default is 0.1.", held_out=self.held_out)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is {self.held_out}, expected 0 < held_out < 1.", "the default is 0.1.")
-        rates = self.learning_rate, self.trunk_rate
-        if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate}, trunk_rate {self.trunk_rate} and weight_decay "
-                f"{self.weight_decay}; expected > 0, > 0 and ≥ 0.",
-                "the defaults are 3e-3, 0.1 and 1e-2.",
-            )
+        rates = {"learning_rate": self.learning_rate, "trunk_rate": self.trunk_rate}
+        check_number(ConfigError, "the defaults are 3e-3 and 0.1.", low=0, strict=True, **rates)
+        check_number(ConfigError, "the default is 1e-2.", low=0, weight_decay=self.weight_decay)
 
 
 def fit_regression(

@@ -81,12 +81,12 @@ def test_two_runs_of_a_sweep_are_at_work_at_the_same_time(tiny: list[str], tmp_p
 def test_a_run_that_fails_fails_alone_and_is_reported(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
     ran = mavis("train", "-m", *small, "beta=-1,2,4", "output=sweep")
     assert ran.code == 1
-    assert "mavis: iterations is 1, rollouts 32, beta -1; expected" in ran.err
+    assert "mavis: beta is -1, expected a finite number > 0" in ran.err
     assert "Traceback" not in ran.err
     for beta in (2, 4):
         assert (tmp_path / "sweep" / f"beta={beta}" / "critic" / "config.json").is_file()
     error = json.loads((tmp_path / "sweep" / "beta=-1" / "error.json").read_text())["error"]
-    assert error.startswith("iterations is 1")
+    assert error.startswith("beta is -1")
 
     told = mavis("report", "sweep")
     assert told.code == 0, told.err

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mavis.errors import ConfigError, check_whole, closest
+from mavis.errors import ConfigError, check_number, check_whole, closest
 from mavis.rollouts.sampling import RolloutSettings
 
 METHODS = ("rloo", "grpo")
@@ -78,12 +77,8 @@ class AlignSettings:
             if name == "micro_rows" and value is None:
                 continue
             check_whole(ConfigError, f"e.g. {name}={max(bound, 2)}.", bound, **{name: value})
-        for name in ("learning_rate", "beta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}, expected a number > 0.",
-                    "beta is the inverse of the β of RLHF; a larger one moves further from the reference policy.",
-                )
+        hint = "beta is the inverse of the β of RLHF; a larger one moves further from the reference policy."
+        check_number(ConfigError, hint, low=0, strict=True, learning_rate=self.learning_rate, beta=self.beta)
         rows = self.batch_size * self.samples
         if self.micro_rows is not None and rows % self.micro_rows:
             raise ConfigError(

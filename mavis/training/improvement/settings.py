@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from mavis.critics.base import Composition
-from mavis.errors import ConfigError
+from mavis.errors import ConfigError, check_number, check_whole
 from mavis.rollouts.sampling import RolloutSettings
 from mavis.training.improvement.fit import FitSettings
 
@@ -61,20 +61,14 @@ class ImprovementSettings:
     fit: FitSettings = field(default_factory=FitSettings)
 
     def __post_init__(self) -> None:
-        whole = {name: getattr(self, name) for name in ("iterations", "rollouts", "calibration_samples")}
-        for name, value in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"{name} is {value!r}, expected a whole number.", f"e.g. {name}=64.")
-        if self.iterations < 1 or self.rollouts < 4 or not 0 < self.beta < math.inf:
-            raise ConfigError(
-                f"iterations is {self.iterations}, rollouts {self.rollouts}, beta {self.beta}; expected ≥ 1, "
-                "≥ 4 and > 0.",
-                "3 iterations of 8192 rollouts at beta 4 are a good start.",
-            )
-        if not 0 < self.later_rate < math.inf:
-            raise ConfigError(f"later_rate is {self.later_rate}, expected > 0.", "the default is 0.3.")
-        if self.zeta is not None and not 0 <= self.zeta < math.inf:
-            raise ConfigError(f"zeta is {self.zeta}, expected ≥ 0.", "the default is 1/beta.")
+        hint = "3 iterations of 8192 rollouts at beta 4 are a good start."
+        check_whole(ConfigError, hint, iterations=self.iterations)
+        check_whole(ConfigError, hint, 4, rollouts=self.rollouts)
+        check_number(ConfigError, hint, low=0, strict=True, beta=self.beta)
+        check_whole(ConfigError, "0 skips the calibration.", 0, calibration_samples=self.calibration_samples)
+        check_number(ConfigError, "the default is 0.3.", low=0, strict=True, later_rate=self.later_rate)
+        if self.zeta is not None:
+            check_number(ConfigError, "the default is 1/beta.", low=0, zeta=self.zeta)
         if self.reuse and self.fit.target == "monte_carlo":
             raise ConfigError(
                 "reuse is True, but plain Monte Carlo returns are valid only for the policy that sampled them.",
@@ -92,10 +86,6 @@ class ImprovementSettings:
             raise ConfigError(
                 f"min_beta is {least} and max_beta {most}; expected 0 < min_beta ≤ max_beta.",
                 "the defaults are β/6 and 8β/3.",
-            )
-        if self.calibration_samples < 0:
-            raise ConfigError(
-                f"calibration_samples is {self.calibration_samples}, expected ≥ 0.", "0 skips the calibration."
             )
 
     @property

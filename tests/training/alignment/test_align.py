@@ -360,7 +360,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
         ({"samples": 1}, "samples is 1, expected a whole number ≥ 2"),
         ({"batch_size": 2.0}, "batch_size is 2.0, expected a whole number ≥ 1"),
         ({"micro_rows": 5}, "micro_rows is 5, which does not divide batch_size × samples = 32"),
-        ({"beta": 0.0}, "beta is 0.0, expected a number > 0"),
+        ({"beta": 0.0}, "beta is 0.0, expected a finite number > 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -281,7 +281,7 @@ def test_normalisation_is_left_alone() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
