@@ -50,7 +50,7 @@ stories260K, trained on all of TinyStories, may have seen the held-out stories t
 - Sampled stories: text sampled at temperature {temperature:g} from stories260K (Karpathy's llama2.c, `tinyllamas`;
   converted from icppWorld/icpp_llm at 6c9bf2ee), itself trained on TinyStories. That repository's licence is
   MIT; a licence of the weights themselves is not stated there.
-- The code and the weights of this folder come under the package's licence, as far as the above allows.
+- The code and the weights of this folder come under the package's licence, subject to the above.
 
 ## Recipe
 
@@ -58,8 +58,8 @@ stories260K, trained on all of TinyStories, may have seen the held-out stories t
 byte-level BPE trained on the real stories; {real_tokens:,} real and {sampled_tokens:,} sampled tokens, packed into
 rows of {length} tokens; {steps:,} steps of {step_tokens:,} tokens, {real_rows_share:.0%} of them real, which makes
 {real_epochs:.1f} epochs of the real stories and {sampled_epochs:.1f} of the sampled ones; Muon on the matrices and
-AdamW on the rest, bf16 autocast over fp32 weights, a level rate that falls to zero over the last {decay:.0%}.
-It took {minutes:.0f} minutes on one core of a shared {cpu} machine, after about
+AdamW on the rest, bf16 autocast over fp32 weights, a constant learning rate that decays to zero over the
+last {decay:.0%}. It took {minutes:.0f} minutes on one core of a shared {cpu} machine, after about
 {sample_minutes:.0f} core-minutes of sampling.
 
 ## Samples

@@ -1,4 +1,4 @@
-"""What do alignment vectors do: by coefficient, two at once, combined with a tilt, and on a model trained further?
+"""What do alignment vectors do: by coefficient, in pairs, combined with a tilt, and on a model trained further?
 
     python benchmarks/bench_vectors.py
 

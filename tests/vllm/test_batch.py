@@ -115,11 +115,11 @@ def test_many_candidates_of_one_row_are_not_gathered_for_the_others(
 ) -> None:
     """A (B, K, r) tensor with K near V is gigabytes on a real vocabulary: one request could end the engine."""
     monkeypatch.setattr("mavis.vllm.batch._MAX_GATHERED", 20)
-    critic, asked = make_critic(tiny_policy), []
+    critic, calls = make_critic(tiny_policy), []
     tilt_from_inputs = critic.tilt_from_inputs
 
     def spy(inputs: Tensor, ids: Tensor | None, lam: Tensor) -> Tensor:
-        asked.append((len(inputs), None if ids is None else ids.shape[1]))
+        calls.append((len(inputs), None if ids is None else ids.shape[1]))
         return tilt_from_inputs(inputs, ids, lam)
 
     monkeypatch.setattr(critic, "tilt_from_inputs", spy)
@@ -130,7 +130,7 @@ def test_many_candidates_of_one_row_are_not_gathered_for_the_others(
     ]
     batch.update(3, [], rows, [])
     tilted = batch.apply(torch.randn(3, VOCABULARY), torch.randn(3, HIDDEN))
-    assert asked == [(2, 8), (1, None)]
+    assert calls == [(2, 8), (1, None)]
     assert tilted.isfinite().sum(dim=1).tolist() == [5, VOCABULARY - 1, 8]
 
 
@@ -199,43 +199,43 @@ def simulate(critic: Any, seed: int, check: Callable[[Request, Tensor, Tensor], 
         )
 
     waiting = [new(number) for number in range(24)]
-    places: list[Request | None] = []
+    slots: list[Request | None] = []
     batch, returned, discarded = TiltedBatch(critic, capacity=(5, 20)), 0, 0
-    while waiting or any(places):
+    while waiting or any(slots):
         batch.advance()
         left, added, moved = [], [], []
-        for at, one in enumerate(places):
+        for at, one in enumerate(slots):
             if one and (len(one.drawn) == len(one.states) or dice.random() < 0.15):
-                places[at] = None
+                slots[at] = None
                 left.append(at)
                 if len(one.drawn) < len(one.states):  # preempted: it will recompute what it had read
                     one.prefill_steps = dice.randint(0, 2)
                     waiting.insert(dice.randint(0, len(waiting)), one)
         removed = sorted(left)
-        while waiting and sum(one is not None for one in places) < 5 and dice.random() < 0.8:
+        while waiting and sum(one is not None for one in slots) < 5 and dice.random() < 0.8:
             one = waiting.pop(0)
             returned += bool(one.drawn)
-            at = removed.pop(0) if removed else len(places)
-            places[at : at + 1] = [one]
+            at = removed.pop(0) if removed else len(slots)
+            slots[at : at + 1] = [one]
             added.append((at, one.row))
-        while removed and removed[0] < len(places) - 1:
-            if places[-1] is None:
-                removed.remove(len(places) - 1)
-                places.pop()
+        while removed and removed[0] < len(slots) - 1:
+            if slots[-1] is None:
+                removed.remove(len(slots) - 1)
+                slots.pop()
                 continue
             at = removed.pop(0)
-            moved.append((len(places) - 1, at, False))
-            places[at] = places.pop()
-        places = [one for one in places if one is not None]
-        if len(places) > 1 and dice.random() < 0.3:
-            one, two = dice.sample(range(len(places)), 2)
+            moved.append((len(slots) - 1, at, False))
+            slots[at] = slots.pop()
+        slots = [one for one in slots if one is not None]
+        if len(slots) > 1 and dice.random() < 0.3:
+            one, two = dice.sample(range(len(slots)), 2)
             moved.append((one, two, True))
-            places[one], places[two] = places[two], places[one]
+            slots[one], slots[two] = slots[two], slots[one]
         if left or added or moved:
-            batch.update(len(places), [at for at in left if at >= len(places)], added, moved)
-        if not places:
+            batch.update(len(slots), [at for at in left if at >= len(slots)], added, moved)
+        if not slots:
             continue
-        running = [one for one in places if one is not None]
+        running = [one for one in slots if one is not None]
         noise = torch.randn(len(running), HIDDEN, generator=generator)
         states = torch.stack(
             [z if one.prefill_steps else one.states[len(one.drawn)] for one, z in zip(running, noise, strict=True)]

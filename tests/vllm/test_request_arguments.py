@@ -174,8 +174,8 @@ def test_the_description_of_a_critic_is_enough_to_parse_a_request(
     critic.max_trained_lambda.fill_(9.0)
     critic.save_pretrained(tmp_path / "critic")
     description = Critic.describe(tmp_path / "critic")
-    asked = {"mavis_weights": "good=0.5,brevity=0.5", "mavis_target_kl": 1.0, "mavis_top_k": 5}
-    one, other = parse_tilt(asked, 0.5, description), parse_tilt(asked, 0.5, critic)
+    arguments = {"mavis_weights": "good=0.5,brevity=0.5", "mavis_target_kl": 1.0, "mavis_top_k": 5}
+    one, other = parse_tilt(arguments, 0.5, description), parse_tilt(arguments, 0.5, critic)
     assert one is not None
     assert other is not None
     assert torch.equal(one.lam, other.lam)

@@ -67,13 +67,13 @@ def test_tilted_rows_are_drawn_from_their_own_distribution_with_its_kl(
     rows = rows_of(collect(*story, OBJECTIVES, tilted_plan(64), tmp_path, SETTINGS, critic=critic, sampler=sampler))
     ranks, plain_ranks = [], []
     for row in rows:
-        asked = {"mavis_weights": row["weights"], "mavis_beta": 1.5, "mavis_top_k": 12}
+        arguments = {"mavis_weights": row["weights"], "mavis_beta": 1.5, "mavis_top_k": 12}
         known = story[0], critic, row["prompt_ids"], row["response_ids"]
         plain = exact_logprobs(*known, None, 1.25).double()
         if not any(row["weights"]):
             assert row["kl"] == [0.0] * len(row["response_ids"])
             continue
-        logprobs = exact_logprobs(*known, asked, 1.25).double()
+        logprobs = exact_logprobs(*known, arguments, 1.25).double()
         assert row["kl"] == pytest.approx(kl_of(logprobs, plain), abs=1e-4)
         for step, token in enumerate(row["response_ids"]):
             shift = logprobs[step] - plain[step]
@@ -153,8 +153,8 @@ def test_trained_critics_and_unsaved_policies_reach_the_engine(story: tuple[Any,
             folder = tmp_path / str(sign)
             shards = collect(policy, story[1], OBJECTIVES, plan, folder, settings, critic=critic, sampler=sampler)
             rows = rows_of(shards)
-            asked = {"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0, "mavis_top_k": 0}
-            [logprobs] = exact_logprobs(policy, critic, rows[0]["prompt_ids"], rows[0]["response_ids"], asked, 1.0)
+            arguments = {"mavis_weights": [1.0, 0.0], "mavis_beta": 1.0, "mavis_top_k": 0}
+            [logprobs] = exact_logprobs(policy, critic, rows[0]["prompt_ids"], rows[0]["response_ids"], arguments, 1.0)
             assert float(logprobs.max()) > -1e-6
             drawn.append({row["response_ids"][0] for row in rows})
             assert drawn[-1] == {int(logprobs.argmax())}

@@ -1,4 +1,4 @@
-"""`make serve` and the client of the guide: many clients at once, each with its own weights."""
+"""`make serve` and the client of the guide: concurrent clients, each with its own weights."""
 
 from __future__ import annotations
 
