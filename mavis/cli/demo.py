@@ -82,7 +82,7 @@ def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Criti
 
 def _strength(config: Any, critic: Critic) -> dict[str, Any]:
     """Choose the target KL that the demo shows, or less if the critic's calibration does not reach it."""
-    reach = critic.calibration.reach() if critic.calibration is not None else 0.0
+    reach = critic.calibration.max_kl() if critic.calibration is not None else 0.0
     target_kl = _TARGET_KL if reach >= _TARGET_KL else float(f"{0.99 * reach:.3g}")
     return {"beta": None, "target_kl": target_kl} if target_kl > 0 else {"beta": config.beta, "target_kl": None}
 

@@ -1,4 +1,4 @@
-"""Attaching a critic to the policy that it reads: for good, for a block, or found by the policy that is generating."""
+"""Attaching a critic to the policy whose hidden states it reads, and finding the critic of a policy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from mavis.errors import CriticError
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
-from mavis.policies.state_capture import StateCapture, captures_around, captures_on, generating_policy
+from mavis.policies.protocol import CausalLM
+from mavis.policies.state_capture import StateCapture, captures_on, generating_policy
 
-_borrowing = threading.Lock()
+_attach_lock = threading.Lock()
 
 
 class Attachable:
-    """What reads a policy's hidden states while it is attached to it.
+    """Reads a policy's hidden states while it is attached to it.
 
-    Whoever inherits it is a module and sets `fingerprint`.
+    A mixin for modules that set `fingerprint`.
     """
 
     fingerprint: Fingerprint
@@ -31,25 +32,25 @@ class Attachable:
     def __init__(self) -> None:
         super().__init__()
         self._capture: StateCapture | None = None
-        self._borrowers = 0
+        self._temporary_users = 0
 
-    def attach(self, policy: Any) -> Attachment:
-        """Make the critic read what `policy` computes from now on.
+    def attach(self, policy: CausalLM) -> Attachment:
+        """Read the hidden states of a policy from now on, by hooks on its forward pass.
 
         Args:
-            policy: the causal LM whose generation is to be steered; its weights are not touched.
+            policy: the causal LM to steer; its weights are not changed.
 
         Returns:
-            An attachment whose `detach()` removes every hook; as a context manager it detaches on leaving.
+            An attachment whose `detach()` removes the hooks; as a context manager, it detaches at the end of the block.
 
         Raises:
-            CriticError: if the policy has another hidden size or vocabulary, or the critic is attached elsewhere.
+            CriticError: if the policy has another hidden size or vocabulary, or the critic is already attached.
             PolicyError: if the policy has no output embedding.
         """
         if self._capture is not None:
             if self._capture.policy() is not None:
                 raise CriticError(
-                    "critic is attached to a policy already.",
+                    "critic is already attached to a policy.",
                     "call critic.detach() first; a critic serves one policy at a time.",
                 )
             self.detach()
@@ -59,49 +60,49 @@ class Attachable:
         return Attachment(partial(self._detach_capture, self._capture), partial(self._capture.raise_pending, wait=True))
 
     def detach(self) -> None:
-        """Stop reading; leaves no hook behind and is harmless when nothing is attached."""
+        """Remove the hooks; does nothing if the critic is not attached."""
         if self._capture is not None:
             self._capture.close()
             self._capture = None
 
-    def _detach_capture(self, captured: StateCapture) -> None:
-        """Detach, unless the critic has been attached anew since."""
-        if self._capture is captured:
+    def _detach_capture(self, capture: StateCapture) -> None:
+        """Detach, unless the critic was attached again since."""
+        if self._capture is capture:
             self.detach()
 
     @contextmanager
-    def attached_to(self, policy: Any) -> Iterator[None]:
-        """Be attached to a policy for the time of a block, whoever else in another thread is.
+    def attached_to(self, policy: CausalLM) -> Iterator[None]:
+        """Attach the critic to a policy for a block; blocks in several threads may overlap.
 
-        An attachment that is there already stays; one that is made here ends with the last block that needs it.
+        An attachment by `attach` stays. One that this method makes ends with the last of the overlapping blocks.
 
         Raises:
-            CriticError: if the critic is attached to another policy, or does not fit this one.
+            CriticError: if the critic is attached to another policy, or was made for a policy of another shape.
         """
-        with _borrowing:
+        with _attach_lock:
             if self.attached_policy is None:
                 self.attach(policy)
-                self._borrowers, borrowed = 1, True
+                self._temporary_users, temporary = 1, True
             elif self.attached_policy is policy:
-                borrowed = self._borrowers > 0
-                self._borrowers += borrowed
+                temporary = self._temporary_users > 0
+                self._temporary_users += temporary
             else:
                 raise CriticError(
-                    "critic is attached to another policy than the one that is to generate.",
+                    "critic is attached to another policy, not to the one that generates.",
                     "call critic.detach() first.",
                 )
         try:
             yield
             self.raise_pending()
         finally:
-            if borrowed:
-                with _borrowing:
-                    self._borrowers -= 1
-                    if self._borrowers == 0:
+            if temporary:
+                with _attach_lock:
+                    self._temporary_users -= 1
+                    if self._temporary_users == 0:
                         self.detach()
 
     def raise_pending(self) -> None:
-        """Raise if something that was wrong in this thread's generation has been found out since.
+        """Raise errors of this thread's generation that were found asynchronously.
 
         Raises:
             DecodingError: if rows could not be matched to the policy's forward passes.
@@ -111,7 +112,7 @@ class Attachable:
 
     @property
     def restarted(self) -> bool:
-        """Whether the latest forward pass in this thread began a new sequence after one that went on from a cache."""
+        """Whether this thread's latest forward pass started new sequences after one that continued from a cache."""
         return self._capture is not None and self._capture.restarted
 
     @property
@@ -119,27 +120,39 @@ class Attachable:
         """The policy this critic reads, or None."""
         return self._capture.policy() if self._capture is not None else None
 
-    def _on_attach(self, policy: Any) -> None:
-        """Move to where the policy's hidden states are."""
+    def _on_attach(self, policy: CausalLM) -> None:
+        """Move the critic to the device of the policy's hidden states."""
         self.to(states_device(policy))
 
     def _states(self, prefix_ids: Tensor) -> Tensor:
         if self._capture is None:
             raise CriticError(
-                "critic is attached to no policy, so there are no hidden states to read.",
+                "critic is not attached to a policy, so there are no hidden states to read.",
                 "call critic.attach(policy), or use mavis.generate, which attaches it for the call.",
             )
         return self._capture.states(prefix_ids)
 
 
 class Attachment:
-    """The tie between a critic and a policy; ends with `detach()` or the `with` block."""
+    """The attachment of a critic to a policy; ends with `detach()` or the `with` block.
+
+    Examples:
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
+        >>> attachment = critic.attach(policy)
+        >>> critic.attached_policy is policy
+        True
+        >>> attachment.detach()
+        >>> critic.attached_policy is None
+        True
+    """
 
     def __init__(self, detach: Callable[[], None], raise_pending: Callable[[], None]) -> None:
-        self._detach, self._settle = detach, raise_pending
+        self._detach, self._raise_pending = detach, raise_pending
 
     def detach(self) -> None:
-        """Remove the hooks, unless the critic has been attached anew since."""
+        """Remove the hooks, unless the critic was attached again since."""
         self._detach()
 
     def __enter__(self) -> Attachment:
@@ -150,13 +163,13 @@ class Attachment:
     ) -> None:
         try:
             if error is None:
-                self._settle()
+                self._raise_pending()
         finally:
             self.detach()
 
 
 def generating_critic() -> Any:
-    """Find the critic attached to the policy whose forward pass came last in this thread.
+    """Return the critic attached to the policy whose forward pass came last in this thread.
 
     Raises:
         CriticError: if there is none, or if several critics are attached to that policy.
@@ -164,13 +177,8 @@ def generating_critic() -> Any:
     return attached_critic(generating_policy())
 
 
-def attached_critics(policy: Any) -> list[Any]:
-    """List the critics that are attached to a policy, to what wraps it (PEFT, a compiler), or to what it wraps."""
-    return [capture.owner for capture in captures_around(policy)]
-
-
-def attached_critic(policy: Any | None) -> Any:
-    """Find the critic attached to a policy.
+def attached_critic(policy: CausalLM | None) -> Any:
+    """Return the critic attached to a policy.
 
     Raises:
         CriticError: if there is none, or if several are attached.
@@ -179,11 +187,11 @@ def attached_critic(policy: Any | None) -> Any:
     if not critics:
         raise CriticError(
             "critic is None, and no critic is attached to the policy that is generating in this thread.",
-            "attach one with critic.attach(policy), or name it: MavisTilt(weights, critic).",
+            "attach one with critic.attach(policy), or pass it: MavisTilt(weights, critic).",
         )
     if len(critics) > 1:
         raise CriticError(
             f"critic is None, and {len(critics)} critics are attached to the policy that is generating.",
-            "name the one to use: MavisTilt(weights, critic).",
+            "pass the one to use: MavisTilt(weights, critic).",
         )
     return critics[0]

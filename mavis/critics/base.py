@@ -1,4 +1,4 @@
-"""What every critic offers: objectives by name, a tilt over candidates, attachment to a policy."""
+"""The base class of critics: named objectives, a tilt over candidates, attachment to a policy, saving and loading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mavis.errors import CriticError, closest
 from mavis.policies.fingerprint import Fingerprint
 
 Composition = Literal["independent", "conditioned"]
-"""How objectives' values become a tilt: each of its own policy, or all of the policy that λ makes."""
+"""How the objectives' values become a tilt: each under its own policy, or all under the policy of λ."""
 
 
 class Critic(Attachable, nn.Module, ABC):
@@ -29,24 +29,48 @@ class Critic(Attachable, nn.Module, ABC):
 
     Args:
         objectives: M distinct names, in the order of every tensor's last dimension.
-        fingerprint: the policy this critic is for.
+        fingerprint: of the policy that the critic is for.
         composition: how the objectives' values become a tilt.
 
     Raises:
-        CriticError: if there is no objective, a name is empty or comes twice, or the composition is unknown.
+        CriticError: if there is no objective, a name is empty or repeated, or the composition is unknown.
+
+    Examples:
+        >>> import mavis, torch
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
+        >>> critic.objectives, critic.composition
+        (('positive', 'dialogue'), 'conditioned')
+
+        Attached to its policy, it computes the tilt of candidate tokens for λ = β·w; λ = 0 tilts nothing:
+
+        >>> prompts = ["Once upon a time", "Lily was"]
+        >>> inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        >>> candidate_ids = torch.tensor([[10, 20, 30], [10, 20, 30]])
+        >>> with critic.attach(policy), torch.no_grad():
+        ...     logits = policy(**inputs).logits
+        ...     tilt = critic.tilt(inputs["input_ids"], candidate_ids, torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> tilt.shape, tilt[1].tolist()
+        (torch.Size([2, 3]), [0.0, 0.0, 0.0])
+
+        A critic is saved as one folder, and can be uploaded with `push_to_hub`:
+
+        >>> critic.save_pretrained("critic")
+        >>> mavis.Critic.from_pretrained("critic").objectives
+        ('positive', 'dialogue')
     """
 
     kind: ClassVar[str]
-    """What a critic folder calls this class of critics."""
+    """The name of this class in `config.json` of a critic folder."""
     _kinds: ClassVar[dict[str, type[Critic]]] = {}
     can_skip_steps: bool = True
-    """Whether steps may be left out: what it needs of them it finds when it is next asked."""
+    """Whether `tilt` may be skipped at some steps, because the critic catches up at the next call."""
     reward_mean: Tensor
     reward_std: Tensor
     about: dict[str, Any]
-    """What its model card tells besides, plain data: `policy`, `data`, `training`, `efficiency`, as far as known."""
+    """Information for the model card, JSON-compatible: `policy`, `data`, `training` and `efficiency`, where known."""
     max_trained_lambda: Tensor
-    """The largest |λ| = Σ_m λ_m of the rollouts that a conditioned critic was trained on; 0 if not known."""
+    """The largest |λ| = Σ_m λ_m in the rollouts that a conditioned critic was trained on; 0 if unknown."""
 
     def __init__(
         self, objectives: Sequence[str], fingerprint: Fingerprint, composition: Composition = "independent"
@@ -55,12 +79,15 @@ class Critic(Attachable, nn.Module, ABC):
         names = [objectives] if isinstance(objectives, str) else list(objectives)
         if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
             raise CriticError(
-                f"objectives is {names}, expected at least one name and every name once.",
+                f"objectives is {names}, expected at least one name, each of them once.",
                 "pass e.g. objectives=['positive', 'dialogue'].",
             )
         self.objectives: tuple[str, ...] = tuple(names)
         if composition not in get_args(Composition):
-            raise CriticError(f"composition is {composition!r}.", closest(str(composition), get_args(Composition)))
+            raise CriticError(
+                f"composition is {composition!r}, expected {' or '.join(map(repr, get_args(Composition)))}.",
+                closest(str(composition), get_args(Composition)),
+            )
         self.composition: Composition = composition
         self.fingerprint = fingerprint
         self.calibration: Calibration | None = None
@@ -83,15 +110,15 @@ class Critic(Attachable, nn.Module, ABC):
             conditioned:  tilt(s, a) = Σ_m λ_m Q_m(s, a; λ) − K(s, a; λ)
 
         Args:
-            prefix_ids: (B, L) integer, the ids the logits processor is called with.
-            candidate_ids: (B, K) integer, or None for every token in order (K = V).
+            prefix_ids: (B, L) integer, the ids that the logits processor is called with.
+            candidate_ids: (B, K) integer, or None for all tokens in order (K = V).
             lam: (B, M) float32, λ = β·w.
 
         Returns:
             (B, K) float32, in nats.
 
         Raises:
-            CriticError: if the critic is attached to no policy.
+            CriticError: if the critic is not attached to a policy.
             DecodingError: if the rows cannot be matched to a forward pass.
         """
 
@@ -100,10 +127,10 @@ class Critic(Attachable, nn.Module, ABC):
         """Compute Q_m(s, a), the value behind the tilt, for every candidate and objective.
 
         Args:
-            prefix_ids: (B, L) integer, the ids the logits processor is called with.
-            candidate_ids: (B, K) integer, or None for every token in order (K = V).
-            lam: (B, M) float32, of the policy whose values are asked for, if the critic is conditioned; None is then
-                λ = 0, the reference policy, which lies a little outside what it was trained on.
+            prefix_ids: (B, L) integer, the ids that the logits processor is called with.
+            candidate_ids: (B, K) integer, or None for all tokens in order (K = V).
+            lam: (B, M) float32, the λ whose policy's values are wanted from a conditioned critic; None means λ = 0, the
+                reference policy, which is just outside the range that it was trained on.
 
         Returns:
             (B, K, M) float32, on the normalised reward scale.
@@ -118,13 +145,13 @@ class Critic(Attachable, nn.Module, ABC):
         return self.composition == "conditioned"
 
     def check_lambda_supported(self, lam: Tensor | None) -> None:
-        """Refuse to tell the values of a policy that the critic does not know.
+        """Check that the critic's values depend on λ, if one is given.
 
         Args:
-            lam: what `values` was given.
+            lam: the argument of `values`.
 
         Raises:
-            CriticError: if it is a λ and the critic is not conditioned.
+            CriticError: if it is not None and the critic is not conditioned.
         """
         if lam is not None and not self.conditioned:
             raise CriticError(
@@ -133,7 +160,7 @@ class Critic(Attachable, nn.Module, ABC):
             )
 
     def warn_outside_trained_range(self, lam: Tensor) -> None:
-        """Warn where a conditioned critic is asked for a λ that it was not trained on.
+        """Warn if a λ is outside the range that a conditioned critic was trained on.
 
         Args:
             lam: (R, M), λ = β·w.
@@ -146,17 +173,17 @@ class Critic(Attachable, nn.Module, ABC):
             row = [round(x, 4) for x in lam[outside][0].tolist()]
             warnings.warn(
                 f"lambda = beta · weights is {row}, but the critic was trained on lambda ≥ 0 with a sum of at most "
-                f"{most:g}; beyond that its values are guesses.",
+                f"{most:g}; beyond that its values are extrapolated.",
                 UserWarning,
                 stacklevel=4,
             )
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's own arguments as plain data, for the critic folder."""
+        """Return the arguments of the constructor as JSON-compatible data, for `config.json`."""
 
     def normalise(self, raw_rewards: Tensor) -> Tensor:
-        """Put raw rewards on the scale of the values.
+        """Convert raw rewards to the normalised scale.
 
             R = (raw − mean) / std
 
@@ -169,7 +196,7 @@ class Critic(Attachable, nn.Module, ABC):
         return (raw_rewards.double() - self.reward_mean.cpu()) / self.reward_std.cpu()
 
     def set_normalisation(self, raw_rewards: Tensor) -> None:
-        """Estimate mean and standard deviation from rewards of reference-policy rollouts.
+        """Set mean and standard deviation to those of rewards of reference-policy rollouts.
 
         Args:
             raw_rewards: (N, M), finite, N ≥ 2.
@@ -189,48 +216,50 @@ class Critic(Attachable, nn.Module, ABC):
         self.reward_std.copy_(std)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the critic as `config.json` and `model.safetensors` with a model card, whole or not at all.
+        """Write the critic to a folder: `config.json`, `model.safetensors` and a model card.
+
+        The folder is written completely or not at all.
 
         Args:
-            folder: where; an older critic there is replaced.
+            folder: the target; an existing critic is replaced.
 
         Raises:
-            CriticError: if `folder` holds something that is not a critic, or this kind of critic has no folder.
+            CriticError: if `folder` holds something other than a critic, or the critic is a `CriticGroup`.
         """
         save_critic(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """Read a critic folder; its `config.json` says which kind of critic it is.
+        """Load a critic from a folder or from the hub.
 
         Args:
-            folder: what `save_pretrained` wrote; or, as a string, the `owner/name` on the hub of what `push_to_hub`
-                uploaded, if there is no such folder here.
-            revision: branch, tag or commit on the hub; None is the default branch.
+            folder: a folder that `save_pretrained` wrote, or the `owner/name` of a hub repository that `push_to_hub`
+                uploaded, if there is no such local folder.
+            revision: branch, tag or commit on the hub; None for the default branch.
 
         Returns:
-            The critic on the CPU, in evaluation mode, attached to nothing.
+            The critic on the CPU, in evaluation mode, of the class that its `config.json` names.
 
         Raises:
-            CriticError: if the folder is missing here and on the hub, is no critic folder, holds a pickle where
-                safetensors belong, is corrupt or truncated, or holds another kind of critic than this class;
-                MissingPackageError if its trunk has adapters and peft is not installed.
+            CriticError: if the folder exists neither locally nor on the hub, is not a critic folder, has no weights in
+                safetensors, is corrupt or truncated, or holds a critic that is not of this class.
+            MissingPackageError: if its trunk has adapters and peft is not installed.
         """
         return cls._checked(load_critic(folder, cls._kinds, revision), folder)
 
     @classmethod
     def describe(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read what a critic folder says of its critic, and none of its weights.
+        """Load everything of a critic but the weights of its networks, to inspect it without the memory.
 
         Args:
-            folder: what `save_pretrained` wrote.
+            folder: a folder that `save_pretrained` wrote.
 
         Returns:
-            The critic on the meta device: objectives, fingerprint, calibration, normalisation and range are there, and
-            it can neither tilt nor be attached.
+            The critic on the meta device, with its objectives, fingerprint, calibration, normalisation and range of λ.
+            It cannot be attached or compute tilts.
 
         Raises:
-            CriticError: as `from_pretrained`.
+            CriticError: as in `from_pretrained`.
         """
         return cls._checked(describe_critic(folder, cls._kinds), folder)
 
@@ -239,7 +268,7 @@ class Critic(Attachable, nn.Module, ABC):
         if not isinstance(critic, cls):
             raise CriticError(
                 f"folder {str(folder)!r} holds a {type(critic).__name__}, expected a {cls.__name__}.",
-                f"use {type(critic).__name__}.from_pretrained, or Critic.from_pretrained for any kind.",
+                f"use {type(critic).__name__}.from_pretrained, or Critic.from_pretrained for any class.",
             )
         return critic
 
@@ -252,19 +281,19 @@ class Critic(Attachable, nn.Module, ABC):
         commit_message: str = "Upload a critic",
         token: str | None = None,
     ) -> str:
-        """Upload the critic with its model card in one commit; `Critic.from_pretrained(repo_id)` reads it.
+        """Upload the critic and its model card to the hub, in one commit.
 
         Args:
-            repo_id: `owner/name` on the hub; made if it does not exist.
-            private: whether a repository that is made is private; None is the owner's default.
-            revision: branch to commit to, made if it does not exist; None is the default branch.
-            commit_message: of the commit.
-            token: of a user who may write there; None is the one that is logged in.
+            repo_id: `owner/name` on the hub; created if it does not exist.
+            private: whether a new repository is private; None for the owner's default.
+            revision: branch to commit to, created if it does not exist; None for the default branch.
+            commit_message: the summary of the commit.
+            token: access token with write permission; None for the one of `hf auth login`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            CriticError: if the hub cannot be reached or refuses.
+            CriticError: if the hub cannot be reached or rejects the upload.
         """
         return push_critic(self, repo_id, private=private, revision=revision, message=commit_message, token=token)

@@ -1,4 +1,4 @@
-"""How far each strength of tilt moves the policy, measured once after training and stored in the critic."""
+"""Calibration of a critic: KL to the reference along β, measured after training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor
 from mavis.errors import CriticError, check_number
 
 DEFAULT_KL = 2.0
-"""The distance, in nats per sequence, that a critic aims at when neither β nor a budget is given."""
+"""The KL in nats per response that generation aims at if neither β nor a KL budget is given."""
 
 
 def calibration_directions(objectives: int) -> Tensor:
-    """List the weights to measure: every objective alone, then every pair in equal parts.
+    """Return the weights at which KL is measured: every objective alone, then every pair in equal parts.
 
-    These are as many as a symmetric matrix over the objectives has free entries.
+    Their number is that of the free entries of a symmetric matrix over the objectives.
+
+    Args:
+        objectives: M, the number of objectives.
 
     Returns:
         (M(M+1)/2, M) float64, rows sum to one.
@@ -31,21 +34,32 @@ def calibration_directions(objectives: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """KL to the reference along β, for each of the `calibration_directions`.
+    """KL to the reference as a function of β, for each of the `calibration_directions`.
 
-    Cutting the policy to its candidates costs KL before anything is tilted: the floor. What is said of β and KL below
-    holds for the KL above it.
+    Truncating the policy to its candidates costs KL even without a tilt: the floor. The relations between β and KL
+    below are about the KL in excess of the floor.
 
     Args:
         betas: G strengths, ascending, > 0, in 1 / reward.
-        kl: D lists of G mean KLs in nats per sequence, D = M(M+1)/2.
-        max_new_tokens: length of the responses it was measured on.
-        top_k: number of candidates it was measured with; None means all.
-        temperature: T it was measured at.
-        floor: mean KL of the policy that is cut to its candidates and not tilted, nats per sequence, ≥ 0.
+        kl: D lists of G mean KLs in nats per response, D = M(M+1)/2.
+        max_new_tokens: maximum length of the measured responses.
+        top_k: the number of candidates; None for all tokens.
+        temperature: T of the measured responses.
+        floor: mean KL of the policy truncated to its candidates without a tilt, in nats per response, ≥ 0.
 
     Raises:
-        CriticError: if the numbers cannot be a sweep.
+        CriticError: if `betas` is not ascending and positive, or `kl` does not match it.
+
+    Examples:
+        >>> import mavis, torch
+        >>> calibration = mavis.Critic.from_pretrained(mavis.embedded.critic_path()).calibration
+        >>> [round(beta, 2) for beta in calibration.betas]
+        [0.67, 1.33, 2.67, 5.33, 10.67]
+
+        The β that spends 2 nats per response on both objectives in equal parts:
+
+        >>> round(calibration.beta(torch.tensor([0.5, 0.5]), target_kl=2.0), 1)
+        4.7
     """
 
     betas: list[float]
@@ -63,81 +77,82 @@ class Calibration:
         )
         if not sound or not self.kl or sorted(set(self.betas)) != self.betas or self.betas[0] <= 0:
             raise CriticError(
-                f"calibration is betas={self.betas!r}, kl={self.kl!r}; expected ascending betas > 0 and as many KLs "
-                "for each direction.",
+                f"calibration is betas={self.betas!r}, kl={self.kl!r}; expected ascending betas > 0 and a KL for each "
+                "of them in every direction.",
                 "calibrate the critic again.",
             )
 
     def beta(self, weights: Tensor, target_kl: float) -> float:
-        """Find the strength that reaches a KL budget at some weights.
+        """Compute the β that spends a KL budget at given weights.
 
-        At small tilts KL(λ) = ½ λᵀ Σ λ, a quadratic form; so the surface of equal KL is modelled as an ellipsoid
+        For small tilts, KL(λ) = ½ λᵀ Σ λ is a quadratic form. So the surface of KL κ is modelled as an ellipsoid
         λᵀ C λ = κ through the measured directions, and β = sqrt(κ / wᵀ C w).
 
         Args:
             weights: (M,) finite, not all zero.
-            target_kl: κ > 0 in nats per sequence, the floor included.
+            target_kl: κ > 0 in nats per response, including the floor.
 
         Returns:
             β ≥ 0.
 
         Raises:
-            CriticError: if it takes a stronger tilt than was measured, or the candidates alone cost as much.
+            CriticError: if β exceeds the measured range, or the budget does not exceed the floor.
         """
-        hint = "2.0 nats per sequence are a moderate budget."
+        hint = "2.0 nats per response is a moderate budget."
         check_number(CriticError, hint, low=0, strict=True, target_kl=target_kl)
         if target_kl <= self.floor:
             raise CriticError(
-                f"target_kl is {target_kl:g}, but cutting the policy to top_k={self.top_k} candidates alone costs "
+                f"target_kl is {target_kl:g}, but truncating the policy to top_k={self.top_k} candidates alone costs "
                 f"{self.floor:.3g} nats.",
-                "choose a larger target, or train with more candidates (top_k=None makes every token one).",
+                "choose a larger target, or train with more candidates (top_k=None for all tokens).",
             )
-        beta, most = self._beta(weights, target_kl - self.floor), self._most(weights)
-        if beta > most * (1 + 1e-9):
+        beta, max_beta = self._beta(weights, target_kl - self.floor), self._max_beta(weights)
+        if beta > max_beta * (1 + 1e-9):
             reached = self.floor
             for excess in torch.linspace(0, target_kl - self.floor, 201, dtype=torch.float64).tolist()[1:]:
-                if self._beta(weights, excess) > most:
+                if self._beta(weights, excess) > max_beta:
                     break
                 reached = self.floor + excess
             raise CriticError(
                 f"target_kl is {target_kl:g}, which at weights {weights.tolist()} takes beta {beta:.3g}; the critic "
-                f"was calibrated up to {most:.3g}, which reaches {reached:.2g} nats.",
-                "choose a smaller target, or give beta directly.",
+                f"was calibrated up to {max_beta:.3g}, which reaches {reached:.2g} nats.",
+                "choose a smaller target, or pass beta instead.",
             )
         return beta
 
     def default_beta(self, weights: Tensor) -> float:
-        """Return the β that goes `DEFAULT_KL` beyond the floor at some weights, or the strongest that was measured.
+        """Compute the β that spends `DEFAULT_KL` above the floor at given weights, at most the largest measured one.
 
         Args:
             weights: (M,) finite, not all zero.
         """
-        return min(self._beta(weights, DEFAULT_KL), self._most(weights))
+        return min(self._beta(weights, DEFAULT_KL), self._max_beta(weights))
 
-    def reach(self) -> float:
-        """Return the largest KL that every objective alone and every pair was measured to reach."""
+    def max_kl(self) -> float:
+        """Return the largest KL that was reached in all measured directions."""
         return min(max(row) for row in self.kl)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the calibration as JSON-compatible data."""
         return asdict(self)
 
-    def _most(self, weights: Tensor) -> float:
-        """The strongest β along these weights: directions were measured with weights that sum to one."""
+    def _max_beta(self, weights: Tensor) -> float:
+        """Return the largest measured β for these weights; the measured directions sum to one."""
         return self.betas[-1] / float(weights.abs().sum())
 
     def _beta(self, weights: Tensor, target: float) -> float:
+        """Compute the β at which KL exceeds the floor by a target, inf if none does."""
         values = torch.tensor([self._curvature(row, target) for row in self.kl], dtype=torch.float64)
         form = _quadratic_form(len(weights), values)
-        # Sampling noise can make the form indefinite; the nearest one that is not has its negative eigenvalues cut.
+        # Sampling noise can make the form indefinite; clamping its eigenvalues gives the nearest semidefinite one.
         eigenvalues, vectors = torch.linalg.eigh(form)
         along = vectors.T @ weights.double().cpu()
         spread = float((eigenvalues.clamp_min(0.0) * along.square()).sum())
         return math.sqrt(target / spread) if spread > 1e-12 * target else math.inf
 
     def _curvature(self, kl: list[float], target: float) -> float:
-        """κ/β² where a direction goes κ beyond the floor; past its ends KL goes on as the quadratic it begins as."""
-        # Sampling noise can make neighbours cross; KL cannot fall as β rises, so the running maximum is the estimate.
+        """Return κ/β² at the β where a direction reaches κ above the floor; KL is extrapolated as quadratic in β."""
+        # KL does not fall as β rises, but sampled means can; their running maximum does not.
         above_floor = torch.tensor(kl, dtype=torch.float64) - self.floor
         rising = above_floor.clamp_min(0).cummax(0).values.tolist()
         if target <= rising[0]:
@@ -152,7 +167,7 @@ class Calibration:
 
 
 def _quadratic_form(objectives: int, values: Tensor) -> Tensor:
-    """Solve w_dᵀ C w_d = values_d for the symmetric C; alone-directions give the diagonal, pairs the rest."""
+    """Solve w_dᵀ C w_d = values_d for a symmetric C: single objectives give the diagonal, pairs the rest."""
     form = torch.diag(values[:objectives])
     for value, (i, j) in zip(values[objectives:], combinations(range(objectives), 2), strict=True):
         form[i, j] = form[j, i] = 2 * value - (form[i, i] + form[j, j]) / 2

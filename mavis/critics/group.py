@@ -1,4 +1,4 @@
-"""Several critics as one: one per objective, or of different kinds, each attached to the same policy."""
+"""Several critics of one policy used as a single critic."""
 
 from __future__ import annotations
 
@@ -12,44 +12,59 @@ from torch import Tensor, nn
 from mavis.critics.attachment import Attachment
 from mavis.critics.base import Critic
 from mavis.errors import CriticError
+from mavis.policies.protocol import CausalLM
 
 
 class CriticGroup(Critic):
-    """The objectives of several critics side by side; the tilt is the sum of theirs.
+    """Combines the objectives of several critics; its tilt is the sum of theirs.
 
         tilt(s, a) = Σ_critics Σ_m λ_m Q_m(s, a)
 
     Args:
-        critics: for the same shape of policy, of the `independent` composition, with no objective in common. They may
-            be attached already, all to the same policy.
+        critics: critics of the `independent` composition for policies of the same shape, with distinct objectives. They
+            may already be attached, all to the same policy.
 
     Raises:
-        CriticError: if there is none, two share an objective, one is conditioned (it knows nothing of the others'
-            objectives), or they are for different policies.
+        CriticError: if there is none, two share an objective, one is conditioned (its values do not take the others'
+            objectives into account), or they are for policies of different shapes.
+
+    Examples:
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> positive, brevity = (
+        ...     mavis.HiddenStateCritic.for_policy(policy, [name], composition="independent")
+        ...     for name in ("positive", "brevity")
+        ... )
+        >>> group = mavis.CriticGroup([positive, brevity])
+        >>> group.objectives
+        ('positive', 'brevity')
     """
 
     def __init__(self, critics: Sequence[Critic]) -> None:
         members = list(critics)
         if not members or not all(isinstance(critic, Critic) for critic in members):
             raise CriticError(
-                f"critic is {[type(critic).__name__ for critic in members]}, expected critics.", "e.g. [one, another]."
+                f"critic is {[type(critic).__name__ for critic in members]}, expected critics.",
+                "pass e.g. [one, another].",
             )
         names = [name for critic in members for name in critic.objectives]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise CriticError(f"objective {twice[0]!r} belongs to two of the critics.", "leave one of them out.")
+            raise CriticError(
+                f"objective {twice[0]!r} belongs to two of the critics.", "leave one of these critics out."
+            )
         for critic in members:
             if critic.conditioned:
                 raise CriticError(
-                    f"the critic of {', '.join(critic.objectives)} is conditioned, so its values hold for its own "
-                    "objectives' mixtures only.",
+                    f"the critic of {', '.join(critic.objectives)} is conditioned, so its values are only valid for "
+                    "weights on its own objectives.",
                     "group critics of the independent composition, or train one conditioned critic for all objectives.",
                 )
             shape = critic.fingerprint.hidden_size, critic.fingerprint.vocab_size
             first = members[0].fingerprint
             if shape != (first.hidden_size, first.vocab_size):
                 raise CriticError(
-                    f"the critics were made for different policies: hidden size and tokens are {shape} and "
+                    f"the critics are for different policies: hidden size and vocabulary size are {shape} and "
                     f"{(first.hidden_size, first.vocab_size)}.",
                     "group critics of one policy.",
                 )
@@ -77,15 +92,18 @@ class CriticGroup(Critic):
         return torch.cat([critic.values(prefix_ids, candidate_ids) for critic in self._members], dim=-1)
 
     def settings(self) -> dict[str, Any]:
-        """Refuse: a group is put together where it is used.
+        """Raise: a group is not saved as one folder.
 
         Raises:
             CriticError: always.
         """
-        raise CriticError("a group of critics is not a critic folder.", "save each of its critics.")
+        raise CriticError(
+            f"critic is a group of {len(self._members)} critics, which has no folder of its own.",
+            "save each of its critics, and load them as a list.",
+        )
 
-    def attach(self, policy: Any) -> Attachment:
-        """Attach every critic; see `Critic.attach`. If one cannot be, none stays attached."""
+    def attach(self, policy: CausalLM) -> Attachment:
+        """Attach every critic, or none if one of them fails; see `Critic.attach`."""
         with ExitStack() as undo:
             for critic in self._members:
                 critic.attach(policy)
@@ -94,11 +112,11 @@ class CriticGroup(Critic):
         return Attachment(self.detach, self.raise_pending)
 
     @contextmanager
-    def attached_to(self, policy: Any) -> Iterator[None]:
-        """Be attached to a policy for the time of a block; critics that are attached to it already stay so."""
-        with ExitStack() as ties:
+    def attached_to(self, policy: CausalLM) -> Iterator[None]:
+        """Attach every critic for a block; see `Critic.attached_to`."""
+        with ExitStack() as attachments:
             for critic in self._members:
-                ties.enter_context(critic.attached_to(policy))
+                attachments.enter_context(critic.attached_to(policy))
             yield
 
     def detach(self) -> None:
@@ -107,7 +125,7 @@ class CriticGroup(Critic):
             critic.detach()
 
     def raise_pending(self) -> None:
-        """See `Critic.settle`."""
+        """See `Critic.raise_pending`."""
         for critic in self._members:
             critic.raise_pending()
 
@@ -128,13 +146,13 @@ class CriticGroup(Critic):
 
 
 def as_critic(critics: Critic | Sequence[Critic]) -> Critic:
-    """Take several critics as one; one stays what it is, in a list too.
+    """Return a single critic as it is, and a list of several as a `CriticGroup`.
 
     Args:
-        critics: a critic, or a list or tuple of them.
+        critics: a critic, or a list or tuple of critics.
 
     Raises:
-        CriticError: if something is no critic, or the critics do not go together.
+        CriticError: if an element is not a critic, or the critics cannot be grouped.
     """
     if isinstance(critics, list | tuple):
         return critics[0] if len(critics) == 1 and isinstance(critics[0], Critic) else CriticGroup(critics)

@@ -1,4 +1,4 @@
-"""What critics with value heads share: a tilt and values from one vector per state, wherever that is read."""
+"""The base class of critics with value heads: tilt and values from one vector per state."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from mavis.policies.fingerprint import Fingerprint
 
 
 class HeadCritic(Critic):
-    """Value heads that read a vector z of the state and tell every token's value by one product.
+    """Computes the values of all tokens from a vector z of the state, by one product per token.
 
         Q_m(s, a) = V_m(z) + ⟨A_m(z), u_a⟩,     u_a = P e_a
 
     where e_a is the token's row of the policy's input embedding (scaled to unit variance) and P a learnt projection.
-    Everything but the product with u_a is shared by all candidates. In the `conditioned` composition A and V also read
-    λ, and one more head predicts K(s, a; λ), the KL still to come:
+    Everything but the product with u_a is shared by all candidates. In the `conditioned` composition, A and V also read
+    λ, and an additional head predicts K(s, a; λ), the KL still to come:
 
         independent:  tilt = Σ_m λ_m Q_m(s, a)
         conditioned:  tilt = Σ_m λ_m Q_m(s, a; λ) − K(s, a; λ)
 
     Args:
         objectives: M distinct names.
-        fingerprint: the policy this critic is for; gives V.
+        fingerprint: of the policy that the critic is for; determines V.
         composition: how the objectives' values become a tilt.
         input_size: I, size of z.
         embedding_size: E, width of the policy's input embedding.
         hidden: width of each head; 0 for linear heads, which read no λ.
-        rank: r, size of u_a; 0 leaves V alone, for a z that has read the token: then K = 1 below, whatever the ids.
+        rank: r, size of u_a; 0 for heads with V alone, whose z has read the token already. K is then 1 in the shapes
+            below, and candidate ids are ignored.
 
     Raises:
-        CriticError: if a size or the composition is impossible, or a name is repeated.
+        CriticError: if a size or the composition is invalid, or a name is repeated.
 
     Source: the tilting function of MAVIS (arXiv 2508.13415).
     """
 
     token_table: Tensor
     reads_states: ClassVar[bool]
-    """Whether z is made of the policy's own hidden states."""
+    """Whether z is computed from the policy's own hidden states."""
 
     def __init__(
         self,
@@ -65,23 +66,23 @@ class HeadCritic(Critic):
         if self.conditioned and not hidden:
             raise CriticError(
                 "hidden is 0, but linear heads cannot read λ, which composition='conditioned' needs.",
-                "give hidden=128, or composition='independent' (improvement=independent).",
+                "pass hidden=128, or composition='independent' (improvement=independent).",
             )
         conditions = len(self.objectives) if self.conditioned else 0
         self.heads = ValueHeads(input_size, len(self.objectives) + self.conditioned, hidden, rank, conditions)
         self.projection = nn.Linear(embedding_size, rank, bias=False) if rank else None
-        if rank:  # a trailing 1 in every row lets one product add V to ⟨A, u⟩
+        if rank:  # a trailing 1 in every row makes the product include V
             self.register_buffer("token_table", torch.zeros(fingerprint.vocab_size, rank + 1))
 
     @abstractmethod
     def rollout_inputs(self, ids: Tensor, is_token: Tensor, states: Tensor) -> Tensor:
-        """Compute what the heads read at every step of whole responses; gradients flow to what is trained.
+        """Compute the inputs of the heads at every step of whole responses, with gradients.
 
         Args:
             ids: (B, P + T) integer, prompts padded on the left and responses on the right.
             is_token: (B, P + T) bool, False on padding.
-            states: (B, T, H) floating, the policy's states from which the tokens of the responses were drawn; H is 0
-                for a critic that does not read them.
+            states: (B, T, H) floating, the policy's states from which the response tokens were drawn; H is 0 for a
+                critic that does not read them.
 
         Returns:
             (B, T, I) float32.
@@ -89,7 +90,7 @@ class HeadCritic(Critic):
 
     @abstractmethod
     def _inputs(self, prefix_ids: Tensor) -> Tensor:
-        """Read what the heads need for the next token of every row: (B, I) float32."""
+        """Compute the inputs of the heads for the next token of every row: (B, I) float32."""
 
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """See `Critic.tilt`."""
@@ -102,31 +103,31 @@ class HeadCritic(Critic):
             return self.values_from_inputs(self._inputs(prefix_ids), candidate_ids, lam)
 
     def tilt_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
-        """Compute the tilt for what the heads read.
+        """Compute the tilt from the inputs of the heads.
 
         Args:
             inputs: (B, I) float32.
-            candidate_ids: (B, K) integer, or None for every token.
+            candidate_ids: (B, K) integer, or None for all tokens.
             lam: (B, M) float32.
 
         Returns:
             (B, K) float32, nats.
         """
         coefficients = tilt_coefficients(lam) if self.conditioned else lam
-        mixed = self.heads.mixed(inputs, coefficients, lam)
+        combined = self.heads.weighted_sum(inputs, coefficients, lam)
         if self.projection is None:
-            return mixed
+            return combined
         if candidate_ids is None:
-            return mixed @ self.token_table.T
-        return torch.bmm(F.embedding(candidate_ids, self.token_table), mixed[:, :, None]).squeeze(2)
+            return combined @ self.token_table.T
+        return torch.bmm(F.embedding(candidate_ids, self.token_table), combined[:, :, None]).squeeze(2)
 
     def values_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
-        """Compute the values for what the heads read.
+        """Compute the values from the inputs of the heads.
 
         Args:
             inputs: (B, I) float32.
-            candidate_ids: (B, K) integer, or None for every token.
-            lam: (B, M) float32, of the policy whose values they are, see `Critic.values`.
+            candidate_ids: (B, K) integer, or None for all tokens.
+            lam: (B, M) float32, the λ whose policy's values are wanted, see `Critic.values`.
 
         Returns:
             (B, K, M) float32.
@@ -138,29 +139,29 @@ class HeadCritic(Critic):
         return self._outputs(inputs, candidate_ids, lam)[..., : len(self.objectives)]
 
     def kl_to_come_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
-        """Compute K(s, a; λ), the KL that the tilted policy will spend after a token.
+        """Compute K(s, a; λ), the KL of the tilted policy that is still to come after a token.
 
         Args:
             inputs: (B, I) float32.
-            candidate_ids: (B, K) integer, or None for every token.
+            candidate_ids: (B, K) integer, or None for all tokens.
             lam: (B, M) float32.
 
         Returns:
             (B, K) float32, nats.
 
         Raises:
-            CriticError: if the critic is not conditioned and so has no head for it.
+            CriticError: if the critic is not conditioned, so it has no such head.
         """
         if not self.conditioned:
             raise CriticError(
-                "composition is 'independent', so the critic predicts no KL to come.",
+                "composition is 'independent', so the critic does not predict the KL to come.",
                 "train one with composition='conditioned'.",
             )
         return self._outputs(inputs, candidate_ids, lam)[..., -1] * kl_unit(lam)
 
     @torch.no_grad()
     def refresh_token_table(self, embeddings: Tensor) -> None:
-        """Recompute u_a = P e_a for every token, after P has been trained.
+        """Recompute u_a = P e_a for every token after P was trained.
 
         Args:
             embeddings: (V, E) float32, from `token_embeddings`.
@@ -170,7 +171,7 @@ class HeadCritic(Critic):
             self.token_table[:, -1] = 1.0
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """Name the parameters of a pretrained trunk, which a fit moves more slowly than the heads."""
+        """Return the parameters of a pretrained trunk, which are trained at a lower rate than the heads."""
         return []
 
     def settings(self) -> dict[str, Any]:
@@ -182,11 +183,11 @@ class HeadCritic(Critic):
         }
 
     def _normed(self, states: Tensor) -> Tensor:
-        # States of large models differ in scale from token to token; layer norm makes one learning rate fit all.
+        # In large models the scale of states varies between tokens; after a layer norm one learning rate fits all.
         return F.layer_norm(states.float(), states.shape[-1:])
 
     def _outputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor | None) -> Tensor:
-        """Compute what every head says: (B, K, O)."""
+        """Compute the outputs of all heads: (B, K, O)."""
         if lam is None:
             lam = inputs.new_zeros(1, len(self.objectives)).expand(len(inputs), -1)
         heads = self.heads(inputs, lam)
@@ -198,9 +199,9 @@ class HeadCritic(Critic):
 
 
 def check_sizes(least: int = 1, **sizes: object) -> None:
-    """Refuse sizes that are no whole numbers or too small.
+    """Check that the sizes of a network are whole numbers of at least `least`.
 
     Raises:
-        CriticError: naming the first of them.
+        CriticError: if one is not.
     """
-    check_whole(CriticError, "128, 64 and 128 are good sizes.", least, **sizes)
+    check_whole(CriticError, "64 and 128 are good sizes.", least, **sizes)

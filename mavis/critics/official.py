@@ -1,4 +1,4 @@
-"""Value models that the paper's own code has trained, as critics."""
+"""Import of value models that were trained by the paper's own code."""
 
 from __future__ import annotations
 
@@ -16,52 +16,69 @@ from torch import Tensor
 
 from mavis.critics.group import CriticGroup
 from mavis.critics.value_model import ValueModelCritic, load_trunk
-from mavis.errors import CriticError, closest, first_sentence
+from mavis.errors import CriticError, check_number, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.protocol import CausalLM
 from mavis.utils.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _NOT_PLAIN = ("alora_invocation_tokens", "alpha_pattern", "fan_in_fan_out", "layer_replication", "use_dora")
-"""Settings of peft under which a layer is not W + (α/r) B A, and no other name in the file says so."""
+"""Settings of peft under which a layer is not W + (α/r) B A, although its tensors have the usual names."""
 
 Folder = str | os.PathLike[str]
 
 
 def import_official(
     folders: Mapping[str | tuple[str, ...], Folder],
-    policy: Any,
+    policy: CausalLM,
     *,
     base: Folder | None = None,
     reward_mean: Mapping[str, float] | None = None,
     reward_std: Mapping[str, float] | None = None,
 ) -> ValueModelCritic | CriticGroup:
-    """Turn value models that the paper's own code has trained into a critic with their values.
+    """Convert value models trained by the paper's own code to a critic with the same values.
 
         Q_m(s, a) = (⟨w_m, h(s ⊕ a)⟩ − mean_m) / std_m
 
     where h is the last state of a language model whose linear layers are W + (α/r) B A, and w_m a row of its `score`
-    layer. The adapters (A, B) are folded into the weights here: peft is not needed, and nothing pickled is read.
+    layer. The adapters (A, B) are merged into the weights, so peft is not needed. Pickles are never read.
 
     Args:
-        folders: by objective, what peft's `save_pretrained` wrote for its value model: `adapter_config.json` and
-            `adapter_model.safetensors`. A tuple of names stands for one model of several objectives, in the order of
-            its outputs, as distillation makes it.
-        policy: the causal LM to be steered, with the vocabulary that the value models were trained on.
-        base: folder or hub id of the language model under the adapters; None takes the one that each of them names.
-        reward_mean: by objective, of the raw rewards of reference-policy rollouts; 0 where it is not given.
-        reward_std: likewise, > 0; 1 where it is not given. Without either, values stay on the scale of the raw rewards
-            that the models were trained on, and beta is the paper's.
+        folders: the adapter folder of each objective's value model, as written by peft's `save_pretrained`:
+            `adapter_config.json` and `adapter_model.safetensors`. A tuple of names stands for a model of several
+            objectives, as made by distillation, in the order of its outputs.
+        policy: the causal LM to steer, with the vocabulary that the value models were trained on.
+        base: folder or hub id of the language model under the adapters; None for the one that each adapter names.
+        reward_mean: mean raw reward of reference-policy rollouts by objective; 0 if not given.
+        reward_std: standard deviation of these by objective, > 0; 1 if not given. Without both, values stay on the
+            scale of the raw rewards that the models were trained on, and beta is the paper's.
 
     Returns:
-        A critic on the CPU that is attached to nothing: a `ValueModelCritic` for one folder, or a group of them in the
-        order of the folders. A group is kept by saving each of its `critics`.
+        A critic on the CPU: a `ValueModelCritic` for a single folder, else a `CriticGroup` in the order of the folders.
+        To save a group, save each of its `critics`.
 
     Raises:
-        CriticError: if a folder is missing, is no adapter of a sequence classifier or a pickled one, has another number
-            of outputs than names, does not fit its base or knows fewer tokens than the policy; if a statistic is
-            impossible or of no objective; if a name is repeated.
+        CriticError: if a folder is missing, does not hold a LoRA adapter of a sequence classifier in safetensors, has
+            another number of outputs than names, does not match its base, or knows fewer tokens than the policy; if a
+            statistic is invalid or names another objective; if a name is repeated.
         PolicyError: if the policy has no output embedding.
+
+    Examples:
+        >>> import mavis
+        >>> policy, tokenizer = mavis.embedded.load()
+        >>> try:
+        ...     mavis.import_official({"helpful": "value_models/helpful"}, policy)
+        ... except mavis.MavisError as error:
+        ...     print(error.message)
+        folders names 'value_models/helpful', which does not exist, expected an adapter.
+
+        With the folders of the paper's code:
+
+        >>> folders = {"helpful": "value_models/helpful", "harmless": "value_models/harmless"}
+        >>> critic = mavis.import_official(folders, policy)  # doctest: +SKIP
+        >>> critic.objectives  # doctest: +SKIP
+        ('helpful', 'harmless')
 
     Source: the value models of MAVIS (arXiv 2508.13415), as github.com/5-Jeremy/MAVIS saves them.
     """
@@ -86,27 +103,27 @@ def import_official(
 
 
 def _import(
-    names: Sequence[str], folder: Path, policy: Any, base: Folder | None, mean: Tensor, std: Tensor
+    names: Sequence[str], folder: Path, policy: CausalLM, base: Folder | None, mean: Tensor, std: Tensor
 ) -> ValueModelCritic:
-    """Build the critic of one value model; mean and std are (M,) float64."""
+    """Build the critic of one value model, with the mean and std (M,) float64 of its rewards."""
     config, tensors = _read(folder)
     score = tensors.pop("score.weight", None)
     if score is None:
         raise CriticError(
-            f"folder {str(folder)!r} holds an adapter without a score layer, expected one that values tokens.",
+            f"folder {str(folder)!r} has an adapter without a score layer, expected that of a value model.",
             "save the value model with modules_to_save=['score'].",
         )
     if len(score) != len(names):
         raise CriticError(
-            f"folder {str(folder)!r} holds a value model with {len(score)} outputs, but folders names {len(names)} "
+            f"folder {str(folder)!r} has a value model with {len(score)} outputs, but folders names {len(names)} "
             f"for it: {', '.join(map(str, names))}.",
-            "name all of its objectives, in the order of its outputs, by a tuple: {('help', 'harm', 'humor'): folder}.",
+            "name its objectives in the order of its outputs by a tuple: {('help', 'harm', 'humor'): folder}.",
         )
     source = base if base is not None else config.get("base_model_name_or_path")
     if not source:
         raise CriticError(
             f"base is None, and the adapter in {str(folder)!r} names no model.",
-            "give the folder or hub id of the language model under the adapter.",
+            "pass the folder or hub id of the language model under the adapter.",
         )
     fingerprint = Fingerprint.of(policy)
     trunk = load_trunk(source, "base")
@@ -115,19 +132,19 @@ def _import(
     except (KeyError, RuntimeError) as error:
         raise CriticError(
             f"base {str(source)!r} does not fit the adapter in {str(folder)!r}: {first_sentence(error)}.",
-            "give the language model that the adapter was trained on.",
+            "pass the language model that the adapter was trained on.",
         ) from error
     if tensors:
         raise CriticError(
-            f"folder {str(folder)!r} holds {next(iter(tensors))}, expected low-rank adapters of linear layers, a score "
-            "layer and perhaps an embedding.",
-            "other adapters than those of the paper's value models cannot be imported.",
+            f"folder {str(folder)!r} has the tensor {next(iter(tensors))}, expected low-rank adapters of linear "
+            "layers, a score layer and perhaps an embedding.",
+            "only adapters of the paper's value models can be imported.",
         )
     if rows < fingerprint.vocab_size:
         raise CriticError(
             f"base {str(source)!r} with the adapter in {str(folder)!r} knows {rows} tokens, but the policy writes "
             f"{fingerprint.vocab_size}.",
-            "take the policy that the value model was trained for, or, if the adapter was saved without its longer "
+            "use the policy that the value model was trained for, or, if the adapter was saved without its extended "
             "embedding, a base that has it.",
         )
     trunk.config.vocab_size = rows
@@ -142,7 +159,7 @@ def _import(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter's settings, and its tensors in float32 by the names that they have in the classifier."""
+    """Read the config of an adapter, and its tensors in float32 by their names in the classifier."""
     if not (folder / CONFIG).is_file():
         missing = f"has no {CONFIG}" if folder.is_dir() else "does not exist"
         raise CriticError(
@@ -166,33 +183,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if kinds != ("LORA", "SEQ_CLS"):
         raise CriticError(
-            f"folder {str(folder)!r} holds an adapter with peft_type and task_type {kinds}, expected "
+            f"folder {str(folder)!r} has an adapter with peft_type and task_type {kinds}, expected "
             "('LORA', 'SEQ_CLS').",
-            "name the folder of a value model, not that of a policy.",
+            "name the folder of a value model, not of a policy.",
         )
-    # How an adapter began is of no matter, unless that changed the weights under it, as methods with a name do.
-    start = config.get("init_lora_weights")
+    # The initialisation of an adapter does not matter, unless it changed the base weights, as named methods do.
+    initialisation = config.get("init_lora_weights")
     changed = [name for name in _NOT_PLAIN if config.get(name)]
-    changed += ["init_lora_weights"] if isinstance(start, str) and start != "gaussian" else []
+    changed += ["init_lora_weights"] if isinstance(initialisation, str) and initialisation != "gaussian" else []
     if changed:
         raise CriticError(
-            f"folder {str(folder)!r} holds an adapter with {changed[0]}={config[changed[0]]!r}, expected plain LoRA.",
-            "other adapters than those of the paper's value models cannot be imported.",
+            f"folder {str(folder)!r} has an adapter with {changed[0]}={config[changed[0]]!r}, expected plain LoRA.",
+            "only adapters of the paper's value models can be imported.",
         )
     return config, {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
 
 
 def _merged(trunk: Any, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Fold an adapter into a trunk's weights, and take out of `tensors` what has found its place.
+    """Merge an adapter into a trunk's weights, and remove the merged tensors from `tensors`.
 
         W  becomes  W + (α/r) B A,  or  W + (α/√r) B A  where the adapter is rank-stabilised
 
     Returns:
-        The weights, and the number of tokens that they know.
+        The weights, and the number of rows of their input embedding.
 
     Raises:
         KeyError: if the trunk has no such layer.
-        RuntimeError: if it has one of another shape.
+        RuntimeError: if the layer has another shape.
     """
     weights = dict(trunk.state_dict())
     prefix = f"{trunk.base_model_prefix}."
@@ -204,28 +221,29 @@ def _merged(trunk: Any, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
         target = layer.removeprefix(prefix) + ".weight"
         weights[target] = weights[target] + scale * (up @ down)
     embedding = trunk.get_input_embeddings().weight
-    (place,) = [name for name, weight in trunk.named_parameters() if weight is embedding]
-    # An embedding that was made longer for the policy's tokens is saved whole.
-    weights[place] = tensors.pop(prefix + place, weights[place])
-    return weights, len(weights[place])
+    (embedding_name,) = [name for name, weight in trunk.named_parameters() if weight is embedding]
+    # An embedding that was extended to the policy's tokens is saved as a whole.
+    weights[embedding_name] = tensors.pop(prefix + embedding_name, weights[embedding_name])
+    return weights, len(weights[embedding_name])
 
 
 def _statistic(
     argument: str, given: Mapping[str, float] | None, objectives: Sequence[str], default: float
 ) -> dict[str, float]:
-    """Complete a statistic of the rewards by its default; the default of a standard deviation is 1."""
+    """Check a statistic of the rewards and fill in its default, which is 1 for a standard deviation."""
     if not isinstance(given, Mapping | None):
         raise CriticError(f"{argument} is {given!r}, expected a number for each objective.", "pass e.g. {'help': 0.7}.")
+    hint, low = "compute it from the raw rewards of rollouts of the reference policy.", 0.0 if default else None
     for name, value in (given or {}).items():
         if name not in objectives:
-            raise CriticError(f"{argument} names objective {name!r}.", closest(str(name), objectives))
-        if not isinstance(value, int | float) or not math.isfinite(value) or (default and value <= 0):
             raise CriticError(
-                f"{argument} of {name!r} is {value!r}, expected a finite number{' > 0' if default else ''}.",
-                "take it from the raw rewards of rollouts of the reference policy.",
+                f"{argument} names objective {name!r}, but folders has: {', '.join(objectives)}.",
+                closest(str(name), objectives),
             )
+        check_number(CriticError, hint, low=low, strict=True, **{f"{argument} of {name!r}": value})
     return dict.fromkeys(objectives, default) | dict(given or {})
 
 
 def _column(statistic: Mapping[str, float], names: Sequence[str]) -> Tensor:
+    """Return the statistic of some objectives: (M,) float64."""
     return torch.tensor([statistic[name] for name in names], dtype=torch.float64)

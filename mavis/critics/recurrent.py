@@ -1,4 +1,4 @@
-"""A recurrent memory of the response: one vector per sequence, found again by the ids that led to it."""
+"""Recurrent memories of responses, one vector per sequence, looked up by the ids of the prefix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mavis.policies.forward_pass import ResponsePosition
 
 
 class RecurrentMemory(nn.Module):
-    """A recurrent network over the states of a response, begun at the prompt's last token.
+    """A recurrent network over the states of a response, beginning at the last token of the prompt.
 
-        m_t = GRU(z_t, m_{t−1}),   m_{−1} = 0,   z_t the state from which the response's token t is drawn
+        m_t = GRU(z_t, m_{t−1}),   m_{−1} = 0,   z_t the state from which token t of the response is drawn
 
     Args:
         input_size: H, size of a state.
@@ -30,39 +30,39 @@ class RecurrentMemory(nn.Module):
         self.network = nn.GRU(input_size, size, batch_first=True)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Remember whole responses: (B, T, H) float32 to (B, T, D)."""
+        """Compute the memories of whole responses: (B, T, H) float32 to (B, T, D)."""
         memories: Tensor = self.network(states)[0]
         return memories
 
-    def step(self, states: Tensor, before: Tensor | None) -> Tensor:
-        """Remember one more state of each row.
+    def step(self, states: Tensor, memories: Tensor | None) -> Tensor:
+        """Update the memories by one state of each row.
 
         Args:
             states: (B, H) float32.
-            before: (B, D), or None at a response's first token.
+            memories: (B, D), or None at the first token of responses.
 
         Returns:
             (B, D).
         """
-        if before is None:
-            before = states.new_zeros(len(states), self.network.hidden_size)
+        if memories is None:
+            memories = states.new_zeros(len(states), self.network.hidden_size)
         cell: Any = self.network
-        after: Tensor = torch.gru_cell(
-            states, before, cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0
+        updated: Tensor = torch.gru_cell(
+            states, memories, cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0
         )
-        return after
+        return updated
 
 
 class SequenceMemories:
-    """The memories of the sequences that one policy is generating, per thread.
+    """The memories of the sequences that a policy is generating, per thread.
 
-    Beams change places, so a row's memory is looked up by a key of the ids that led to it and of how many of them are
-    tokens, for padding cannot be told from tokens by ids.
+    Beam search reorders rows, so the memory of a row is looked up by a hash of its ids and of the number of tokens;
+    the latter because ids alone do not distinguish padding from tokens.
     """
 
     def __init__(self) -> None:
         self._thread = threading.local()
-        self._factors = torch.empty(0, dtype=torch.long)
+        self._multipliers = torch.empty(0, dtype=torch.long)
 
     def advance(
         self,
@@ -70,7 +70,7 @@ class SequenceMemories:
         prefix_ids: Tensor,
         states: Tensor,
         position: ResponsePosition,
-        missing: Callable[[Tensor], None],
+        raise_if_unknown: Callable[[Tensor], None],
     ) -> Tensor:
         """Return the memory of every row after its latest state.
 
@@ -78,66 +78,68 @@ class SequenceMemories:
             memory: the network.
             prefix_ids: (B, L) integer, the ids that led to the states.
             states: (B, H) float32.
-            place: where in their responses the rows are.
-            missing: told of a bool scalar that is True if a row that does not begin a response is not known; it raises,
-                at once or when the answer has arrived from an accelerator.
+            position: where in their responses the rows are.
+            raise_if_unknown: called with a bool scalar that is True if a row that does not start a response is unknown;
+                it raises, now or once the result has arrived from an accelerator.
 
         Returns:
             (B, D).
         """
-        levels: dict[int, tuple[Tensor, Tensor]] = getattr(self._thread, "levels", {})
+        known: dict[int, tuple[Tensor, Tensor]] = getattr(self._thread, "known", {})
         length = prefix_ids.shape[1]
-        factors = self._factors_for(length, prefix_ids.device)
-        products = prefix_ids * factors[:length]
-        now = products.sum(dim=1) + position.lengths.to(prefix_ids.device) * _OF_LENGTH
-        asked_before = levels.get(length)
-        if asked_before is not None and not position.starts_response and _equal(asked_before[0], now):
-            return asked_before[1]
-        before = None
+        multipliers = self._multipliers_for(length, prefix_ids.device)
+        products = prefix_ids * multipliers[:length]
+        keys = products.sum(dim=1) + position.lengths.to(prefix_ids.device) * _LENGTH_MULTIPLIER
+        same_length = known.get(length)
+        if same_length is not None and not position.starts_response and _equal(same_length[0], keys):
+            return same_length[1]
+        memories = None
         if not position.starts_response:
-            earlier = now - products[:, -1] - _OF_LENGTH
-            before = self._find(levels.get(length - 1), earlier, position.starts_response, missing)
-        after = memory.step(states, before)
+            parent_keys = keys - products[:, -1] - _LENGTH_MULTIPLIER
+            memories = self._find(known.get(length - 1), parent_keys, position.starts_response, raise_if_unknown)
+        memories = memory.step(states, memories)
         kept = (
             {}
             if position.starts_response
-            else {past: level for past, level in levels.items() if past >= position.shortest_resumable}
+            else {shorter: entry for shorter, entry in known.items() if shorter >= position.shortest_resumable}
         )
-        self._thread.levels = kept | {length: (now, after)}
-        return after
+        self._thread.known = kept | {length: (keys, memories)}
+        return memories
 
     def _find(
         self,
         known: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         starts_response: bool | None,
-        missing: Callable[[Tensor], None],
+        raise_if_unknown: Callable[[Tensor], None],
     ) -> Tensor | None:
+        """Return the memories of the rows with these keys, or None if the rows start responses."""
         if known is None:
             if starts_response is False:
-                missing(torch.tensor(True))
+                raise_if_unknown(torch.tensor(True))
             return None
         known_keys, memories = known
         if _equal(known_keys, keys):
             return memories
         same = keys[:, None] == known_keys
-        lost = ~same.any(dim=1).all()
-        if starts_response is None and bool(lost):
+        unknown = ~same.any(dim=1).all()
+        if starts_response is None and bool(unknown):
             return None
-        missing(lost)
+        raise_if_unknown(unknown)
         return memories[same.int().argmax(dim=1)]
 
-    def _factors_for(self, length: int, device: torch.device) -> Tensor:
-        """Give a number for each position, at least `length` of them."""
-        kept = self._factors
-        if len(kept) < length or kept.device != device:
-            kept = self._factors = position_multipliers(torch.arange(max(1_024, 2 * length))).to(device)
-        return kept
+    def _multipliers_for(self, length: int, device: torch.device) -> Tensor:
+        """Return the hash multipliers of at least `length` positions."""
+        multipliers = self._multipliers
+        if len(multipliers) < length or multipliers.device != device:
+            positions = torch.arange(max(1_024, 2 * length))
+            multipliers = self._multipliers = position_multipliers(positions).to(device)
+        return multipliers
 
 
-_OF_LENGTH = int(position_multipliers(torch.tensor(-1)))
+_LENGTH_MULTIPLIER = int(position_multipliers(torch.tensor(-1)))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two sets of keys are the same in order; on an accelerator it is not known without waiting."""
+    """Return whether keys are equal in order; False on an accelerator, where the host would have to wait."""
     return one.device.type == "cpu" and torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The candidates, the temperature and the length that a critic was trained with."""
+"""The decoding settings that a critic was trained with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainedDecoding:
-    """How the responses were sampled that a critic learnt from; its values and budgets hold for these settings.
+    """The settings of the rollouts that a critic was trained on; its values and budgets hold for these.
 
     Args:
-        top_k: number of candidates K of each step; None makes every token a candidate.
+        top_k: K, the number of candidates per step; None for all tokens.
         temperature: T > 0.
-        max_new_tokens: longest response in tokens.
+        max_new_tokens: maximum length of a response in tokens.
 
     Examples:
         >>> from mavis.critics import TrainedDecoding
@@ -26,5 +26,5 @@ class TrainedDecoding:
     max_new_tokens: int = 64
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the settings as JSON-compatible data."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The small network of a hidden-state critic: one head per output, some of which may read λ."""
+"""Value heads: one small network per output, optionally conditioned on λ."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch.nn import functional as F
 
 
 class ValueHeads(nn.Module):
-    """O independent two-layer heads, laid side by side so that one matrix product serves them all.
+    """O independent two-layer heads, stored side by side so that one matrix product computes all of them.
 
         x_o = silu(W_o z + b_o);  (A_o, V_o) = U_o x_o + c_o
 
-    Heads that read λ scale and shift what goes into the silu, which leaves it as it is where λ = 0:
+    Heads that read λ scale and shift the input of the silu, which is unchanged at λ = 0:
 
         x_o = silu((1 + γ_o) ∘ (W_o z + b_o) + δ_o),  (γ_o, δ_o) = C_o φ(λ),  φ(λ) = (λ / (1 + |λ|), log(1 + |λ|))
 
-    The last layer starts at zero, so a new critic predicts 0 everywhere and tilts nothing.
+    The last layer is initialised with zeros, so a new critic predicts 0 everywhere and tilts nothing.
 
     Args:
-        input_size: I, size of what the heads read.
+        input_size: I, size of the inputs.
         outputs: O, the number of heads.
-        hidden: width D of each head; 0 for linear heads, x_o = z, which can read no λ.
+        hidden: width D of each head; 0 for linear heads, x_o = z, which cannot read λ.
         rank: r, size of a token's vector.
-        conditions: M, size of the λ that the heads read; 0 for heads that read none.
+        conditions: M, size of λ; 0 for heads that do not read it.
 
-    Source: the scale and shift are the FiLM of Perez et al. (AAAI 2018).
+    Source: scale and shift are FiLM (Perez et al., AAAI 2018).
     """
 
     def __init__(self, input_size: int, outputs: int, hidden: int, rank: int, conditions: int = 0) -> None:
@@ -33,7 +33,7 @@ class ValueHeads(nn.Module):
         self.outputs, self.hidden, self.rank = outputs, hidden, rank
         if hidden:
             first = nn.Linear(input_size, outputs * hidden)
-            # Laid out as (I, O·D): for the few rows of a decoding step this product is half as dear as its transpose.
+            # Stored as (I, O·D): with the few rows of a decoding step, this product costs half of its transpose.
             self.inner = nn.Parameter(first.weight.detach().T.contiguous())
             self.inner_bias = nn.Parameter(first.bias.detach())
         self.condition = nn.Parameter(torch.zeros(conditions + 1, 2 * outputs * hidden)) if conditions else None
@@ -45,20 +45,20 @@ class ValueHeads(nn.Module):
 
         Args:
             inputs: (..., I) float32.
-            lam: (..., M) float32, λ = β·w, with as many leading dimensions, which may be 1; None where heads read none.
+            lam: (..., M) float32, λ = β·w, with leading dimensions that broadcast; None if the heads do not read it.
 
         Returns:
-            (..., O, r + 1) float32: A_o in the first r places, V_o in the last.
+            (..., O, r + 1) float32: A_o in the first r entries, V_o in the last.
         """
         return torch.einsum("...od,odr->...or", self._inner(inputs, lam), self.outer) + self.bias
 
-    def mixed(self, inputs: Tensor, coefficients: Tensor, lam: Tensor | None = None) -> Tensor:
-        """Compute Σ_o c_o (A_o, V_o) without forming the single heads' outputs.
+    def weighted_sum(self, inputs: Tensor, coefficients: Tensor, lam: Tensor | None = None) -> Tensor:
+        """Compute Σ_o c_o (A_o, V_o) without the outputs of the individual heads.
 
         Args:
             inputs: (B, I) float32.
             coefficients: (B, O) float32, the c_o.
-            lam: (B, M) float32, what the heads read; None where they read none.
+            lam: (B, M) float32; None if the heads do not read it.
 
         Returns:
             (B, r + 1) float32.

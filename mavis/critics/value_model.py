@@ -35,8 +35,8 @@ class ValueModelCritic(HeadCritic):
 
     where z is the trunk's last hidden state, layer-normed unless `norm` is False. `candidates` is the paper's form: the
     trunk reads every candidate after the prefix, independently of the others. `token` reads one token per step,
-    whatever the number of candidates. The trunk has its own cache, which follows `generate` through beam search, assisted
-    decoding and new prompts.
+    whatever the number of candidates. The trunk has its own cache, which follows `generate` through beam search,
+    assisted decoding and new prompts.
 
     Args:
         objectives: M distinct names.

@@ -1,4 +1,4 @@
-"""The commands on a tiny policy: what they write, what they print, and what they say when something is wrong."""
+"""The commands on a tiny policy: what they write and print, and how they report mistakes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mavis.cli.evaluate import update_model_card
 from mavis.critics import Critic, ValueModelCritic
 from mavis.vectors import AlignmentVector
 
-TELL = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
+GENERATE = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
 
 
 def assert_refused(ran: Any, message: str) -> None:
-    """A mistake the user can mend: status 2 and one line with a hint, the last one."""
+    """A mistake the user can fix: status 2 and one line with a hint, the last one."""
     assert ran.code == 2, ran.err
     lines = ran.err.strip().splitlines()
     assert lines[-1].startswith("mavis: ")
@@ -48,9 +48,7 @@ def test_training_ends_in_a_critic_and_a_table(mavis: Any, small: tuple[str, ...
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
 
 
-def test_the_same_command_again_goes_on_where_it_was(
-    mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_resumes(mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained.parent, tmp_path / "run")
     for lost in ("critic", "calibration", "iteration-0/critic", "iteration-0/report.json"):
         path = tmp_path / "run" / lost
@@ -99,13 +97,13 @@ def test_a_value_model_is_trained_and_used_like_any_critic(
     assert isinstance(critic, ValueModelCritic)
     assert critic.readout == options[0].partition("=")[2]
     assert critic.calibration is not None
-    told = mavis("generate", *TELL, "checkpoint=run/critic", "prompt=the dog", "decoding.top_k=20")
-    assert told.code == 0, told.err
-    assert told.out.startswith("the dog")
+    generated = mavis("generate", *GENERATE, "checkpoint=run/critic", "prompt=the dog", "decoding.top_k=20")
+    assert generated.code == 0, generated.err
+    assert generated.out.startswith("the dog")
 
 
 @pytest.mark.parametrize("placed", ["auto", "balanced", "sequential"])
-def test_a_policy_that_is_spread_over_what_there_is_is_trained_on_like_any(
+def test_training_with_a_device_map_gives_the_same_critic(
     mavis: Any, small: tuple[str, ...], trained: Path, tmp_path: Path, placed: str
 ) -> None:
     ran = mavis("train", *small, f"policy.device={placed}", "output=run")
@@ -116,7 +114,7 @@ def test_a_policy_that_is_spread_over_what_there_is_is_trained_on_like_any(
 
 
 @pytest.mark.parametrize("command", ["generate", "demo", "align", "elicit"])
-def test_what_one_process_does_is_refused_to_several(mavis: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_commands_of_one_process_refuse_several(mavis: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     ran = mavis(command, *(["prompt=hello"] if command == "generate" else []))
@@ -127,7 +125,7 @@ def test_what_one_process_does_is_refused_to_several(mavis: Any, monkeypatch: py
     assert ran.err.count("\n") == 1
 
 
-def test_a_critic_of_no_kind_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
+def test_an_unknown_kind_of_critic_is_refused(mavis: Any, small: tuple[str, ...]) -> None:
     assert_refused(mavis("train", *small, "critic.kind=value", "output=run"), "critic.kind is 'value'.")
 
 
@@ -211,7 +209,7 @@ def other(tiny_policy: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["hidden_state", "value_model"])
-def test_critics_become_one_that_is_used_like_any_other(
+def test_a_distilled_critic_is_used_like_any_other(
     mavis: Any, trained: Path, other: Path, tmp_path: Path, kind: str
 ) -> None:
     ran = mavis("distill", *DISTILL, f"critic={kind}", f"critics=[{trained},{other}]", "output=run")
@@ -226,9 +224,9 @@ def test_critics_become_one_that_is_used_like_any_other(
         assert word in ran.out
     for stage in ("rollouts", "fit"):
         assert stage in ran.err
-    told = mavis("generate", *TELL, "checkpoint=run/critic", "prompt=the dog", "decoding=default")
-    assert told.code == 0, told.err
-    assert told.out.startswith("the dog")
+    generated = mavis("generate", *GENERATE, "checkpoint=run/critic", "prompt=the dog", "decoding=default")
+    assert generated.code == 0, generated.err
+    assert generated.out.startswith("the dog")
 
 
 @pytest.mark.parametrize(
@@ -333,43 +331,43 @@ def test_a_policy_that_is_cut_short_is_refused(mavis: Any, tiny_folder: Path, tm
 
 
 def test_a_prompt_is_continued(mavis: Any, trained: Path) -> None:
-    ran = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=3")
+    ran = mavis("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog", "samples=3")
     assert ran.code == 0, ran.err
     headings, texts = ran.out.splitlines()[::2], ran.out.splitlines()[1::2]
     assert headings == [f"--- prompt 1, sample {i}" for i in (1, 2, 3)]
     assert all(text.startswith("the dog") for text in texts)
-    alone = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog").out
+    alone = mavis("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog").out
     assert alone.startswith("the dog")
     assert "---" not in alone
 
 
 def test_generating_writes_nothing_anywhere(mavis: Any, trained: Path, tmp_path: Path) -> None:
     before = sorted(trained.parent.rglob("*"))
-    assert mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog").code == 0
+    assert mavis("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog").code == 0
     assert not list(tmp_path.iterdir())
     assert sorted(trained.parent.rglob("*")) == before
 
 
 def test_a_seed_repeats_and_another_one_does_not(mavis: Any, trained: Path) -> None:
-    def told(*overrides: str) -> str:
-        ran = mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=4", *overrides)
+    def generated(*overrides: str) -> str:
+        ran = mavis("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog", "samples=4", *overrides)
         return str(ran.out)
 
-    assert told() == told() == told("seed=0") != told("seed=1")
+    assert generated() == generated() == generated("seed=0") != generated("seed=1")
 
 
 def test_greedy_is_the_same_for_every_seed(mavis: Any, trained: Path) -> None:
-    told = {
-        mavis("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "greedy=true", f"seed={seed}").out
+    generated = {
+        mavis("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog", "greedy=true", f"seed={seed}").out
         for seed in range(3)
     }
-    assert len(told) == 1
+    assert len(generated) == 1
 
 
 AWKWARD = 'Tom said, "it\'s = {x}" $y \\ [a, b]: ${z} \\'
 
 
-def test_a_prompt_with_grammar_in_it_reaches_the_policy_whole(
+def test_a_prompt_with_grammar_in_it_reaches_the_policy_unchanged(
     mavis: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mavis.cli.generate as command
@@ -377,7 +375,7 @@ def test_a_prompt_with_grammar_in_it_reaches_the_policy_whole(
     met: list[list[str]] = []
     monkeypatch.setattr(command, "continuations", lambda p, t, c, prompts, d, **_: met.append(prompts) or prompts)
     (tmp_path / "prompts.txt").write_text(f"{AWKWARD}\n\nthe dog\n", encoding="utf-8")
-    base = ("generate", *TELL, f"checkpoint={trained}")
+    base = ("generate", *GENERATE, f"checkpoint={trained}")
     by_name = mavis(*base, f"prompt={AWKWARD}")
     by_file = mavis(*base, "prompt_file=prompts.txt")
     by_stdin = mavis(*base, "prompt_file=-", stdin=f"{AWKWARD}\nthe dog\n")
@@ -391,16 +389,16 @@ def test_a_prompt_with_grammar_in_it_reaches_the_policy_whole(
     [("{positive: 1.0}", "[1.0,0.0]"), ("{positive: 0.5, brevity: 0.5}", "null"), ("{brevity: -2}", "[0,-2]")],
 )
 def test_weights_may_be_a_mapping_or_a_list(mavis: Any, trained: Path, weights: str, other: str) -> None:
-    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=5", "beta=20")
-    told = [mavis(*base, f"weights={choice}") for choice in (weights, other)]
-    assert told[0].code == 0, told[0].err
-    assert told[0].out == told[1].out
+    base = ("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog", "samples=5", "beta=20")
+    generated = [mavis(*base, f"weights={choice}") for choice in (weights, other)]
+    assert generated[0].code == 0, generated[0].err
+    assert generated[0].out == generated[1].out
 
 
 def test_a_budget_may_stand_for_beta(mavis: Any, trained: Path) -> None:
     calibration = Critic.from_pretrained(trained).calibration
     assert calibration is not None
-    kl = calibration.reach() * 0.9
+    kl = calibration.max_kl() * 0.9
     base = ("generate", "policy=tiny", "decoding.max_new_tokens=8", f"checkpoint={trained}", "prompt=the dog")
     by_kl = mavis(*base, "samples=6", f"target_kl={kl}", "weights=[1,0]")
     beta = calibration.beta(torch.tensor([1.0, 0.0]), kl)
@@ -417,7 +415,7 @@ def vector(tiny_policy: Any, make_other_policy: Any, tmp_path: Path) -> str:
 
 
 def test_alignment_vectors_may_be_added_to_the_policy(mavis: Any, trained: Path, vector: str) -> None:
-    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog", "samples=5")
+    base = ("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog", "samples=5")
     plain = mavis(*base)
     assert mavis(*base, f"vectors={{{vector}: 0}}").out == plain.out
     with pytest.warns(UserWarning, match=f"vectors '{vector}' are applied to the policy, and this critic was trained"):
@@ -441,7 +439,7 @@ def test_alignment_vectors_may_be_added_to_the_policy(mavis: Any, trained: Path,
     ],
 )
 def test_a_mistake_in_the_vectors_is_one_line(mavis: Any, trained: Path, vector: str, value: str, message: str) -> None:
-    base = ("generate", *TELL, f"checkpoint={trained}", "prompt=the dog")
+    base = ("generate", *GENERATE, f"checkpoint={trained}", "prompt=the dog")
     assert_refused(mavis(*base, f"vectors={value.replace('VECTOR', vector)}"), message.replace("VECTOR", vector))
 
 
@@ -474,7 +472,7 @@ def test_a_mistake_in_what_is_to_be_generated_is_one_line(
     mavis: Any, trained: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
-    assert_refused(mavis("generate", *TELL, f"checkpoint={trained}", *overrides), message)
+    assert_refused(mavis("generate", *GENERATE, f"checkpoint={trained}", *overrides), message)
 
 
 # evaluate and demo
@@ -518,7 +516,7 @@ def test_evaluation_writes_its_report_and_shows_it(mavis: Any, trained: Path, tm
     assert (trained / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
 
 
-def test_a_card_names_prompts_and_not_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_card_names_prompts_without_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "mine.txt").write_text("the dog")
@@ -532,7 +530,7 @@ def test_a_card_names_prompts_and_not_where_they_lie(tmp_path: Path, monkeypatch
     assert describe_prompts(OmegaConf.create({"source": ["the dog", "a cat"]})) == "a list of 2 prompts"
 
 
-def test_what_was_measured_is_told_of_no_critic_that_was_saved_there_meanwhile(
+def test_the_model_card_of_another_critic_saved_meanwhile_is_not_updated(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = shutil.copytree(trained, tmp_path / "critic")

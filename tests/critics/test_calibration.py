@@ -28,7 +28,7 @@ def test_where_kl_is_quadratic_every_weight_gets_its_exact_beta(objectives: int,
     root = torch.randn(objectives, objectives, generator=generator, dtype=torch.float64)
     spread = root @ root.T + torch.eye(objectives, dtype=torch.float64)
     calibration = quadratic(spread)
-    target = share * calibration.reach()
+    target = share * calibration.max_kl()
     weights = torch.randn(objectives, generator=generator, dtype=torch.float64)
     exact = (2 * target / float(weights @ spread @ weights)) ** 0.5
     if exact * float(weights.abs().sum()) > BETAS[-1]:
@@ -63,7 +63,7 @@ def test_measured_points_are_met_and_between_them_it_interpolates_along_a_power_
 
 def test_noise_that_makes_kl_fall_does_not_make_beta_jump_back() -> None:
     calibration = Calibration(BETAS, [[0.1, 0.5, 0.45, 2.0, 1.9]], 64, 40)
-    assert calibration.reach() == 2.0
+    assert calibration.max_kl() == 2.0
     betas = [calibration.beta(torch.tensor([1.0]), target) for target in (0.2, 0.5, 1.0, 2.0)]
     assert betas == sorted(betas)
 
@@ -114,7 +114,7 @@ def test_what_the_candidates_cost_is_a_floor_below_which_no_budget_can_be_kept()
     assert cut.default_beta(one) == pytest.approx(free.default_beta(one))
     for target in (0.5, 3.0):
         with pytest.raises(
-            CriticError, match=f"target_kl is {target:g}, but cutting the policy to top_k=40 candidates"
+            CriticError, match=f"target_kl is {target:g}, but truncating the policy to top_k=40 candidates"
         ):
             cut.beta(one, target)
     with pytest.raises(CriticError, match="calibrated up to 8, which reaches 17 nats"):

@@ -162,7 +162,7 @@ def test_a_critic_serves_one_policy_at_a_time(policy: Any) -> None:
     critic = talkative(policy)
     with (
         critic.attach(policy),
-        pytest.raises(CriticError, match=r"attached to a policy already.*Hint: call critic.detach"),
+        pytest.raises(CriticError, match=r"already attached to a policy.*Hint: call critic.detach"),
     ):
         critic.attach(policy)
 
@@ -310,7 +310,7 @@ def test_folders_that_hold_no_sound_critic_are_refused(policy: Any, tmp_path: Pa
         ),
         (
             broken("foreign", lambda f: (f / "config.json").write_text('{"model_type": "llama"}')),
-            "something else than a critic",
+            "is not the config of a critic",
         ),
         (broken("kind", edit(lambda c: c.update(kind="hiden_state"))), "did you mean 'hidden_state'"),
         (broken("format", edit(lambda c: c.update(format=99))), "has critic format 99; this version reads up to 2"),

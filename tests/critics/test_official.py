@@ -271,8 +271,12 @@ def test_another_kind_of_adapter_is_refused(policy: Any, train: Train, changes: 
 @pytest.mark.parametrize(
     ("drop", "add", "message"),
     [
-        ("score", None, "holds an adapter without a score layer"),
-        (None, "base_model.model.score.bias", "holds score.bias, expected low-rank adapters of linear layers, a score"),
+        ("score", None, "has an adapter without a score layer"),
+        (
+            None,
+            "base_model.model.score.bias",
+            "has the tensor score.bias, expected low-rank adapters of linear layers, a score",
+        ),
         ("lora_B", None, "does not fit the adapter in .*: 'model.layers.0.*lora_B.weight'"),
         (None, "base_model.model.model.layers.7.mlp.up_proj.lora_", "does not fit the adapter in .*layers.7"),
     ],
@@ -294,7 +298,7 @@ def test_an_adapter_of_other_parts_is_refused(
 
 def test_a_base_of_another_shape_is_refused(policy: Any, train: Train, tmp_path: Path) -> None:
     causal(TOKENS, seed=0, hidden=12).save_pretrained(tmp_path / "other")
-    with pytest.raises(CriticError, match="base '.*other' does not fit the adapter in .*Hint: give the language model"):
+    with pytest.raises(CriticError, match="base '.*other' does not fit the adapter in .*Hint: pass the language model"):
         mavis.import_official({"help": train()}, policy, base=tmp_path / "other")
 
 
@@ -305,14 +309,17 @@ def test_as_many_names_as_outputs_are_needed(policy: Any, train: Train, key: Any
 
 
 def test_a_value_model_that_knows_fewer_tokens_than_the_policy_is_refused(policy: Any, train: Train) -> None:
-    with pytest.raises(CriticError, match="knows 30 tokens, but the policy writes 31. Hint: take the policy that"):
+    with pytest.raises(CriticError, match="knows 30 tokens, but the policy writes 31. Hint: use the policy that"):
         mavis.import_official({"help": train(tokens=TOKENS)}, policy)
 
 
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [
-        ({"reward_mean": {"helpp": 1.0}}, "reward_mean names objective 'helpp'. Hint: did you mean 'help'"),
+        (
+            {"reward_mean": {"helpp": 1.0}},
+            "reward_mean names objective 'helpp', but folders has: help. Hint: did you mean 'help'",
+        ),
         ({"reward_mean": {"help": float("nan")}}, "reward_mean of 'help' is nan, expected a finite number."),
         ({"reward_std": {"help": 0.0}}, "reward_std of 'help' is 0.0, expected a finite number > 0."),
     ],

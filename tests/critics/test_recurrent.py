@@ -27,7 +27,9 @@ def memory() -> RecurrentMemory:
 
 def at(length: int, starts_response: bool | None, shortest_resumable: int | None = None) -> ResponsePosition:
     """Rows without padding, which nothing takes back."""
-    return ResponsePosition(torch.tensor([length]), starts_response, length - 1 if shortest_resumable is None else shortest_resumable)
+    return ResponsePosition(
+        torch.tensor([length]), starts_response, length - 1 if shortest_resumable is None else shortest_resumable
+    )
 
 
 def test_step_by_step_it_is_what_it_is_at_once(memory: RecurrentMemory) -> None:
@@ -73,7 +75,9 @@ def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: Recu
             for n in range(1, 5):
                 drafted = torch.cat([ids, draft_ids[:, :n]], dim=1)
                 seen = torch.cat([states, draft_states[:, :n]], dim=1)
-                found = rows.advance(memory, drafted, seen[:, -1], at(shortest_resumable + n, False, shortest_resumable), refuse)
+                found = rows.advance(
+                    memory, drafted, seen[:, -1], at(shortest_resumable + n, False, shortest_resumable), refuse
+                )
                 torch.testing.assert_close(found, memory(seen)[:, -1])
             ids = torch.cat([ids, draft_ids[:, : accepted + 1]], dim=1)
             states = torch.cat([states, draft_states[:, : accepted + 1]], dim=1)
@@ -111,10 +115,10 @@ def test_a_key_tells_orders_lengths_and_padding_apart(memory: RecurrentMemory) -
     ids = torch.randint(0, 50_000, (1_000, 3), generator=generator)
     ids = torch.cat([ids[:, order] for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 1, 0])])
     ids = torch.unique(ids, dim=0)
-    factors = rows._factors_for(3, ids.device)
-    keys = (ids * factors[:3]).sum(1)
+    multipliers = rows._multipliers_for(3, ids.device)
+    keys = (ids * multipliers[:3]).sum(1)
     assert len(torch.unique(keys)) == len(ids)
-    assert (factors % 2 == 1).all()
-    assert len(torch.unique(factors)) == len(factors)
-    kept = factors[:1_000].clone()
-    assert torch.equal(rows._factors_for(5_000, ids.device)[:1_000], kept)
+    assert (multipliers % 2 == 1).all()
+    assert len(torch.unique(multipliers)) == len(multipliers)
+    kept = multipliers[:1_000].clone()
+    assert torch.equal(rows._multipliers_for(5_000, ids.device)[:1_000], kept)

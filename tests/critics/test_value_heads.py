@@ -48,7 +48,7 @@ def test_each_head_is_a_network_of_its_own(conditions: int) -> None:
 def test_a_mixture_is_the_sum_of_the_heads_times_their_coefficients(conditions: int) -> None:
     made, inputs, lam, coefficients = heads(conditions), torch.randn(6, 5), torch.randn(6, 2), torch.randn(6, 3)
     expected = torch.einsum("bor,bo->br", made(inputs, lam), coefficients)
-    torch.testing.assert_close(made.mixed(inputs, coefficients, lam), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(made.weighted_sum(inputs, coefficients, lam), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_whole_responses_share_a_lambda() -> None:

@@ -1,1 +1,1 @@
-"""A critic as a folder and on the hub."""
+"""Saving and loading critics: folders, model cards and the hub."""

@@ -1,4 +1,4 @@
-"""The files of a critic folder, and what has to be known of a critic to write them."""
+"""The files of a critic folder, and the protocol of a critic that can be saved to one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mavis.errors import CriticError
 from mavis.policies.fingerprint import Fingerprint
 
 FORMAT = 2
-"""Of the folders that are written; format 1 (mavis 0.1) named one tensor differently, and is read as well."""
+"""Version of the folders that are written. Format 1 (mavis 0.1), with another name for one tensor, is still read."""
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 class SavableCritic(Protocol):
-    """What a critic folder is written from."""
+    """The attributes of a critic that are saved."""
 
     kind: ClassVar[str]
     objectives: tuple[str, ...]
@@ -32,7 +32,7 @@ class SavableCritic(Protocol):
     reward_std: Tensor
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's own arguments as plain data."""
+        """Return the arguments of the constructor as JSON-compatible data."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,7 +40,9 @@ class SavableCritic(Protocol):
         ...
 
 
-def corrupt(path: Path, error: Exception) -> CriticError:
-    """Make the error for a file that cannot be read."""
+def corrupt_error(path: Path, error: Exception) -> CriticError:
+    """Build the error for a file that cannot be read."""
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return CriticError(f"{str(path)!r} is corrupt or truncated: {first_line}", "copy or train the critic again.")
+    return CriticError(
+        f"{str(path)!r} is corrupt or truncated: {first_line}", "copy the folder again, or train the critic again."
+    )

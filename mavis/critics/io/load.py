@@ -1,4 +1,4 @@
-"""Reading a critic folder, or what it says of its critic without reading the weights."""
+"""Loading a critic folder, with or without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mavis.critics.calibration import Calibration
-from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt
+from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt_error
 from mavis.critics.io.hub import download_critic
 from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, MissingPackageError, closest
@@ -22,14 +22,14 @@ from mavis.policies.names import is_hub_id
 from mavis.utils.files import describe_pickles
 
 Kinds = Mapping[str, Callable[..., Any]]
-"""The classes of critics by what `kind` in a configuration calls them."""
+"""The classes of critics by the `kind` in their config."""
 
 _RENAMED = {"trained_up_to": "max_trained_lambda"}
-"""Tensors of format 1 that are called otherwise since."""
+"""Tensors that have another name in format 1."""
 
 
 def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | None = None) -> Any:
-    """Read a critic folder, here or on the hub; see `Critic.from_pretrained`."""
+    """Load a critic from a folder or the hub; see `Critic.from_pretrained`."""
     path = Path(folder)
     if isinstance(folder, str) and is_hub_id(folder):
         path = download_critic(folder, [CONFIG, WEIGHTS], revision)
@@ -50,31 +50,34 @@ def describe_critic(folder: str | os.PathLike[str], kinds: Kinds) -> Any:
             for name in ("reward_mean", "reward_std", "max_trained_lambda"):
                 setattr(critic, name, tensors.get_tensor(stored.get(name, name)))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise corrupt(path / WEIGHTS, error) from error
+        raise corrupt_error(path / WEIGHTS, error) from error
     return critic.eval()
 
 
 def _build(path: Path, kinds: Kinds) -> Any:
-    """Make the critic that a folder's configuration describes, without its weights."""
+    """Build the critic that the config of a folder describes, without loading weights."""
     config = _read_config(path)
     kind = config.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise CriticError(f"folder {str(path)!r} holds a critic of kind {kind!r}.", closest(str(kind), kinds))
+        raise CriticError(
+            f"folder {str(path)!r} has a critic of kind {kind!r}, expected one of: {', '.join(kinds)}.",
+            closest(str(kind), kinds),
+        )
     try:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
         critic.decoding = _trained_decoding(config, critic.calibration)
-        critic.about = dict(config.get("about") or {})  # critics of earlier versions tell nothing about themselves
+        critic.about = dict(config.get("about") or {})  # absent in folders of early versions
     except MissingPackageError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, CriticError) as error:
-        raise corrupt(path / CONFIG, error) from error
+        raise corrupt_error(path / CONFIG, error) from error
     return critic
 
 
 def _trained_decoding(config: Mapping[str, Any], calibration: Calibration | None) -> TrainedDecoding | None:
-    """Read how a critic was trained to decode; format 1 said it in the calibration alone."""
+    """Return the decoding settings of training, which format 1 stored in the calibration only."""
     if config.get("decoding") is not None:
         return TrainedDecoding(**config["decoding"])
     if calibration is None:
@@ -93,10 +96,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise corrupt(path / CONFIG, error) from error
+        raise corrupt_error(path / CONFIG, error) from error
     if not isinstance(config, dict) or "kind" not in config or "format" not in config:
         raise CriticError(
-            f"{str(path / CONFIG)!r} is the configuration of something else than a critic.",
+            f"{str(path / CONFIG)!r} is not the config of a critic.",
             "name the folder that Critic.save_pretrained wrote.",
         )
     if config["format"] not in range(1, FORMAT + 1):
@@ -108,7 +111,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_weights_exist(path: Path) -> None:
-    """Refuse a folder without weights."""
+    """Check that a folder has weights in safetensors."""
     if not (path / WEIGHTS).is_file():
         raise CriticError(
             f"folder {str(path)!r} has no {WEIGHTS}{describe_pickles(path)}.",
@@ -122,4 +125,4 @@ def _load_weights(critic: torch.nn.Module, path: Path) -> None:
         tensors = load_file(path / WEIGHTS)
         critic.load_state_dict({_RENAMED.get(name, name): tensor for name, tensor in tensors.items()})
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise corrupt(path / WEIGHTS, error) from error
+        raise corrupt_error(path / WEIGHTS, error) from error

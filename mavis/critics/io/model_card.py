@@ -1,7 +1,8 @@
-"""The model card of a critic: what it is for, what it was trained on, and how good it is known to be."""
+"""The model card of a critic: its objectives, policy, training, calibration and efficiency."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +13,16 @@ from mavis.utils.markdown import markdown_cell, markdown_table
 
 
 def model_card(critic: SavableCritic) -> str:
-    """Write the card of a critic.
+    """Return the model card of a critic.
 
-    What the critic holds in itself is told always; the name of the policy, the data, the training and the efficiency
-    are told as far as `critic.about` knows them.
+    The name of the policy, the data, the training settings and the efficiency are taken from `critic.about`, and left
+    out if they are not there.
 
     Args:
-        critic: any critic.
+        critic: any critic but a group.
 
     Returns:
-        Markdown with a YAML header that the hub reads.
+        Markdown with the YAML header of the hub.
     """
     from huggingface_hub import ModelCardData
 
@@ -37,9 +38,9 @@ def model_card(critic: SavableCritic) -> str:
         f"# Critic: {markdown_cell(names)}",
         "Value heads that steer a causal LM between objectives at decoding time, without touching its weights. Made "
         "with `mavis`:",
-        _USE.format(weights=dict.fromkeys(critic.objectives[:1], 1.0)),
+        _USE.format(weights=json.dumps({critic.objectives[0]: 1.0}, ensure_ascii=False)),
         "## Objectives",
-        "Raw rewards are normalised, R = (raw − mean) / std, by what the plain policy earns.",
+        "Raw rewards are normalised, R = (raw − mean) / std, with the statistics of the reference policy.",
         markdown_table(
             ("objective", "mean", "std"),
             zip(critic.objectives, critic.reward_mean.tolist(), critic.reward_std.tolist(), strict=True),
@@ -65,11 +66,11 @@ output = mavis.generate(policy, inputs, critic=critic, weights={weights}, beta=1
 
 
 def _policy(critic: SavableCritic, name: Any) -> list[str]:
-    mark = critic.fingerprint
+    fingerprint = critic.fingerprint
     return [
-        f"{markdown_cell(name) if name else 'A policy that did not tell its name'}: {mark.model_type}, hidden size "
-        f"{mark.hidden_size}, {mark.vocab_size} tokens, fingerprint of its weights `{mark.weights}`. Other weights of "
-        "this shape warn, another shape is refused."
+        f"{markdown_cell(name) if name else 'Unnamed policy'}: {fingerprint.model_type}, hidden size "
+        f"{fingerprint.hidden_size}, {fingerprint.vocab_size} tokens, fingerprint of its weights "
+        f"`{fingerprint.weights}`. A policy of this shape with other weights causes a warning, another shape an error."
     ]
 
 
@@ -87,14 +88,14 @@ _PLAIN = (str, int, float)
 def _calibration(critic: SavableCritic) -> list[str]:
     measured = critic.calibration
     if measured is None:
-        return ["None: it is used with `beta`, not with `target_kl`."]
+        return ["None: use `beta`, not `target_kl`."]
     directions = [
         ", ".join(f"{name} {share:g}" for name, share in zip(critic.objectives, row, strict=True) if share)
         for row in calibration_directions(len(critic.objectives)).tolist()
     ]
-    candidates = "every token a candidate" if measured.top_k is None else f"{measured.top_k} candidates a step"
+    candidates = "all tokens as candidates" if measured.top_k is None else f"{measured.top_k} candidates per step"
     return [
-        f"KL to the plain policy in nats per response, with {candidates}, at temperature "
+        f"KL to the reference policy in nats per response, with {candidates}, at temperature "
         f"{measured.temperature:g} and up to {measured.max_new_tokens} tokens.",
         markdown_table(
             ("weights", *(f"β = {beta:g}" for beta in measured.betas)),
@@ -105,9 +106,9 @@ def _calibration(critic: SavableCritic) -> list[str]:
 
 def _efficiency(entries: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if not entries:
-        return ["Not measured yet; `mavis evaluate` measures it and writes it here."]
+        return ["Not measured; `mavis evaluate` measures it and updates this card."]
     return [
-        "Share of the reward gain that any policy could have at the same KL, on prompts that it was not trained on.",
+        "Reward gain relative to that of the optimal policy at the same KL, on held-out prompts.",
         markdown_table(
             ("weights", "KL (nats)", "efficiency"),
             (

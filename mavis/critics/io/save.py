@@ -1,4 +1,4 @@
-"""Writing a critic folder: its configuration, its weights and its model card, whole or not at all."""
+"""Saving a critic to a folder: config, weights and model card."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mavis.utils.files import atomic_file, atomic_folder, write_json
 
 
 def save_critic(critic: SavableCritic, folder: str | os.PathLike[str]) -> None:
-    """Write a critic folder with its model card, whole or not at all.
+    """Write a critic folder, completely or not at all; see `Critic.save_pretrained`.
 
     Args:
         critic: any critic.
-        folder: where; an older critic there is replaced.
+        folder: the target; an existing critic is replaced.
 
     Raises:
-        CriticError: if `folder` holds something that is not a critic.
+        CriticError: if `folder` holds something other than a critic.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
         raise CriticError(
             f"folder is {str(target)!r}, which exists and is not a critic.",
-            "name a new folder or an old critic.",
+            "name a new folder, or a critic to replace.",
         )
     with atomic_folder(target) as temporary:
         save_description(critic, temporary)
@@ -37,17 +37,18 @@ def save_critic(critic: SavableCritic, folder: str | os.PathLike[str]) -> None:
 
 
 def save_description(critic: SavableCritic, folder: Path) -> None:
-    """Write `config.json` and the model card into a critic's folder and leave its weights as they are.
+    """Write the config and the model card of a critic, but not its weights.
 
     Args:
-        critic: the one whose weights the folder holds, or will hold.
-        folder: must exist.
+        critic: the critic whose weights are in the folder, or will be.
+        folder: an existing folder.
     """
+    settings = critic.settings()  # raises for a group, which has no kind either
     config = {
         "format": FORMAT,
         "kind": critic.kind,
         "objectives": list(critic.objectives),
-        "settings": critic.settings(),
+        "settings": settings,
         "policy": critic.fingerprint.to_json(),
         "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
         "decoding": critic.decoding.to_json() if critic.decoding is not None else None,
@@ -57,9 +58,9 @@ def save_description(critic: SavableCritic, folder: Path) -> None:
     try:
         card = model_card(critic)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # `about` is anybody's to fill, also on the hub; what took hours to train is not lost over its card.
+        # `about` may be edited by hand; a critic that took hours to train must not be lost over its card.
         warnings.warn(
-            f"the critic is saved without a new model card, since its `about` cannot be told: {error!r}",
+            f"the critic was saved without a new model card, because its `about` is malformed: {error!r}",
             UserWarning,
             stacklevel=4,
         )

@@ -110,8 +110,8 @@ def test_what_cannot_be_is_told_in_one_line(hub: Any, ask: Any, make_tiny_critic
     calls = {
         'mavis.Critic.from_pretrained("me/nothing")': "folder is 'me/nothing', which does not exist",
         'mavis.Critic.from_pretrained("me/nothing", revision="v1")': "folder is 'me/nothing'",
-        'critic.push_to_hub("me/two", token="hf_other")': "repo_id is 'me/two', where nothing could be uploaded",
-        'critic.push_to_hub("me/../two")': "repo_id is 'me/../two', where nothing could be uploaded",
+        'critic.push_to_hub("me/two", token="hf_other")': "repo_id is 'me/two', to which the upload failed",
+        'critic.push_to_hub("me/../two")': "repo_id is 'me/../two', to which the upload failed",
     }
     tried = "".join(f"try:\n    print({call})\nexcept MavisError as error:\n    print(error)\n" for call in calls)
     lines = ask(f'critic = mavis.Critic.from_pretrained("critic")\n{tried}').splitlines()
@@ -125,4 +125,4 @@ def test_what_cannot_be_is_told_in_one_line(hub: Any, ask: Any, make_tiny_critic
 def test_a_repository_of_something_else_is_refused(hub: Any, ask: Any) -> None:
     hub.repositories["me/model"] = {"main": [("a" * 40, {"config.json": b'{"model_type": "llama"}'})]}
     printed = ask('try:\n    mavis.Critic.from_pretrained("me/model")\nexcept MavisError as error:\n    print(error)')
-    assert "is the configuration of something else than a critic" in printed
+    assert "is not the config of a critic" in printed

@@ -52,7 +52,7 @@ def test_the_card_tells_what_the_critic_holds(make_tiny_critic: Any, tmp_path: P
         ["good", f"{mean[0]:.4g}", f"{std[0]:.4g}"],
         ["brevity", f"{mean[1]:.4g}", f"{std[1]:.4g}"],
     ]
-    assert "weights={'good': 1.0}, beta=1.0)" in card.text
+    assert 'weights={"good": 1.0}, beta=1.0)' in card.text
     assert "owner/model: llama, hidden size 32" in card.text
     assert critic.fingerprint.weights in card.text
     training = dict(rows(card.text, "Training"))
@@ -75,7 +75,7 @@ def test_the_card_tells_what_the_critic_holds(make_tiny_critic: Any, tmp_path: P
 def test_a_critic_that_knows_nothing_of_itself_says_so(make_tiny_critic: Any, tmp_path: Path) -> None:
     make_tiny_critic("good").save_pretrained(tmp_path / "critic")
     text = card_of(tmp_path / "critic").text
-    for said in ("A policy that did not tell its name", "None: it is used with `beta`", "Not measured yet"):
+    for said in ("Unnamed policy", "None: use `beta`", "Not measured;"):
         assert said in text
     assert card_of(tmp_path / "critic").data.to_dict().get("base_model") is None
 
@@ -115,7 +115,7 @@ def test_a_critic_is_saved_even_if_its_card_cannot_be_written(
 ) -> None:
     critic = make_tiny_critic()
     critic.about = about
-    with pytest.warns(UserWarning, match="saved without a new model card, since its `about` cannot be told"):
+    with pytest.warns(UserWarning, match="saved without a new model card, because its `about` is malformed"):
         critic.save_pretrained(tmp_path / "critic")
     assert Critic.from_pretrained(tmp_path / "critic").about == about
 

@@ -51,7 +51,7 @@ def test_small_strengths_cost_kl_quadratically(measure: Any, make_tiny_critic: A
 
 def test_beta_gives_back_the_strengths_that_were_measured(measure: Any, make_tiny_critic: Any) -> None:
     calibration = measure(make_tiny_critic(scale=0.3))
-    highest = calibration.reach()
+    highest = calibration.max_kl()
     checked = 0
     directions = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
     for weights, row in zip(directions, calibration.kl, strict=True):
