@@ -169,13 +169,13 @@ def _manifest(
 
 def _import_training() -> Any:
     try:
-        from mavis.training.alignment import reinforce
+        import mavis.training.alignment.reinforce as training
     except ImportError as error:
         raise MissingPackageError(
             f"align needs TRL and PEFT, which cannot be imported: {first_sentence(error)}.",
             "pip install 'mavis-decoding[align]'.",
         ) from error
-    return reinforce
+    return training
 
 
 def _sample(
