@@ -1,4 +1,4 @@
-"""A stand-in for the hub on a port of this machine: the few addresses that its client asks for one critic."""
+"""A fake hub on a local port: the endpoints that its client uses to upload and download a critic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKEN = "hf_may_write"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by id, branches by name, and of each branch all commits: an id and the files by path."""
+    """Repositories by id, each with its branches by name, each with its commits: an id, and the files by path."""
 
     daemon_threads = True
 
@@ -30,11 +30,11 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What `HF_ENDPOINT` is set to."""
+        """The value of `HF_ENDPOINT`."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def commit(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Find the last commit of a branch, or the one with this id."""
+        """Return the last commit of a branch, or the commit with this id."""
         branches = self.repositories[repo]
         if revision in branches:
             return branches[revision][-1] if branches[revision] else ("0" * 40, {})
@@ -45,7 +45,7 @@ class _Answers(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def answer(self, status: int, content: Any = None, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -145,7 +145,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """A hub of one's own, empty, where `TOKEN` may write."""
+    """An empty hub, with `TOKEN` for write access."""
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""From a KL budget to β."""
+"""The conversion of a KL budget to β."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BETAS = [0.5, 1.0, 2.0, 4.0, 8.0]
 
 
 def quadratic(spread: torch.Tensor) -> Calibration:
-    """The sweep of a critic whose KL is exactly ½ λᵀ Σ λ."""
+    """The calibration of a critic whose KL is exactly ½ λᵀ Σ λ."""
     rows = [[float(0.5 * b**2 * d @ spread @ d) for b in BETAS] for d in calibration_directions(len(spread))]
     return Calibration(BETAS, rows, max_new_tokens=64, top_k=None)
 
 
 @given(st.integers(1, 4), st.integers(0, 1000), st.floats(0.05, 2.0))
-def test_where_kl_is_quadratic_every_weight_gets_its_exact_beta(objectives: int, seed: int, share: float) -> None:
+def test_quadratic_kl_gives_the_exact_beta_for_any_weights(objectives: int, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(objectives, objectives, generator=generator, dtype=torch.float64)
     spread = root @ root.T + torch.eye(objectives, dtype=torch.float64)
@@ -38,8 +38,8 @@ def test_where_kl_is_quadratic_every_weight_gets_its_exact_beta(objectives: int,
         assert calibration.beta(weights, target) == pytest.approx(exact, rel=1e-6)
 
 
-def test_a_pair_that_hardly_moves_does_not_weaken_the_objectives_alone() -> None:
-    """Two objectives that pull apart: each alone moves the policy far, both together cancel."""
+def test_cancelling_objectives_do_not_weaken_each_alone() -> None:
+    """Two opposed objectives: each alone moves the policy far, but together they cancel."""
     alone, both = [0.1, 0.4, 1.6, 6.0, 20.0], [0.0, 0.0, 0.0, 0.0, 0.01]
     calibration = Calibration(BETAS, [alone, alone, both], 64, 40)
     assert calibration.beta(torch.tensor([1.0, 0.0]), 6.0) == pytest.approx(4.0)
@@ -51,7 +51,7 @@ def test_a_pair_that_hardly_moves_does_not_weaken_the_objectives_alone() -> None
         calibration.beta(torch.tensor([0.5, 0.5]), 2.0)
 
 
-def test_measured_points_are_met_and_between_them_it_interpolates_along_a_power_law() -> None:
+def test_beta_interpolates_the_measured_points_by_a_power_law() -> None:
     calibration = Calibration(BETAS, [[0.1, 0.4, 1.5, 5.0, 14.0]], 64, 40)
     one = torch.tensor([1.0])
     assert calibration.beta(one, 1.5) == pytest.approx(2.0)
@@ -61,7 +61,7 @@ def test_measured_points_are_met_and_between_them_it_interpolates_along_a_power_
     assert calibration.beta(one, 0.025) == pytest.approx(0.25)  # below the sweep KL is quadratic
 
 
-def test_noise_that_makes_kl_fall_does_not_make_beta_jump_back() -> None:
+def test_beta_is_monotone_in_spite_of_sampling_noise() -> None:
     calibration = Calibration(BETAS, [[0.1, 0.5, 0.45, 2.0, 1.9]], 64, 40)
     assert calibration.max_kl() == 2.0
     betas = [calibration.beta(torch.tensor([1.0]), target) for target in (0.2, 0.5, 1.0, 2.0)]
@@ -71,12 +71,12 @@ def test_noise_that_makes_kl_fall_does_not_make_beta_jump_back() -> None:
 @pytest.mark.parametrize(
     ("target", "message"), [(14.5, "calibrated up to 8"), (float("nan"), "target_kl is nan"), (-1.0, "target_kl is -1")]
 )
-def test_a_budget_beyond_the_sweep_is_refused(target: float, message: str) -> None:
+def test_budget_outside_the_measured_range_is_refused(target: float, message: str) -> None:
     with pytest.raises(CriticError, match=message):
         Calibration(BETAS, [[0.1, 0.4, 1.5, 5.0, 14.0]], 64, 40).beta(torch.tensor([1.0]), target)
 
 
-def test_the_default_beta_aims_at_the_default_distance_and_stays_within_the_sweep() -> None:
+def test_default_beta_aims_at_the_default_kl_within_the_measured_range() -> None:
     equal = torch.tensor([0.5, 0.5])
     beta = quadratic(torch.eye(2, dtype=torch.float64)).default_beta(equal)
     assert 0.5 * beta**2 * 0.5 == pytest.approx(DEFAULT_KL)
@@ -88,12 +88,12 @@ def test_the_default_beta_aims_at_the_default_distance_and_stays_within_the_swee
 @pytest.mark.parametrize(
     ("betas", "kl"), [([1.0, 2.0], [[0.1]]), ([2.0, 1.0], [[0.1, 0.2]]), ([1.0], [["x"]]), ([1.0], []), ([1.0], None)]
 )
-def test_numbers_that_are_no_sweep_are_refused(betas: Any, kl: Any) -> None:
+def test_malformed_sweeps_are_refused(betas: Any, kl: Any) -> None:
     with pytest.raises(CriticError, match="calibration is betas="):
         Calibration(betas, kl, 64, 40)
 
 
-def test_directions_are_every_objective_alone_then_every_pair() -> None:
+def test_directions_are_single_objectives_then_pairs() -> None:
     assert calibration_directions(3).tolist() == [
         [1, 0, 0],
         [0, 1, 0],
@@ -104,8 +104,8 @@ def test_directions_are_every_objective_alone_then_every_pair() -> None:
     ]
 
 
-def test_what_the_candidates_cost_is_a_floor_below_which_no_budget_can_be_kept() -> None:
-    """With a floor of 3 nats the sweep is that of the same critic without one, 3 nats higher."""
+def test_budget_below_the_floor_is_refused() -> None:
+    """A floor of 3 nats raises all KLs by 3 nats."""
     free = Calibration(BETAS, [[0.1, 0.4, 1.5, 5.0, 14.0]], 64, None)
     cut = Calibration(BETAS, [[3.1, 3.4, 4.5, 8.0, 17.0]], 64, 40, floor=3.0)
     one = torch.tensor([1.0])

@@ -1,4 +1,4 @@
-"""The hidden-state critic: what it computes, what it attaches to, what its folder holds."""
+"""The hidden-state critic: its values, its attachment to a policy, its folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def llama(vocabulary: int = 30, hidden: int = 16, seed: int = 0, **options: Any)
     return tiny_llama(seed, vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, **options)
 
 
-def talkative(policy: Any, objectives: list[str] | None = None) -> HiddenStateCritic:
+def random_critic(policy: Any, objectives: list[str] | None = None) -> HiddenStateCritic:
     critic = HiddenStateCritic.for_policy(
         policy, objectives or ["positive", "dialogue"], hidden=8, rank=4, composition="independent"
     )
@@ -38,7 +38,7 @@ def talkative(policy: Any, objectives: list[str] | None = None) -> HiddenStateCr
 
 
 def first_step(critic: HiddenStateCritic, states: torch.Tensor) -> torch.Tensor:
-    """What the heads read where each state is the first of a response: (B, I)."""
+    """The inputs of the heads at the first step of responses: (B, I)."""
     return critic.response_inputs(states[:, None])[:, 0]
 
 
@@ -47,18 +47,18 @@ def policy() -> Any:
     return llama()
 
 
-# What it computes
+# Values
 
 
-def test_an_untrained_critic_predicts_nothing_and_tilts_nothing(policy: Any) -> None:
+def test_untrained_critic_predicts_and_tilts_zero(policy: Any) -> None:
     critic = HiddenStateCritic.for_policy(policy, ["a", "b"])
     states = torch.randn(3, 16)
     assert (critic.values_from_inputs(first_step(critic, states), None) == 0).all()
     assert (critic.tilt_from_inputs(first_step(critic, states), None, torch.ones(3, 2)) == 0).all()
 
 
-def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -> None:
-    critic = talkative(policy)
+def test_values_are_v_plus_the_product_of_a_and_the_token_vector(policy: Any) -> None:
+    critic = random_critic(policy)
     states = torch.randn(3, 16)
     normed = (states - states.mean(1, keepdim=True)) / (states.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     vectors = critic.projection(token_embeddings(policy))
@@ -72,8 +72,8 @@ def test_values_are_v_plus_the_product_of_a_and_the_tokens_vector(policy: Any) -
 
 
 @pytest.mark.parametrize("candidates", [None, torch.tensor([[3, 9, 0, 28], [1, 1, 2, 5], [29, 4, 7, 8]])])
-def test_the_tilt_is_the_values_weighed_by_lambda(policy: Any, candidates: torch.Tensor | None) -> None:
-    critic = talkative(policy)
+def test_tilt_is_the_sum_of_values_weighted_by_lambda(policy: Any, candidates: torch.Tensor | None) -> None:
+    critic = random_critic(policy)
     states, lam = torch.randn(3, 16), torch.tensor([[1.0, -2.0], [0.0, 0.5], [4.0, 0.0]])
     values = critic.values_from_inputs(first_step(critic, states), candidates)
     torch.testing.assert_close(
@@ -87,12 +87,12 @@ def test_the_tilt_is_the_values_weighed_by_lambda(policy: Any, candidates: torch
         torch.testing.assert_close(values, everything.gather(1, candidates[..., None].expand(-1, -1, 2)))
 
 
-def test_an_independent_critic_is_asked_for_no_conditioning(policy: Any) -> None:
-    critic, lam = talkative(policy), torch.ones(2, 2)
+def test_independent_critic_refuses_lambda(policy: Any) -> None:
+    critic, lam = random_critic(policy), torch.ones(2, 2)
     inputs = first_step(critic, torch.zeros(2, 16))
-    for ask in (critic.values_from_inputs, critic.kl_to_come_from_inputs):
+    for method in (critic.values_from_inputs, critic.kl_to_come_from_inputs):
         with pytest.raises(CriticError, match="composition is 'independent'.*composition='conditioned'"):
-            ask(inputs, None, lam)
+            method(inputs, None, lam)
     with critic.attached_to(policy):
         ids = torch.zeros(2, 3, dtype=torch.long)
         policy(ids)
@@ -100,8 +100,8 @@ def test_an_independent_critic_is_asked_for_no_conditioning(policy: Any) -> None
             critic.values(ids, None, lam)
 
 
-def test_attached_it_reads_the_policys_last_hidden_state(policy: Any) -> None:
-    critic = talkative(policy)
+def test_attached_critic_reads_the_policys_last_hidden_state(policy: Any) -> None:
+    critic = random_critic(policy)
     ids = torch.randint(0, 30, (2, 5))
     with critic.attach(policy):
         out = policy(input_ids=ids, output_hidden_states=True)
@@ -115,8 +115,8 @@ def test_attached_it_reads_the_policys_last_hidden_state(policy: Any) -> None:
         )
 
 
-def test_rewards_are_normalised_by_the_reference_rollouts_and_never_by_nothing(policy: Any) -> None:
-    critic = talkative(policy)
+def test_rewards_are_normalised_by_reference_rollouts_that_differ(policy: Any) -> None:
+    critic = random_critic(policy)
     torch.testing.assert_close(
         critic.normalise(torch.tensor([[1.0, 20.0]])), torch.zeros(1, 2, dtype=torch.float64), atol=1e-12, rtol=0
     )
@@ -124,14 +124,14 @@ def test_rewards_are_normalised_by_the_reference_rollouts_and_never_by_nothing(p
         critic.set_normalisation(torch.tensor([[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]))
 
 
-# What it attaches to
+# Attachment
 
 
-def test_attaching_and_detaching_leave_no_hook_however_they_end(policy: Any) -> None:
+def test_no_hooks_are_left_after_detaching_or_an_exception(policy: Any) -> None:
     def hooks() -> int:
         return len(policy._forward_pre_hooks) + len(policy.get_output_embeddings()._forward_pre_hooks)
 
-    critic = talkative(policy)
+    critic = random_critic(policy)
     with critic.attach(policy):
         assert hooks() == 2
     assert hooks() == 0
@@ -148,8 +148,8 @@ def test_attaching_and_detaching_leave_no_hook_however_they_end(policy: Any) -> 
     assert critic.attached_policy is None
 
 
-def test_a_stale_attachment_does_not_end_a_newer_one(policy: Any) -> None:
-    critic = talkative(policy)
+def test_stale_attachment_does_not_end_a_newer_one(policy: Any) -> None:
+    critic = random_critic(policy)
     old = critic.attach(policy)
     critic.detach()
     critic.attach(policy)
@@ -158,8 +158,8 @@ def test_a_stale_attachment_does_not_end_a_newer_one(policy: Any) -> None:
     critic.detach()
 
 
-def test_a_critic_serves_one_policy_at_a_time(policy: Any) -> None:
-    critic = talkative(policy)
+def test_critic_serves_one_policy_at_a_time(policy: Any) -> None:
+    critic = random_critic(policy)
     with (
         critic.attach(policy),
         pytest.raises(CriticError, match=r"already attached to a policy.*Hint: call critic.detach"),
@@ -167,11 +167,11 @@ def test_a_critic_serves_one_policy_at_a_time(policy: Any) -> None:
         critic.attach(policy)
 
 
-def test_a_critic_of_a_policy_that_is_gone_can_be_attached_again() -> None:
+def test_critic_of_a_deleted_policy_can_be_attached_again() -> None:
     import gc
 
     first, second = llama(), llama()
-    critic = talkative(first)
+    critic = random_critic(first)
     critic.attach(first)
     del first
     gc.collect()
@@ -180,13 +180,13 @@ def test_a_critic_of_a_policy_that_is_gone_can_be_attached_again() -> None:
 
 
 @pytest.mark.parametrize("shape", [{"hidden": 32}, {"vocabulary": 31}])
-def test_a_policy_of_another_shape_is_refused(policy: Any, shape: dict[str, int]) -> None:
+def test_policy_of_another_shape_is_refused(policy: Any, shape: dict[str, int]) -> None:
     with pytest.raises(CriticError, match="hidden size 16 and 30 tokens, but policy .* has hidden size"):
-        talkative(policy).attach(llama(**shape))
+        random_critic(policy).attach(llama(**shape))
 
 
-def test_a_fine_tune_of_the_same_shape_warns_and_another_precision_does_not(policy: Any) -> None:
-    critic = talkative(policy)
+def test_other_weights_warn_and_other_precision_does_not(policy: Any) -> None:
+    critic = random_critic(policy)
     tuned = copy.deepcopy(policy)
     with torch.no_grad():
         tuned.model.layers[0].mlp.up_proj.weight.add_(0.01)
@@ -196,11 +196,11 @@ def test_a_fine_tune_of_the_same_shape_warns_and_another_precision_does_not(poli
         warnings.simplefilter("error")
 
 
-def test_a_policy_without_an_output_embedding_is_refused(policy: Any) -> None:
+def test_policy_without_output_embedding_is_refused(policy: Any) -> None:
     with pytest.raises(PolicyError, match=r"LlamaModel has no output embedding.*Hint: .*AutoModelForCausalLM"):
         HiddenStateCritic.for_policy(policy.model, ["a"])
     with pytest.raises(PolicyError, match="has no output embedding"):
-        talkative(policy).attach(policy.model)
+        random_critic(policy).attach(policy.model)
 
 
 @pytest.mark.parametrize(
@@ -213,18 +213,18 @@ def test_a_policy_without_an_output_embedding_is_refused(policy: Any) -> None:
         (["a"], {"rank": -2}, "rank is -2"),
     ],
 )
-def test_a_critic_that_makes_no_sense_is_refused(
+def test_invalid_arguments_are_refused(
     policy: Any, objectives: list[str], options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(CriticError, match=message):
         HiddenStateCritic.for_policy(policy, objectives, **options)
 
 
-# Its folder
+# Saving and loading
 
 
-def test_saved_and_loaded_it_has_the_same_values(policy: Any, tmp_path: Path) -> None:
-    critic = talkative(policy)
+def test_saved_and_loaded_critic_has_the_same_values(policy: Any, tmp_path: Path) -> None:
+    critic = random_critic(policy)
     critic.save_pretrained(tmp_path / "critic")
     assert sorted(p.name for p in (tmp_path / "critic").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = mavis.Critic.from_pretrained(tmp_path / "critic")
@@ -243,8 +243,8 @@ def test_saved_and_loaded_it_has_the_same_values(policy: Any, tmp_path: Path) ->
     assert torch.equal(critic.normalise(raw), loaded.normalise(raw))
 
 
-def test_saving_again_replaces_a_critic_and_nothing_else(policy: Any, tmp_path: Path) -> None:
-    critic = talkative(policy)
+def test_saving_replaces_a_critic_and_nothing_else(policy: Any, tmp_path: Path) -> None:
+    critic = random_critic(policy)
     critic.save_pretrained(tmp_path / "critic")
     critic.save_pretrained(str(tmp_path / "critic"))
     assert [p.name for p in tmp_path.iterdir()] == ["critic"]
@@ -256,8 +256,8 @@ def test_saving_again_replaces_a_critic_and_nothing_else(policy: Any, tmp_path: 
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_save_that_fails_leaves_the_old_critic(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    critic = talkative(policy)
+def test_failed_save_leaves_the_old_critic(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = random_critic(policy)
     critic.save_pretrained(tmp_path / "critic")
     before = (tmp_path / "critic" / "model.safetensors").read_bytes()
 
@@ -271,9 +271,9 @@ def test_a_save_that_fails_leaves_the_old_critic(policy: Any, tmp_path: Path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["critic"]
 
 
-def test_folders_that_hold_no_sound_critic_are_refused(policy: Any, tmp_path: Path) -> None:
+def test_broken_folders_are_refused(policy: Any, tmp_path: Path) -> None:
     good = tmp_path / "good"
-    talkative(policy).save_pretrained(good)
+    random_critic(policy).save_pretrained(good)
 
     def broken(name: str, damage: Any) -> Path:
         import shutil

@@ -1,4 +1,4 @@
-"""Value models of the paper's own code: imported, they say what they said there; what is no such model is refused."""
+"""Value models of the paper's own code have the same values after the import; other folders are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [  # peft about itself: how it asks transformers, and that it saves
 ]
 
 TOKENS, POLICY_TOKENS = 30, 31
-"""Of the base, and of the policy, whose tokenizer has a padding token besides."""
+"""Vocabulary sizes of the base, and of the policy, whose tokenizer has an additional padding token."""
 PROMPTS = torch.tensor([[30, 30, 5, 9], [3, 7, 1, 4]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None}
@@ -68,7 +68,7 @@ def classifier(base: Path, outputs: int, tokens: int) -> Any:
 
 @pytest.fixture
 def train(base: Path, tmp_path: Path) -> Train:
-    """Make the folder of a value model as the paper's training leaves it, with random numbers for what is learnt."""
+    """A function that writes the folder of a value model as the paper's training does, with random weights."""
 
     def make(name: str = "help", outputs: int = 1, tokens: int = POLICY_TOKENS, **options: Any) -> Path:
         torch.manual_seed(len(name))
@@ -99,27 +99,27 @@ class Official:
         return torch.stack(each)
 
 
-class Listen(LogitsProcessor):
-    """Ask a critic for all values at every step, and keep them with the prefixes."""
+class RecordValues(LogitsProcessor):
+    """Record all values of a critic at every step, with the prefixes."""
 
     def __init__(self, critic: Critic) -> None:
         self.critic = critic
-        self.heard: list[tuple[Tensor, Tensor]] = []
+        self.recorded: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.heard.append((input_ids, self.critic.values(input_ids, None)))
+        self.recorded.append((input_ids, self.critic.values(input_ids, None)))
         return scores
 
 
 def generated(policy: Any, critic: Critic, steps: int = 3) -> list[tuple[Tensor, Tensor]]:
     """Prefixes (L,) of a greedy generation, each with the values (V, M) of every next token."""
-    listen = Listen(critic)
+    record = RecordValues(critic)
     with critic.attach(policy):
         policy.generate(
-            input_ids=PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=steps, logits_processor=[listen]
+            input_ids=PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=steps, logits_processor=[record]
         )
     return [
-        (ids[row, int(MASK[row].argmax()) :], values[row]) for ids, values in listen.heard for row in range(len(ids))
+        (ids[row, int(MASK[row].argmax()) :], values[row]) for ids, values in record.recorded for row in range(len(ids))
     ]
 
 
@@ -129,11 +129,11 @@ def edit(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-# It says what it said there
+# Values
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=str)
-def test_its_values_in_a_generation_are_those_of_the_official_forward(
+def test_values_during_generation_equal_the_official_forward(
     policy: Any, base: Path, train: Train, options: dict[str, Any]
 ) -> None:
     folder = train(**options)
@@ -149,7 +149,7 @@ def test_its_values_in_a_generation_are_those_of_the_official_forward(
     assert (critic.normalise(torch.tensor([3.0])) == 3.0).all()  # the scale of its values is that of the raw rewards
 
 
-def test_a_folder_for_each_objective_makes_a_group(policy: Any, base: Path, train: Train) -> None:
+def test_one_folder_per_objective_makes_a_group(policy: Any, base: Path, train: Train) -> None:
     folders = {"help": train("help"), "harm": train("harmless")}
     critic = mavis.import_official(folders, policy)
     assert isinstance(critic, CriticGroup)
@@ -160,7 +160,7 @@ def test_a_folder_for_each_objective_makes_a_group(policy: Any, base: Path, trai
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_distilled_model_is_one_critic_of_all_its_objectives(policy: Any, base: Path, train: Train) -> None:
+def test_distilled_model_becomes_one_critic(policy: Any, base: Path, train: Train) -> None:
     folder = train("distilled", outputs=3)
     critic = mavis.import_official({("help", "harm", "humor"): folder}, policy)
     assert isinstance(critic, ValueModelCritic)
@@ -170,7 +170,7 @@ def test_a_distilled_model_is_one_critic_of_all_its_objectives(policy: Any, base
         torch.testing.assert_close(values, official.values(prefix), rtol=1e-5, atol=1e-5)
 
 
-def test_given_statistics_put_its_values_on_the_normalised_scale(policy: Any, train: Train) -> None:
+def test_reward_statistics_normalise_the_values(policy: Any, train: Train) -> None:
     folders: Mapping[Any, Path] = {"help": train("help"), ("harm", "humor"): train("both", outputs=2)}
     raw = mavis.import_official(folders, policy)
     mean, std = {"help": 2.0, "humor": -1.0}, {"help": 4.0, "harm": 0.5}
@@ -181,7 +181,7 @@ def test_given_statistics_put_its_values_on_the_normalised_scale(policy: Any, tr
         torch.testing.assert_close(values, critic.normalise(plain).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_another_base_takes_the_place_of_the_one_the_adapter_names(policy: Any, base: Path, train: Train) -> None:
+def test_base_overrides_the_one_in_the_adapter(policy: Any, base: Path, train: Train) -> None:
     folder = train()
     expected = generated(policy, mavis.import_official({"help": folder}, policy))
     edit(folder, base_model_name_or_path="no/such/model")
@@ -191,7 +191,7 @@ def test_another_base_takes_the_place_of_the_one_the_adapter_names(policy: Any, 
     assert all(torch.equal(one[1], other[1]) for one, other in zip(found, expected, strict=True))
 
 
-def test_an_adapter_of_an_unchanged_vocabulary_takes_the_bases_embedding(base: Path, train: Train) -> None:
+def test_adapter_without_embedding_uses_that_of_the_base(base: Path, train: Train) -> None:
     folder = train(tokens=TOKENS)
     assert not [name for name in load_file(folder / "adapter_model.safetensors") if "embed" in name]
     policy = causal(TOKENS, seed=0)
@@ -205,7 +205,7 @@ def test_an_adapter_of_an_unchanged_vocabulary_takes_the_bases_embedding(base: P
     torch.testing.assert_close(values[-1], last, rtol=1e-5, atol=1e-5)
 
 
-def test_neither_the_import_nor_the_saved_critic_needs_peft(
+def test_import_and_saved_critic_work_without_peft(
     policy: Any, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = train()
@@ -219,22 +219,22 @@ def test_neither_the_import_nor_the_saved_critic_needs_peft(
     assert str(tmp_path) not in (tmp_path / "critic" / "config.json").read_text()
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("folders", [{}, "value_models", None])
-def test_folders_that_name_no_objective_are_refused(policy: Any, folders: Any) -> None:
+def test_folders_without_objectives_are_refused(policy: Any, folders: Any) -> None:
     with pytest.raises(CriticError, match="folders is .*, expected an adapter folder for each objective. Hint"):
         mavis.import_official(folders, policy)
 
 
-def test_a_folder_that_is_no_adapter_is_refused(policy: Any, base: Path, tmp_path: Path) -> None:
+def test_folder_without_adapter_is_refused(policy: Any, base: Path, tmp_path: Path) -> None:
     for folder, missing in ((tmp_path / "nowhere", "does not exist"), (base, "has no adapter_config.json")):
         with pytest.raises(CriticError, match=f"folders names '{folder}', which {missing}, expected an adapter. Hint"):
             mavis.import_official({"help": folder}, policy)
 
 
-def test_a_pickled_adapter_is_not_read(policy: Any, train: Train) -> None:
+def test_pickled_adapter_is_refused(policy: Any, train: Train) -> None:
     folder = train()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CriticError, match=r"has no adapter_model.safetensors\. Hint: save the adapter again"):
@@ -245,7 +245,7 @@ def test_a_pickled_adapter_is_not_read(policy: Any, train: Train) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_truncated_adapter_is_refused(policy: Any, train: Train, name: str) -> None:
+def test_truncated_adapter_is_refused(policy: Any, train: Train, name: str) -> None:
     path = train() / name
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CriticError, match="is corrupt or truncated: .* Hint: copy it again"):
@@ -263,7 +263,7 @@ def test_a_truncated_adapter_is_refused(policy: Any, train: Train, name: str) ->
         ({"base_model_name_or_path": None}, "base is None, and the adapter in .* names no model"),
     ],
 )
-def test_another_kind_of_adapter_is_refused(policy: Any, train: Train, changes: dict[str, Any], message: str) -> None:
+def test_other_kinds_of_adapters_are_refused(policy: Any, train: Train, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CriticError, match=message):
         mavis.import_official({"help": edit(train(), **changes)}, policy)
 
@@ -282,7 +282,7 @@ def test_another_kind_of_adapter_is_refused(policy: Any, train: Train, changes: 
     ],
     ids=["no score", "a bias", "half an adapter", "a layer more"],
 )
-def test_an_adapter_of_other_parts_is_refused(
+def test_adapter_with_unexpected_tensors_is_refused(
     policy: Any, train: Train, drop: str | None, add: str | None, message: str
 ) -> None:
     folder = train()
@@ -296,19 +296,19 @@ def test_an_adapter_of_other_parts_is_refused(
         mavis.import_official({"help": folder}, policy)
 
 
-def test_a_base_of_another_shape_is_refused(policy: Any, train: Train, tmp_path: Path) -> None:
+def test_base_of_another_shape_is_refused(policy: Any, train: Train, tmp_path: Path) -> None:
     causal(TOKENS, seed=0, hidden=12).save_pretrained(tmp_path / "other")
     with pytest.raises(CriticError, match="base '.*other' does not fit the adapter in .*Hint: pass the language model"):
         mavis.import_official({"help": train()}, policy, base=tmp_path / "other")
 
 
 @pytest.mark.parametrize(("key", "outputs"), [("help", 3), (("help", "harm"), 1)])
-def test_as_many_names_as_outputs_are_needed(policy: Any, train: Train, key: Any, outputs: int) -> None:
+def test_number_of_names_must_match_the_outputs(policy: Any, train: Train, key: Any, outputs: int) -> None:
     with pytest.raises(CriticError, match=f"a value model with {outputs} outputs, but folders names [12] for it: help"):
         mavis.import_official({key: train(outputs=outputs)}, policy)
 
 
-def test_a_value_model_that_knows_fewer_tokens_than_the_policy_is_refused(policy: Any, train: Train) -> None:
+def test_value_model_with_fewer_tokens_than_the_policy_is_refused(policy: Any, train: Train) -> None:
     with pytest.raises(CriticError, match="knows 30 tokens, but the policy writes 31. Hint: use the policy that"):
         mavis.import_official({"help": train(tokens=TOKENS)}, policy)
 
@@ -324,11 +324,11 @@ def test_a_value_model_that_knows_fewer_tokens_than_the_policy_is_refused(policy
         ({"reward_std": {"help": 0.0}}, "reward_std of 'help' is 0.0, expected a finite number > 0."),
     ],
 )
-def test_statistics_that_cannot_be_are_refused(policy: Any, statistics: dict[str, Any], message: str) -> None:
+def test_invalid_statistics_are_refused(policy: Any, statistics: dict[str, Any], message: str) -> None:
     with pytest.raises(CriticError, match=message):
         mavis.import_official({"help": Path("help")}, policy, **statistics)
 
 
-def test_a_name_that_comes_twice_is_refused(policy: Any, train: Train) -> None:
+def test_repeated_objective_is_refused(policy: Any, train: Train) -> None:
     with pytest.raises(CriticError, match="objective 'help' belongs to two of the critics"):
         mavis.import_official({"help": train(), ("help",): train()}, policy)

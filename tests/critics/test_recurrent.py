@@ -1,4 +1,4 @@
-"""The memory of a response, step by step and found again when rows change places."""
+"""Recurrent memories of responses: step by step, and when rows are reordered, dropped or rolled back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mavis.critics.recurrent import RecurrentMemory, SequenceMemories
 from mavis.policies.forward_pass import ResponsePosition
 
 
-class Lost(Exception):
-    """What these tests raise for rows that are not known."""
+class UnknownRows(Exception):
+    """Raised by these tests for unknown rows."""
 
 
-def refuse(answer: Tensor) -> None:
+def raise_if_true(answer: Tensor) -> None:
     if bool(answer):
-        raise Lost
+        raise UnknownRows
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def memory() -> RecurrentMemory:
 
 
 def at(length: int, starts_response: bool | None, shortest_resumable: int | None = None) -> ResponsePosition:
-    """Rows without padding, which nothing takes back."""
+    """The position of rows without padding that are never rolled back."""
     return ResponsePosition(
         torch.tensor([length]), starts_response, length - 1 if shortest_resumable is None else shortest_resumable
     )
 
 
-def test_step_by_step_it_is_what_it_is_at_once(memory: RecurrentMemory) -> None:
+def test_single_steps_equal_the_whole_response(memory: RecurrentMemory) -> None:
     states, before = torch.randn(5, 6, 3), None
     at_once = memory(states)
     for step in range(6):
@@ -40,35 +40,35 @@ def test_step_by_step_it_is_what_it_is_at_once(memory: RecurrentMemory) -> None:
         torch.testing.assert_close(before, at_once[:, step])
 
 
-def test_rows_that_change_places_double_or_drop_out_keep_their_memory(memory: RecurrentMemory) -> None:
-    """Each row's memory is that of its own states, though the parents are drawn anew at every step."""
+def test_reordered_duplicated_and_dropped_rows_keep_their_memory(memory: RecurrentMemory) -> None:
+    """Each row has the memory of its own states, although parents are resampled at every step."""
     with torch.no_grad():
         torch.manual_seed(1)
         rows, ids = SequenceMemories(), torch.arange(4)[:, None] + 10
         states = torch.randn(4, 1, 3)
-        found = rows.advance(memory, ids, states[:, 0], at(1, True), refuse)
+        found = rows.advance(memory, ids, states[:, 0], at(1, True), raise_if_true)
         for step in range(1, 8):
             parents = torch.randint(4, (4,))
             ids = torch.cat([ids[parents], torch.randperm(4)[:, None]], dim=1)  # no two rows alike
             states = torch.cat([states[parents], torch.randn(4, 1, 3)], dim=1)
-            found = rows.advance(memory, ids, states[:, -1], at(step + 1, False), refuse)
+            found = rows.advance(memory, ids, states[:, -1], at(step + 1, False), raise_if_true)
             torch.testing.assert_close(found, memory(states)[:, -1])
 
 
-def test_rows_go_on_when_the_batch_shrinks(memory: RecurrentMemory) -> None:
+def test_rows_continue_when_the_batch_shrinks(memory: RecurrentMemory) -> None:
     with torch.no_grad():
         rows, ids, states = SequenceMemories(), torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.randn(3, 2, 3)
-        rows.advance(memory, ids, states[:, 0], at(2, True), refuse)
+        rows.advance(memory, ids, states[:, 0], at(2, True), raise_if_true)
         ids = torch.cat([ids[[2, 0]], torch.tensor([[7], [8]])], dim=1)
-        found = rows.advance(memory, ids, states[[2, 0], 1], at(3, False), refuse)
+        found = rows.advance(memory, ids, states[[2, 0], 1], at(3, False), raise_if_true)
         torch.testing.assert_close(found, memory(states)[[2, 0], 1])
 
 
-def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: RecurrentMemory) -> None:
-    """Three drafts are asked about one after the other, the second turns out to be wrong, and so on."""
+def test_rows_continue_after_rejected_drafts(memory: RecurrentMemory) -> None:
+    """Four drafts are read in turn at every step, of which a varying number is accepted."""
     with torch.no_grad():
         rows, ids, states = SequenceMemories(), torch.tensor([[1, 2]]), torch.randn(1, 1, 3)
-        rows.advance(memory, ids, states[:, -1], at(2, True, shortest_resumable=0), refuse)
+        rows.advance(memory, ids, states[:, -1], at(2, True, shortest_resumable=0), raise_if_true)
         for accepted in (1, 3, 0, 2, 0):
             shortest_resumable = ids.shape[1]
             draft_ids, draft_states = torch.randint(50_000, (1, 4)), torch.randn(1, 4, 3)
@@ -76,7 +76,7 @@ def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: Recu
                 drafted = torch.cat([ids, draft_ids[:, :n]], dim=1)
                 seen = torch.cat([states, draft_states[:, :n]], dim=1)
                 found = rows.advance(
-                    memory, drafted, seen[:, -1], at(shortest_resumable + n, False, shortest_resumable), refuse
+                    memory, drafted, seen[:, -1], at(shortest_resumable + n, False, shortest_resumable), raise_if_true
                 )
                 torch.testing.assert_close(found, memory(seen)[:, -1])
             ids = torch.cat([ids, draft_ids[:, : accepted + 1]], dim=1)
@@ -88,27 +88,29 @@ def test_rows_go_on_from_where_they_were_when_drafts_are_taken_back(memory: Recu
     [[[1, 9, 7]], [[2, 1, 7]], [[1, 2, 7, 7]]],
     ids=["another token", "another order", "two tokens further"],
 )
-def test_rows_that_no_step_has_ended_with_are_reported(memory: RecurrentMemory, ids: list[list[int]]) -> None:
+def test_unknown_rows_are_reported(memory: RecurrentMemory, ids: list[list[int]]) -> None:
     rows, states = SequenceMemories(), torch.randn(1, 3)
-    rows.advance(memory, torch.tensor([[1, 2]]), states, at(2, True), refuse)
-    with pytest.raises(Lost):
-        rows.advance(memory, torch.tensor(ids), states, at(len(ids[0]), False), refuse)
+    rows.advance(memory, torch.tensor([[1, 2]]), states, at(2, True), raise_if_true)
+    with pytest.raises(UnknownRows):
+        rows.advance(memory, torch.tensor(ids), states, at(len(ids[0]), False), raise_if_true)
 
 
-def test_without_a_cache_rows_begin_unless_all_are_known(memory: RecurrentMemory) -> None:
+def test_without_a_cache_rows_start_anew_unless_all_are_known(memory: RecurrentMemory) -> None:
     with torch.no_grad():
         rows, states = SequenceMemories(), torch.randn(2, 2, 3)
         first = torch.tensor([[1, 2], [3, 4]])
         at_once = memory(states)
-        begun = rows.advance(memory, first, states[:, 0], at(2, None), refuse)
+        begun = rows.advance(memory, first, states[:, 0], at(2, None), raise_if_true)
         torch.testing.assert_close(begun, at_once[:, 0])
         known = torch.tensor([[1, 2, 5], [3, 4, 5]])
-        torch.testing.assert_close(rows.advance(memory, known, states[:, 1], at(3, None), refuse), at_once[:, 1])
+        torch.testing.assert_close(rows.advance(memory, known, states[:, 1], at(3, None), raise_if_true), at_once[:, 1])
         partly = torch.tensor([[1, 2, 5, 0], [9, 4, 5, 0]])
-        torch.testing.assert_close(rows.advance(memory, partly, states[:, 0], at(4, None), refuse), at_once[:, 0])
+        torch.testing.assert_close(
+            rows.advance(memory, partly, states[:, 0], at(4, None), raise_if_true), at_once[:, 0]
+        )
 
 
-def test_a_key_tells_orders_lengths_and_padding_apart(memory: RecurrentMemory) -> None:
+def test_keys_distinguish_orders_and_lengths(memory: RecurrentMemory) -> None:
     """A thousand random prefixes of three tokens in all orders have different keys: no two of them are confused."""
     rows = SequenceMemories()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Heads side by side compute what each would alone, and λ scales and shifts what they see."""
+"""Value heads compute the same as separate networks, and are scaled and shifted by λ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def heads(conditions: int = 0) -> ValueHeads:
 
 
 def by_hand(made: ValueHeads, inputs: Tensor, lam: Tensor | None) -> Tensor:
-    """One head after the other, one row after the other: (B, O, r + 1)."""
+    """Compute each head of each row separately: (B, O, r + 1)."""
     rows = []
     for b, row in enumerate(inputs):
         outputs = []
@@ -39,32 +39,32 @@ def by_hand(made: ValueHeads, inputs: Tensor, lam: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("conditions", [0, 2])
-def test_each_head_is_a_network_of_its_own(conditions: int) -> None:
+def test_heads_are_independent_networks(conditions: int) -> None:
     made, inputs, lam = heads(conditions), torch.randn(6, 5), torch.randn(6, 2)
     torch.testing.assert_close(made(inputs, lam), by_hand(made, inputs, lam), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("conditions", [0, 2])
-def test_a_mixture_is_the_sum_of_the_heads_times_their_coefficients(conditions: int) -> None:
+def test_weighted_sum_equals_the_sum_of_weighted_heads(conditions: int) -> None:
     made, inputs, lam, coefficients = heads(conditions), torch.randn(6, 5), torch.randn(6, 2), torch.randn(6, 3)
     expected = torch.einsum("bor,bo->br", made(inputs, lam), coefficients)
     torch.testing.assert_close(made.weighted_sum(inputs, coefficients, lam), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_whole_responses_share_a_lambda() -> None:
+def test_lambda_broadcasts_over_a_response() -> None:
     made, inputs, lam = heads(2), torch.randn(6, 7, 5), torch.randn(6, 2)
     together = made(inputs, lam[:, None])
     for step in range(7):
         torch.testing.assert_close(together[:, step], made(inputs[:, step], lam), atol=1e-5, rtol=1e-5)
 
 
-def test_at_lambda_zero_they_are_heads_that_read_none() -> None:
+def test_at_lambda_zero_conditioning_has_no_effect() -> None:
     conditioned, plain = heads(2), heads()
     plain.load_state_dict({name: tensor for name, tensor in conditioned.state_dict().items() if name != "condition"})
     inputs = torch.randn(6, 5)
     torch.testing.assert_close(conditioned(inputs, torch.zeros(6, 2)), plain(inputs))
 
 
-def test_new_ones_say_nothing_at_any_lambda() -> None:
+def test_new_heads_predict_zero_at_any_lambda() -> None:
     made = ValueHeads(5, 3, hidden=4, rank=2, conditions=2)
     assert (made(torch.randn(6, 5), torch.randn(6, 2)) == 0).all()

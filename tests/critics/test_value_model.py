@@ -1,4 +1,4 @@
-"""The value model: what it is built from, what its heads read, what its folder holds, what is refused."""
+"""The value-model critic: its trunk, the inputs of its heads, its folder, its errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def words(count: int, prefix: str = "t") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=f"{prefix}0")
 
 
-def talkative(policy: Any, **options: Any) -> ValueModelCritic:
+def random_critic(policy: Any, **options: Any) -> ValueModelCritic:
     critic = ValueModelCritic.for_policy(
         policy, ["a", "b"], **({"hidden": 8, "rank": 4, "composition": "independent"} | options)
     )
@@ -48,18 +48,18 @@ def policy() -> Any:
     return llama()
 
 
-# What it is built from
+# The trunk
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_an_untrained_critic_predicts_nothing(policy: Any, readout: Any) -> None:
+def test_untrained_critic_predicts_zero(policy: Any, readout: Any) -> None:
     critic = ValueModelCritic.for_policy(policy, ["a", "b"], readout=readout)
     inputs = critic.rollout_inputs(IDS, IS_TOKEN, NO_STATES)[:, 0]
     assert (critic.values_from_inputs(inputs, torch.zeros(2, 1, dtype=torch.long)) == 0).all()
     assert not critic.training
 
 
-def test_without_a_backbone_the_trunk_begins_as_a_copy_of_the_policy(policy: Any) -> None:
+def test_default_trunk_is_a_copy_of_the_policy(policy: Any) -> None:
     critic = ValueModelCritic.for_policy(policy, ["a"])
     ours, theirs = critic.trunk.state_dict(), policy.model.state_dict()
     assert list(ours) == list(theirs)
@@ -70,7 +70,7 @@ def test_without_a_backbone_the_trunk_begins_as_a_copy_of_the_policy(policy: Any
     assert not any(parameter.requires_grad for parameter in policy.parameters())
 
 
-def test_a_backbone_is_a_configuration_or_a_folder(policy: Any, tmp_path: Path) -> None:
+def test_backbone_is_a_config_or_a_folder(policy: Any, tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=32)
     small = ValueModelCritic.for_policy(policy, ["a"], backbone=config, seed=1)
     assert small.trunk.config.model_type == "gpt2"
@@ -84,10 +84,10 @@ def test_a_backbone_is_a_configuration_or_a_folder(policy: Any, tmp_path: Path) 
     assert torch.equal(loaded.trunk.embed_tokens.weight, other.model.embed_tokens.weight)
 
 
-# What its heads read
+# Inputs of the heads
 
 
-def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(policy: Any) -> None:
+def test_token_readout_reads_the_prefix_and_candidates_also_the_token(policy: Any) -> None:
     """Three response tokens each, of which the second row has two."""
     states = {}
     with torch.no_grad():
@@ -106,8 +106,8 @@ def test_the_token_readout_reads_the_prefix_and_candidates_reads_the_token_too(p
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, readout: Any) -> None:
-    plain, normed = (talkative(policy, readout=readout, hidden=0, norm=norm) for norm in (False, True))
+def test_without_norm_heads_read_the_raw_state(policy: Any, readout: Any) -> None:
+    plain, normed = (random_critic(policy, readout=readout, hidden=0, norm=norm) for norm in (False, True))
     found = plain.rollout_inputs(IDS, IS_TOKEN, NO_STATES)
     with torch.no_grad():
         row = IDS[0][IS_TOKEN[0]]
@@ -121,15 +121,15 @@ def test_without_norm_its_heads_read_the_trunks_state_as_it_is(policy: Any, read
     torch.testing.assert_close(values, plain.values_from_inputs(found[0, -1:], row[None, -1:]))
 
 
-# Its folder
+# Saving and loading
 
 
 @pytest.mark.parametrize(
     ("readout", "options"),
     [("token", {}), ("candidates", {"hidden": 0, "norm": False}), ("token", {"composition": "conditioned"})],
 )
-def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
-    critic = talkative(policy, readout=readout, **options)
+def test_saved_critic_loads_unchanged(policy: Any, tmp_path: Path, readout: Any, options: Any) -> None:
+    critic = random_critic(policy, readout=readout, **options)
     critic.save_pretrained(tmp_path / "critic")
     assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
         "README.md",
@@ -148,17 +148,17 @@ def test_a_saved_critic_comes_back_the_same(policy: Any, tmp_path: Path, readout
         assert torch.equal(*(c.values_from_inputs(i, ids) for c, i in zip((critic, again), found, strict=True)))
 
 
-def test_a_folder_from_before_the_norm_was_a_setting_has_one(policy: Any, tmp_path: Path) -> None:
-    talkative(policy).save_pretrained(tmp_path / "critic")
+def test_folder_without_the_norm_setting_has_a_norm(policy: Any, tmp_path: Path) -> None:
+    random_critic(policy).save_pretrained(tmp_path / "critic")
     path = tmp_path / "critic" / "config.json"
     config = json.loads(path.read_text())
     assert (config["settings"].pop("norm"), config["settings"].pop("lora_rank")) == (True, 0)
     path.write_text(json.dumps(config))
-    assert mavis.Critic.from_pretrained(tmp_path / "critic").settings() == talkative(policy).settings()
+    assert mavis.Critic.from_pretrained(tmp_path / "critic").settings() == random_critic(policy).settings()
 
 
-def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Path) -> None:
-    talkative(policy).save_pretrained(tmp_path / "critic")
+def test_folder_with_unknown_backbone_is_corrupt(policy: Any, tmp_path: Path) -> None:
+    random_critic(policy).save_pretrained(tmp_path / "critic")
     path = tmp_path / "critic" / "config.json"
     config = json.loads(path.read_text())
     config["settings"]["backbone"]["model_type"] = "nothing"
@@ -167,7 +167,7 @@ def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Pa
         mavis.Critic.from_pretrained(tmp_path / "critic")
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -181,17 +181,17 @@ def test_a_folder_whose_backbone_is_unknown_is_corrupt(policy: Any, tmp_path: Pa
         ({"backbone": "no/such/model"}, "backbone is 'no/such/model', which cannot be loaded"),
     ],
 )
-def test_what_cannot_be_built_is_refused(policy: Any, options: Any, message: str) -> None:
+def test_invalid_options_are_refused(policy: Any, options: Any, message: str) -> None:
     with pytest.raises(CriticError, match=message):
         ValueModelCritic.for_policy(policy, ["a"], **options)
 
 
-def test_a_policy_that_is_not_in_memory_cannot_be_copied() -> None:
+def test_offloaded_policy_cannot_be_copied() -> None:
     with pytest.raises(CriticError, match="backbone is None, but the policy's weights are offloaded"):
         ValueModelCritic.for_policy(llama().to("meta"), ["a"])
 
 
-def test_a_backbone_with_another_vocabulary_is_refused(policy: Any, tmp_path: Path) -> None:
+def test_backbone_with_another_vocabulary_is_refused(policy: Any, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "other")
     words(30, prefix="w").save_pretrained(tmp_path / "other")
     with pytest.raises(CriticError, match="has another vocabulary than the policy's tokenizer.*would mean other words"):

@@ -28,14 +28,14 @@ def loaded() -> tuple[Any, Any]:
     return embedded.load()
 
 
-def test_it_is_small_and_nothing_is_pickled() -> None:
+def test_folder_is_small_and_has_no_pickles() -> None:
     files = [f for f in embedded.path().rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert {file.name for file in files} >= WEIGHTS
     assert sum(file.stat().st_size for file in files) <= 6_000_000
     assert {file.suffix for file in files} <= {".py", ".json", ".safetensors", ".md", ".txt"}
 
 
-def test_it_is_frozen_fp32_and_knows_its_special_tokens(loaded: tuple[Any, Any]) -> None:
+def test_policy_is_frozen_float32_with_special_tokens(loaded: tuple[Any, Any]) -> None:
     policy, tokenizer = loaded
     assert not policy.training
     assert {(p.dtype, p.requires_grad) for p in policy.parameters()} == {(torch.float32, False)}
@@ -62,7 +62,7 @@ def test_prompts_are_encoded_as_in_training(loaded: tuple[Any, Any]) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_stories_end_and_are_words(loaded: tuple[Any, Any]) -> None:
+def test_stories_end_and_consist_of_words(loaded: tuple[Any, Any]) -> None:
     policy, tokenizer = loaded
     torch.manual_seed(0)
     start = torch.full((16, 1), tokenizer.bos_token_id)
@@ -76,13 +76,13 @@ def test_stories_end_and_are_words(loaded: tuple[Any, Any]) -> None:
     assert 0.1 < common / sum(len(text.split()) for text in texts) < 0.4
 
 
-def test_a_copy_without_weights_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "path", lambda: tmp_path)
     with pytest.raises(PolicyError, match="not in"):
         embedded.load()
 
 
-def test_it_predicts_as_well_as_what_it_learnt_from(loaded: tuple[Any, Any]) -> None:
+def test_policy_predicts_as_well_as_its_teacher(loaded: tuple[Any, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     corpus, folder = SHARED / "data/tinystories/cased.txt", SHARED / "models/stories260K"

@@ -1,4 +1,4 @@
-"""Critics go up to a hub and come down again: the real client, against a stand-in on this machine."""
+"""Uploading and downloading critics with the real client and a fake hub on a local port."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TOKEN = "hf_may_write"
 
 
 @pytest.fixture
-def ask(hub: Any, tmp_path: Path) -> Any:
-    """A function that runs Python in a process whose hub is the stand-in, and returns what it prints."""
+def run_python(hub: Any, tmp_path: Path) -> Any:
+    """A function that runs Python in a process that uses the fake hub, and returns its output."""
 
     def run(code: str, token: str = TOKEN, **environment: str) -> str:
         given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -48,11 +48,11 @@ def ask(hub: Any, tmp_path: Path) -> Any:
     return run
 
 
-def test_what_is_pushed_is_what_is_loaded(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_pushed_critic_loads_unchanged(hub: Any, run_python: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     critic = make_tiny_critic()
     critic.about = {"policy": "somebody/tiny", "data": "prompts.txt"}
     critic.save_pretrained(tmp_path / "critic")
-    printed = ask(
+    printed = run_python(
         """
 critic = mavis.Critic.from_pretrained("critic")
 print(critic.push_to_hub("me/two", private=True, commit_message="The first one"))
@@ -72,7 +72,7 @@ print(branch.about["policy"])
     assert [len(commits) for commits in hub.repositories["me/two"].values()] == [2, 3]
     oid, files = hub.repositories["me/two"]["main"][0]
     assert first.endswith(oid)
-    # What went up is the folder that `save` writes, byte for byte.
+    # The upload is byte for byte what `save_pretrained` writes.
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "critic").iterdir()}
     assert set(files) == {"README.md", "config.json", "model.safetensors"}
     back = Critic.from_pretrained(tmp_path / "back")
@@ -81,31 +81,35 @@ print(branch.about["policy"])
         assert name == "reward_mean" or torch.equal(back.state_dict()[name], tensor), name
 
 
-def test_the_calls_of_the_guide_work(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_guide_runs(hub: Any, run_python: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "guides" / "hub.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL)
     (calls,) = [block for block in blocks if "push_to_hub" in block]
     make_tiny_critic().save_pretrained(tmp_path / "critic")
-    ask(f'critic = mavis.Critic.from_pretrained("critic")\n{calls}\nassert critic.objectives == ("good", "brevity")')
+    run_python(
+        f'critic = mavis.Critic.from_pretrained("critic")\n{calls}\nassert critic.objectives == ("good", "brevity")'
+    )
     assert list(hub.repositories) == ["me/happy-stories"]
 
 
-def test_a_commit_can_be_named_and_the_cache_serves_offline(
-    hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path
+def test_commits_can_be_selected_and_the_cache_works_offline(
+    hub: Any, run_python: Any, make_tiny_critic: Any, tmp_path: Path
 ) -> None:
     make_tiny_critic().save_pretrained(tmp_path / "critic")
-    ask('critic = mavis.Critic.from_pretrained("critic"); critic.push_to_hub("me/it"); critic.reward_mean += 1')
+    run_python('critic = mavis.Critic.from_pretrained("critic"); critic.push_to_hub("me/it"); critic.reward_mean += 1')
     oid = hub.repositories["me/it"]["main"][0][0]
-    means = ask(f'print(mavis.Critic.from_pretrained("me/it", revision="{oid}").reward_mean.tolist())')
+    means = run_python(f'print(mavis.Critic.from_pretrained("me/it", revision="{oid}").reward_mean.tolist())')
     assert json.loads(means) == [0.0, 0.0]
-    ask('mavis.Critic.from_pretrained("me/it")')
-    assert json.loads(ask('print(mavis.Critic.from_pretrained("me/it").reward_mean.tolist())', HF_HUB_OFFLINE="1")) == [
+    run_python('mavis.Critic.from_pretrained("me/it")')
+    assert json.loads(
+        run_python('print(mavis.Critic.from_pretrained("me/it").reward_mean.tolist())', HF_HUB_OFFLINE="1")
+    ) == [
         0.0,
         0.0,
     ]
 
 
-def test_what_cannot_be_is_told_in_one_line(hub: Any, ask: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_failures_are_errors_of_one_line(hub: Any, run_python: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
     make_tiny_critic().save_pretrained(tmp_path / "critic")
     calls = {
         'mavis.Critic.from_pretrained("me/nothing")': "folder is 'me/nothing', which does not exist",
@@ -114,15 +118,17 @@ def test_what_cannot_be_is_told_in_one_line(hub: Any, ask: Any, make_tiny_critic
         'critic.push_to_hub("me/../two")': "repo_id is 'me/../two', to which the upload failed",
     }
     tried = "".join(f"try:\n    print({call})\nexcept MavisError as error:\n    print(error)\n" for call in calls)
-    lines = ask(f'critic = mavis.Critic.from_pretrained("critic")\n{tried}').splitlines()
+    lines = run_python(f'critic = mavis.Critic.from_pretrained("critic")\n{tried}').splitlines()
     for line, message in zip(lines, calls.values(), strict=True):
         assert message in line
         assert " Hint: " in line
-        assert "hf_" not in line.split(" Hint: ")[0]  # no token ends in a log
+        assert "hf_" not in line.split(" Hint: ")[0]  # tokens are not logged
     assert not hub.repositories
 
 
-def test_a_repository_of_something_else_is_refused(hub: Any, ask: Any) -> None:
+def test_repository_without_a_critic_is_refused(hub: Any, run_python: Any) -> None:
     hub.repositories["me/model"] = {"main": [("a" * 40, {"config.json": b'{"model_type": "llama"}'})]}
-    printed = ask('try:\n    mavis.Critic.from_pretrained("me/model")\nexcept MavisError as error:\n    print(error)')
+    printed = run_python(
+        'try:\n    mavis.Critic.from_pretrained("me/model")\nexcept MavisError as error:\n    print(error)'
+    )
     assert "is not the config of a critic" in printed

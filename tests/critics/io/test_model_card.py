@@ -1,4 +1,4 @@
-"""The model card: a header that the hub reads, figures that are the critic's own, and nothing that depends on it."""
+"""The model card: its header for the hub, its tables, and that nothing depends on it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
-def test_the_card_tells_what_the_critic_holds(make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_card_shows_the_contents_of_the_critic(make_tiny_critic: Any, tmp_path: Path) -> None:
     critic = make_tiny_critic()
     critic.set_normalisation(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
     critic.calibration = Calibration([1.0, 2.0], [[0.5, 1.5], [0.25, 0.75], [0.3, 0.9]], 64, 40, 0.8)
@@ -72,7 +72,7 @@ def test_the_card_tells_what_the_critic_holds(make_tiny_critic: Any, tmp_path: P
     ]
 
 
-def test_a_critic_that_knows_nothing_of_itself_says_so(make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_card_shows_what_is_unknown(make_tiny_critic: Any, tmp_path: Path) -> None:
     make_tiny_critic("good").save_pretrained(tmp_path / "critic")
     text = card_of(tmp_path / "critic").text
     for said in ("Unnamed policy", "None: use `beta`", "Not measured;"):
@@ -80,7 +80,7 @@ def test_a_critic_that_knows_nothing_of_itself_says_so(make_tiny_critic: Any, tm
     assert card_of(tmp_path / "critic").data.to_dict().get("base_model") is None
 
 
-def test_what_a_critic_tells_of_itself_outlives_saving_and_loading(make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_about_survives_saving_and_loading(make_tiny_critic: Any, tmp_path: Path) -> None:
     critic = make_tiny_critic()
     critic.about = {"policy": "tiny", "efficiency": [{"weights": {"good": 1.0}, "kl": 1.0, "efficiency": 0.5}]}
     critic.save_pretrained(tmp_path / "one")
@@ -91,12 +91,12 @@ def test_what_a_critic_tells_of_itself_outlives_saving_and_loading(make_tiny_cri
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_loading_depends_on_no_card(make_tiny_critic: Any, tmp_path: Path) -> None:
+def test_loading_does_not_need_the_card(make_tiny_critic: Any, tmp_path: Path) -> None:
     critic = make_tiny_critic()
     critic.save_pretrained(tmp_path / "critic")
     (tmp_path / "critic" / "README.md").unlink()
     config = json.loads((tmp_path / "critic" / "config.json").read_text())
-    del config["about"]  # as versions before the card wrote it
+    del config["about"]  # as in versions without a card
     (tmp_path / "critic" / "config.json").write_text(json.dumps(config))
     assert Critic.from_pretrained(tmp_path / "critic").about == {}
 
@@ -110,7 +110,7 @@ def test_loading_depends_on_no_card(make_tiny_critic: Any, tmp_path: Path) -> No
         {"efficiency": [{"weights": {"good": "all"}, "kl": 1.0, "efficiency": 1.0}]},
     ],
 )
-def test_a_critic_is_saved_even_if_its_card_cannot_be_written(
+def test_critic_is_saved_without_card_if_about_is_malformed(
     make_tiny_critic: Any, tmp_path: Path, about: dict[str, Any]
 ) -> None:
     critic = make_tiny_critic()
@@ -120,7 +120,7 @@ def test_a_critic_is_saved_even_if_its_card_cannot_be_written(
     assert Critic.from_pretrained(tmp_path / "critic").about == about
 
 
-def test_any_kind_of_critic_has_a_card(tiny_policy: Any, tmp_path: Path) -> None:
+def test_value_model_has_a_card(tiny_policy: Any, tmp_path: Path) -> None:
     ValueModelCritic.for_policy(
         tiny_policy, ["good"], readout="candidates", hidden=0, composition="independent"
     ).save_pretrained(tmp_path / "critic")
@@ -130,7 +130,7 @@ def test_any_kind_of_critic_has_a_card(tiny_policy: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["a|b", "new\nline", "---\nlicense: mit\n---", "``` `", "# head"])
-def test_no_name_breaks_out_of_its_place(make_tiny_critic: Any, tmp_path: Path, name: str) -> None:
+def test_names_are_escaped(make_tiny_critic: Any, tmp_path: Path, name: str) -> None:
     critic = make_tiny_critic(name, "good")
     critic.about = {"policy": name, "data": name}
     critic.save_pretrained(tmp_path / "critic")
@@ -141,11 +141,11 @@ def test_no_name_breaks_out_of_its_place(make_tiny_critic: Any, tmp_path: Path, 
     assert Critic.from_pretrained(tmp_path / "critic").objectives == (name, "good")
 
 
-def test_a_folder_on_this_machine_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = {
-        "owner/model": "model",  # a folder here comes before the hub
+        "owner/model": "model",  # a local folder takes precedence over the hub
         "owner/other": "owner/other",
         str(tmp_path / "secret" / "llama"): "llama",
         "": None,

@@ -82,7 +82,7 @@ def test_folder_of_0_1_0_gives_the_stored_tilts(loaded: tuple[Any, Any], name: s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folder_of_0_1_0_keeps_what_it_holds_besides(name: str) -> None:
+def test_folder_of_0_1_0_keeps_its_metadata(name: str) -> None:
     critic = Critic.from_pretrained(FOLDER / name)
     assert critic.objectives == ("positive", "dialogue")
     torch.testing.assert_close(critic.reward_mean, torch.tensor([0.1, 0.2], dtype=torch.float64))

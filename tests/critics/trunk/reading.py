@@ -14,11 +14,11 @@ from mavis.critics.trunk.reader import PrefixReader
 
 VOCABULARY = 61
 Call = tuple[Tensor, Tensor]
-"""Ids of prefixes, and which of them are tokens."""
+"""The ids of prefixes, and which of them are tokens."""
 
 
 def build(family: str, seed: int = 0, **settings: Any) -> Any:
-    """Build a random trunk of two layers whose states depend much on what its attention sees."""
+    """Build a random trunk of two layers whose states depend strongly on its attention."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 24, "initializer_range": 0.3, "max_position_embeddings": 200,
@@ -93,13 +93,13 @@ def read_from_scratch(trunk: Any, prefix_ids: Tensor, is_token: Tensor, candidat
 
 
 def prompts(*padding: int, length: int = 6, seed: int = 0) -> Call:
-    """Random prefixes, one for each number of positions of padding."""
+    """Return random prefixes, one for each given amount of padding."""
     ids = torch.randint(VOCABULARY, (len(padding), length), generator=torch.Generator().manual_seed(seed))
     return ids, torch.arange(length) >= torch.tensor(padding)[:, None]
 
 
 def longer(call: Call, new: int = 1, rows: list[int] | None = None, seed: int = 1) -> Call:
-    """The prefixes of some rows with new tokens after them."""
+    """Return the prefixes of some rows with new tokens appended."""
     ids, is_token = call if rows is None else (call[0][rows], call[1][rows])
     added = torch.randint(VOCABULARY, (len(ids), new), generator=torch.Generator().manual_seed(seed + ids.shape[1]))
     return torch.cat([ids, added], dim=1), torch.cat([is_token, torch.ones_like(added, dtype=torch.bool)], dim=1)
@@ -116,7 +116,7 @@ def with_edit(call: Call, row: int, place: int) -> Call:
 
 
 def with_padding(call: Call, more: int) -> Call:
-    """The same tokens with more padding before them."""
+    """Return the same tokens with more padding before them."""
     ids, is_token = call
     return (
         torch.cat([ids[:, :1].expand(-1, more), ids], dim=1),
@@ -125,7 +125,7 @@ def with_padding(call: Call, more: int) -> Call:
 
 
 def calls_of(name: str) -> list[Call]:
-    """What generation, or something stranger, asks for in turn."""
+    """Return the successive calls of a scenario, as in generation or stranger."""
     start = prompts(0, 3, 1)
     one = longer(start)
     two = longer(one)

@@ -47,7 +47,7 @@ def test_attention_is_set_to_an_implementation_that_accepts_the_masks(family: st
 
 
 def special(family: str, **settings: Any) -> Any:
-    """Build a model of a kind that does not take the usual sizes by the usual names."""
+    """Build a model whose config has other names for the usual sizes."""
     config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, hidden_size=16, **settings)
     with torch.random.fork_rng(devices=[]):
         return getattr(transformers, f"{family}Model")(config).eval()

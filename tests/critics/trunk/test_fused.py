@@ -1,4 +1,4 @@
-"""A trunk's forward pass in few operations is the trunk's own forward pass, weight for weight."""
+"""The fused forward pass computes the same states as the trunk's own."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def states(trunk: Any, forward: ForwardPass, at: int = 0, dtype: torch.dtype = t
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_its_states_are_those_of_the_trunks_own_forward_pass(name: str) -> None:
+def test_states_equal_those_of_the_trunks_own_forward_pass(name: str) -> None:
     trunk = TRUNKS[name]()
     before = {name: (weight, weight.detach().clone(), weight.stride()) for name, weight in trunk.named_parameters()}
     expected = states(trunk, own(trunk))
@@ -117,7 +117,7 @@ def test_its_states_are_those_of_the_trunks_own_forward_pass(name: str) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed, views left out."""
+    """Counts operations, without views."""
 
     count = 0
 
@@ -127,11 +127,11 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_a_step_is_less_than_half_as_many_operations(name: str) -> None:
+def test_a_step_takes_less_than_half_the_operations(name: str) -> None:
     trunk = TRUNKS[name]()
     counts = []
     for forward in (FusedTrunk(trunk), own(trunk)):
-        states(trunk, forward)  # so that angles are known
+        states(trunk, forward)  # fills the table of angles
         cache, masks = PrefixCache(), masks_of(trunk, torch.ones(2, 1, dtype=torch.bool), 1, 0, torch.float64)
         with torch.inference_mode(), Operations() as operations:
             forward(inputs()[0][:, :1], masks, torch.zeros(2, 1, dtype=torch.long), cache, 1)
@@ -140,14 +140,14 @@ def test_a_step_is_less_than_half_as_many_operations(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Llama, angles of Llama 3", "Llama, angles of YaRN"])
-def test_angles_are_found_however_far_a_sequence_goes(name: str) -> None:
+def test_table_of_angles_grows_with_the_sequence(name: str) -> None:
     trunk = TRUNKS[name]()
     fused = FusedTrunk(trunk)
     for at in (0, 1000, 20, 3000):
         torch.testing.assert_close(states(trunk, fused, at), states(trunk, own(trunk), at), **CLOSE)
 
 
-def test_layers_that_the_configuration_leaves_out_are_left_out() -> None:
+def test_number_of_layers_follows_the_config() -> None:
     trunk = build("Llama")
     whole = states(trunk, own(trunk))
     trunk.config.num_hidden_layers = 1
@@ -157,7 +157,7 @@ def test_layers_that_the_configuration_leaves_out_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_costs_it_no_more_than_it_costs_the_trunk(dtype: torch.dtype) -> None:
+def test_error_in_low_precision_is_that_of_the_trunk(dtype: torch.dtype) -> None:
     exact = states(build("Qwen3"), own(build("Qwen3")))
     trunk = build("Qwen3").to(dtype)
 
@@ -220,7 +220,7 @@ def with_an_adapter(trunk: Any) -> None:
         with_an_adapter,
     ],
 )  # fmt: skip
-def test_it_does_not_understand_what_has_been_changed(change: Callable[[Any], Any]) -> None:
+def test_modified_trunks_are_not_supported(change: Callable[[Any], Any]) -> None:
     trunk = build("Llama")
     assert FusedTrunk.supports(trunk)
     change(trunk)
@@ -228,12 +228,12 @@ def test_it_does_not_understand_what_has_been_changed(change: Callable[[Any], An
 
 
 class LlamaModel(transformers.LlamaModel):
-    """A Llama by name."""
+    """A Llama by its name only."""
 
 
 STRANGERS: dict[str, Callable[[], Any]] = {
     "another family": lambda: build("Gemma2"),
-    "a class of one's own": lambda: LlamaModel(build("Llama").config),
+    "a subclass": lambda: LlamaModel(build("Llama").config),
     "another activation": lambda: build("Llama", hidden_act="gelu"),
     "biases after attention": lambda: build("Llama", attention_bias=True),
     "biases in the feed-forward part": lambda: build("Llama", mlp_bias=True),
@@ -241,11 +241,11 @@ STRANGERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_it_does_not_understand_other_architectures(name: str) -> None:
+def test_other_architectures_are_not_supported(name: str) -> None:
     assert not FusedTrunk.supports(STRANGERS[name]())
 
 
-def test_it_does_not_copy_large_trunks() -> None:
+def test_large_trunks_are_not_supported() -> None:
     config = build("Llama").config
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 4096, 11
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A value model with adapters: what of it is trained, that it reads and comes back like any, how it sheds them."""
+"""Value models with adapters: training, reading, saving and merging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def policy() -> Any:
 
 
 def adapted(policy: Any, **options: Any) -> ValueModelCritic:
-    """A critic whose heads and adapters all have something to say."""
+    """A critic with random heads and adapters."""
     critic = ValueModelCritic.for_policy(
         policy, ["a", "b"], **({"hidden": 8, "rank": 4, "lora_rank": 3, "composition": "independent"} | options)
     )
@@ -41,35 +41,33 @@ def adapted(policy: Any, **options: Any) -> ValueModelCritic:
     return critic
 
 
-class Listen(LogitsProcessor):
-    """Ask a critic for all values at every step."""
+class RecordValues(LogitsProcessor):
+    """Record all values of a critic at every step."""
 
     def __init__(self, critic: ValueModelCritic) -> None:
         self.critic = critic
-        self.heard: list[torch.Tensor] = []
+        self.recorded: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.heard.append(self.critic.values(input_ids, None))
+        self.recorded.append(self.critic.values(input_ids, None))
         return scores
 
 
 def generated(policy: Any, critic: ValueModelCritic, steps: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids of a greedy generation, and all values at every step: (B, T, V, M)."""
-    listen = Listen(critic)
+    record = RecordValues(critic)
     with critic.attach(policy):
         ids = policy.generate(
-            input_ids=PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=steps, logits_processor=[listen]
+            input_ids=PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=steps, logits_processor=[record]
         )
-    return ids, torch.stack(listen.heard, dim=1)
+    return ids, torch.stack(record.recorded, dim=1)
 
 
-# What is trained
+# Training
 
 
 @pytest.mark.parametrize("backbone", [None, GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)])
-def test_every_linear_layer_of_the_trunk_has_an_adapter_and_nothing_else_of_it_is_trained(
-    policy: Any, backbone: Any
-) -> None:
+def test_only_adapters_on_every_linear_layer_are_trained(policy: Any, backbone: Any) -> None:
     whole = ValueModelCritic.for_policy(policy, ["a"], backbone=backbone)
     critic = ValueModelCritic.for_policy(policy, ["a"], backbone=backbone, lora_rank=3)
     layers = {name for name, weight in whole.trunk.named_parameters() if weight.dim() == 2 and "proj" in name}
@@ -82,14 +80,14 @@ def test_every_linear_layer_of_the_trunk_has_an_adapter_and_nothing_else_of_it_i
 
 
 @BOTH
-def test_new_adapters_change_nothing(policy: Any, readout: Any) -> None:
+def test_new_adapters_have_no_effect(policy: Any, readout: Any) -> None:
     critics = [ValueModelCritic.for_policy(policy, ["a"], readout=readout, lora_rank=rank) for rank in (0, 3)]
     is_token, no_states = MASK.bool(), torch.zeros(2, 2, 0)
     whole, new = (critic.rollout_inputs(PROMPTS, is_token, no_states) for critic in critics)
     assert torch.equal(whole, new)
 
 
-def test_adapters_are_drawn_by_the_seed_alone(policy: Any) -> None:
+def test_adapters_depend_on_the_seed_alone(policy: Any) -> None:
     state = torch.get_rng_state()
     one, same, other = (
         ValueModelCritic.for_policy(policy, ["a"], lora_rank=3, seed=seed).trunk.state_dict() for seed in (0, 0, 1)
@@ -105,7 +103,7 @@ def test_adapters_are_drawn_by_the_seed_alone(policy: Any) -> None:
 
 
 @BOTH
-def test_values_step_by_step_are_those_of_whole_prefixes(policy: Any, readout: Any) -> None:
+def test_values_step_by_step_equal_those_of_whole_prefixes(policy: Any, readout: Any) -> None:
     critic = adapted(policy, readout=readout)
     ids, values = generated(policy, critic)
     every = torch.arange(20)
@@ -121,8 +119,8 @@ def test_values_step_by_step_are_those_of_whole_prefixes(policy: Any, readout: A
     assert not torch.allclose(generated(policy, plain)[1], values, atol=1e-2)
 
 
-def test_a_step_of_the_adapters_is_noticed(policy: Any) -> None:
-    """What has been read with the weights before is not used with those after."""
+def test_changed_adapters_invalidate_the_cache(policy: Any) -> None:
+    """States of the old weights are not reused with the new ones."""
     critic = adapted(policy)
     with critic.attach(policy):
         policy(input_ids=PROMPTS, attention_mask=MASK)
@@ -135,11 +133,11 @@ def test_a_step_of_the_adapters_is_noticed(policy: Any) -> None:
     assert not torch.allclose(before, after, atol=1e-2)
 
 
-# Its folder, and the end of adapters
+# Saving and merging
 
 
 @BOTH
-def test_a_saved_critic_comes_back_with_its_adapters(policy: Any, tmp_path: Path, readout: Any) -> None:
+def test_saved_critic_keeps_its_adapters(policy: Any, tmp_path: Path, readout: Any) -> None:
     critic = adapted(policy, readout=readout)
     critic.save_pretrained(tmp_path / "critic")
     assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
@@ -156,7 +154,7 @@ def test_a_saved_critic_comes_back_with_its_adapters(policy: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("backbone", [None, GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)])
-def test_merged_adapters_leave_the_values_and_no_trace(
+def test_merged_adapters_keep_the_values(
     policy: Any, tmp_path: Path, backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     critic = adapted(policy, backbone=backbone)
@@ -185,18 +183,16 @@ def test_adapters_can_be_merged_while_attached(policy: Any) -> None:
         torch.testing.assert_close(critic.values(PROMPTS, None), before, rtol=1e-5, atol=1e-5)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("rank", [-1, 1.5, True])
-def test_a_rank_that_is_no_size_is_refused(policy: Any, rank: Any) -> None:
+def test_invalid_ranks_are_refused(policy: Any, rank: Any) -> None:
     with pytest.raises(CriticError, match=f"lora_rank is {rank}, expected a whole number ≥ 0"):
         ValueModelCritic.for_policy(policy, ["a"], lora_rank=rank)
 
 
-def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
-    policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_peft_is_reported(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted(policy).save_pretrained(tmp_path / "critic")
     monkeypatch.setitem(sys.modules, "peft", None)
     message = r"^lora_rank=3 needs peft, which is not installed. Hint: pip install 'mavis-decoding\[lora\]', or merge"
@@ -207,8 +203,8 @@ def test_without_peft_it_is_named_and_no_folder_is_called_corrupt(
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # of peft about its own settings for experts
-def test_adapters_of_experts_are_folded_in_too(policy: Any) -> None:
-    """They stand inside one another."""
+def test_adapters_of_experts_are_merged(policy: Any) -> None:
+    """Adapters of experts are nested."""
     experts = MixtralConfig(
         vocab_size=20,
         hidden_size=16,

@@ -101,7 +101,7 @@ def test_long_prefixes_grow_token_by_token(reader: PrefixReader) -> None:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[threading.Thread, int]]:
-    """Who made each forward pass of a trunk, and how many positions of a row it read."""
+    """The thread of each forward pass of a trunk, and the number of positions per row."""
     passes: list[tuple[threading.Thread, int]] = []
     forward = PrefixReader.forward
 
@@ -152,7 +152,7 @@ def test_known_states_take_no_pass_and_a_dropped_state_takes_one_token(
     reader.read(*start)
     assert positions(passes) == [9]
     shorter = truncated(start, 5)
-    reader.read(*shorter, candidates_for(start))  # the state at its last token has not been kept
+    reader.read(*shorter, candidates_for(start))  # the state at its last token was dropped
     ends = reader.read(*shorter)
     assert positions(passes) == [9, 3, 1]
     assert_same(ends, read_from_scratch(reader._trunk, *shorter, candidates_for(start))[0])
@@ -218,7 +218,7 @@ def test_ids_may_be_of_any_integer_dtype(reader: PrefixReader) -> None:
 
 
 def test_threads_are_independent(passes: list[tuple[threading.Thread, int]]) -> None:
-    """Each generates on its own, in step with the others; its states are right, and it reads no token twice."""
+    """Threads that generate in lockstep get the right states, and read each token once."""
     reader = PrefixReader(build("Llama"))
     calls = [
         list(itertools.accumulate(range(4), lambda call, _: longer(call), initial=prompts(0, n))) for n in range(3)
@@ -250,7 +250,7 @@ def test_released_prefixes_are_read_again(reader: PrefixReader, passes: list[tup
             let_go()
             reader.read(*prompts(0, 3))
             other.submit(reader.read, *prompts(0, 3)).result()
-    assert positions(passes) == [6, 6, 6, 6, 6]  # both at first, this thread once more, and both once more
+    assert positions(passes) == [6, 6, 6, 6, 6]  # both threads, then this one again, then both again
 
 
 def test_changed_weights_invalidate_the_cache() -> None:

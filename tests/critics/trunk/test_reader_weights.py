@@ -122,7 +122,7 @@ def test_trunk_in_use_can_be_saved_and_trained(tmp_path: Path) -> None:
         assert torch.equal(one, other)
     for model in (trunk, stored):
         model(input_ids=call[0]).last_hidden_state.square().sum().backward()
-        torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()  # which walks through memory
+        torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()  # iterates over memory
     for one, other in zip(trunk.parameters(), stored.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 

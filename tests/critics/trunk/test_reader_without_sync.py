@@ -22,7 +22,7 @@ from tests.critics.trunk.reading import (
 
 
 class UnknownRows(Exception):
-    """What these tests raise for rows that do not go on from those before."""
+    """Raised by these tests for rows that do not continue known ones."""
 
 
 def raise_if_true(answer: Tensor) -> None:
@@ -31,7 +31,7 @@ def raise_if_true(answer: Tensor) -> None:
 
 
 class ForbidSync(TorchDispatchMode):
-    """Forbids what would make the host wait for an accelerator."""
+    """Forbids operations that make the host wait for an accelerator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.__name__.split(".")[0] not in {"_local_scalar_dense", "equal", "nonzero", "is_nonzero"}, func
@@ -40,7 +40,7 @@ class ForbidSync(TorchDispatchMode):
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Makes a reader treat the CPU as an accelerator; lists what it tells about rows that it took to go on."""
+    """Make a reader treat the CPU as an accelerator, and list its reports of whether rows are unknown."""
     answers: list[Tensor] = []
     take = PrefixReader._take_kept
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_unknown_rows_are_reported_and_never_continued(
     after = longer(calls[wrong])
     reader.read(*after)
     assert reports.pop()
-    reader.read(*longer(after, 2))  # so many more tokens are compared with the host waiting
+    reader.read(*longer(after, 2))  # after several new tokens, the host waits for the comparison
     assert_same(
         reader.read(*longer(after, 2)),
         read_from_scratch(reader._trunk, *longer(after, 2), candidates_for(after))[0],

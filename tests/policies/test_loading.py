@@ -1,0 +1,82 @@
+"""Loading a policy and its tokenizer from a folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mavis.errors import PolicyError
+from mavis.policies import embedded, load_policy, save_policy
+
+
+def test_none_is_the_embedded_policy() -> None:
+    policy, tokenizer = load_policy(None)
+    assert policy.config.name_or_path == str(embedded.path())
+    assert len(tokenizer) == policy.config.vocab_size
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_folder_is_loaded_for_generation(tiny_folder: Path, tiny_policy: Any, as_string: bool) -> None:
+    policy, tokenizer = load_policy(str(tiny_folder) if as_string else tiny_folder)
+    loaded: Any = policy
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in tiny_policy.state_dict().items())
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id is not None
+
+
+def test_dtype_is_that_of_the_checkpoint_unless_given(tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    save_policy(tmp_path / "half", copy.deepcopy(tiny_policy).bfloat16(), tiny_tokenizer)
+    dtypes = {}
+    for dtype in ("auto", "float32", torch.float16):
+        policy: Any = load_policy(tmp_path / "half", dtype=dtype)[0]
+        dtypes[dtype] = policy.dtype
+    assert dtypes == {"auto": torch.bfloat16, "float32": torch.float32, torch.float16: torch.float16}
+
+
+def test_home_folder_is_expanded(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert load_policy(f"~/{tiny_folder.name}")[0].config.model_type == "llama"
+
+
+def test_missing_padding_token_is_replaced_by_the_end_token(
+    tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "good"
+    save_policy(tmp_path / "end", tiny_policy, tokenizer)
+    loaded = load_policy(tmp_path / "end")[1]
+    assert loaded.pad_token_id == loaded.eos_token_id
+    tokenizer.eos_token = None
+    save_policy(tmp_path / "none", tiny_policy, tokenizer)
+    with pytest.raises(PolicyError, match="has neither padding nor an end token"):
+        load_policy(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
+def test_missing_folder_is_refused(path: str) -> None:
+    with pytest.raises(PolicyError, match=f"policy.path is '{path}', which does not exist. Hint: name a folder"):
+        load_policy(path)
+
+
+def test_folder_without_safetensors_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(PolicyError, match="pickled', which cannot be loaded"):
+        load_policy(tmp_path / "pickled")
+
+
+def test_truncated_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PolicyError, match="half', which cannot be loaded"):
+        load_policy(tmp_path / "half")
