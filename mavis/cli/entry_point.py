@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its overrides; None reads the process's own.
 
     Returns:
-        The exit status: 0, or 2 for an error in the arguments.
+        The exit status: 0, or 2 for an error in the arguments; errors inside a command end in `mavis/cli/hydra_app.py`.
 
     Examples:
         >>> from mavis.cli import main

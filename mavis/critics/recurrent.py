@@ -57,7 +57,8 @@ class SequenceMemories:
     """The memories of the sequences that a policy is generating, per thread.
 
     Beam search reorders rows, so the memory of a row is looked up by a hash of its ids and of the number of tokens;
-    the latter because ids alone do not distinguish padding from tokens.
+    the latter because ids alone do not distinguish padding from tokens. Requests inside vLLM keep theirs in
+    `mavis/vllm/recurrent_memory.py`.
     """
 
     def __init__(self) -> None:
