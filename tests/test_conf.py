@@ -50,7 +50,7 @@ def resolved(config: DictConfig) -> dict[str, object]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
-def test_the_tree_is_found_in_a_checkout() -> None:
+def test_the_tree_is_found_in_a_clone() -> None:
     assert Path(conf_dir()) == CONF
 
 
@@ -74,7 +74,7 @@ def test_every_option_of_every_group_composes(command: str, group: str, option: 
 
 
 @pytest.mark.parametrize("command", ["train", "search", "evaluate", "elicit", "demo"])
-def test_two_objectives_are_the_default_and_one_asked_for_is_one(command: str) -> None:
+def test_two_objectives_are_the_default_and_a_chosen_one_replaces_them(command: str) -> None:
     assert list(compose(command).objectives) == ["positive", "dialogue"]
     assert list(compose(command, ["objective=[brevity]"]).objectives) == ["brevity"]
     assert list(compose(command, ["objective=brevity"]).objectives) == ["brevity"]
@@ -97,7 +97,7 @@ def test_a_launcher_is_the_one_of_its_plugin(command: str) -> None:
     slurm = launcher_of(command, "launcher=submitit", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=1")
     assert slurm._target_.endswith(".SlurmLauncher")
     assert (slurm.partition, slurm.gpus_per_node) == ("gpu", 1)
-    assert slurm.max_num_timeout > 0  # a run that is queued again goes on where it was
+    assert slurm.max_num_timeout > 0  # a requeued run resumes
 
 
 def test_an_objectives_options_can_be_set() -> None:

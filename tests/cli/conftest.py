@@ -19,7 +19,7 @@ from mavis.cli import main
 
 @dataclass
 class Ran:
-    """What a command came to."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -36,7 +36,7 @@ class Mavis:
         given = [f"policy=pretrained|policy.path={self.policy}" if a == "policy=tiny" else a for a in arguments]
         given = [part for argument in given for part in argument.split("|")] if "policy=tiny" in arguments else given
         out, err = io.StringIO(), io.StringIO()
-        with _process_as_it_was(self.folder, stdin), redirect_stdout(out), redirect_stderr(err):
+        with _restored_process(self.folder, stdin), redirect_stdout(out), redirect_stderr(err):
             try:
                 code = main(given)
             except SystemExit as stop:
@@ -45,9 +45,9 @@ class Mavis:
 
 
 @contextmanager
-def _process_as_it_was(folder: Path, stdin: str) -> Iterator[None]:
+def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
     """Undo what a command does to its process: arguments, working folder, log handlers, random numbers."""
-    arguments, here, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
+    arguments, cwd, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
     handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
     sys.stdin = io.StringIO(stdin)
     os.chdir(folder)
@@ -59,7 +59,7 @@ def _process_as_it_was(folder: Path, stdin: str) -> Iterator[None]:
                 handler.close()
         root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
         root.setLevel(level)
-        os.chdir(here)
+        os.chdir(cwd)
         torch.set_num_threads(threads)
         torch.random.set_rng_state(state)
 

@@ -149,7 +149,7 @@ def test_a_sweep_makes_a_critic_for_every_combination(mavis: Any, small: tuple[s
     ("overrides", "message"),
     [
         (["objective=[]"], "objective is empty"),
-        (["beta=0"], "beta 0"),
+        (["beta=0"], "beta is 0"),
         (["improvement.iterations=0"], "iterations is 0"),
         (["improvement.fit.target=td"], "target is 'td'"),
         (["improvement.shard_size=0"], "shard_size is 0"),

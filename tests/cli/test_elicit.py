@@ -1,4 +1,4 @@
-"""`mavis elicit` with scripted answers: what it asks, keeps, prints and goes on from."""
+"""`mavis elicit` with scripted answers: what it asks, stores and prints, and how it resumes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_conditioned_critic_is_not_asked_for_weights_below_zero(
     assert (again.code, again.err) == (0, "")
 
 
-def test_skipped_questions_are_left_out_and_asked_no_more(mavis: Any, trained: Path, tmp_path: Path) -> None:
+def test_skipped_questions_are_left_out_and_not_asked_again(mavis: Any, trained: Path, tmp_path: Path) -> None:
     ran = mavis("elicit", *ROOM, *FEW, f"checkpoint={trained}", stdin="0\nmaybe\n\n 2 \n0\n1\nQ\n")
     assert ran.code == 0, ran.err
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_the_end_of_the_input_is_no_error(mavis: Any, trained: Path, tmp_path: P
     assert not (tmp_path / "out" / "weights.json").exists()
 
 
-def test_a_repeated_call_goes_on_as_if_it_had_never_stopped(
+def test_an_interrupted_call_resumes_as_if_it_had_never_stopped(
     mavis: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ("elicit", *ROOM, "prompts=2", "questions=5", f"checkpoint={trained}")
@@ -109,7 +109,7 @@ def test_a_repeated_call_goes_on_as_if_it_had_never_stopped(
 
     answers = iter("10")
 
-    def broken_off(prompt: str) -> str:
+    def interrupted(prompt: str) -> str:
         print(prompt)
         try:
             return next(answers)
@@ -117,7 +117,7 @@ def test_a_repeated_call_goes_on_as_if_it_had_never_stopped(
             raise KeyboardInterrupt from None
 
     with monkeypatch.context() as patched:
-        patched.setattr(builtins, "input", broken_off)
+        patched.setattr(builtins, "input", interrupted)
         first = mavis(*base, "output=parts")
     assert first.code == 130
     assert "finished work is kept; rerun the command to resume" in first.err
@@ -138,7 +138,7 @@ def test_a_repeated_call_goes_on_as_if_it_had_never_stopped(
     assert "weights from 6 choices" in more.out
 
 
-def test_when_there_is_nothing_left_to_ask_it_says_so(mavis: Any, trained: Path) -> None:
+def test_running_out_of_pairs_is_reported(mavis: Any, trained: Path) -> None:
     ran = mavis(
         *("elicit", *ROOM, "prompts=1", "divisions=1", "questions=9", "output=out", f"checkpoint={trained}"),
         stdin="1\n" * 9,
@@ -158,7 +158,7 @@ def test_other_settings_in_the_same_folder_are_refused(mavis: Any, trained: Path
     )
 
 
-def test_pairs_from_a_file_are_enough_and_take_no_policy(
+def test_pairs_from_a_file_need_no_policy(
     mavis: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mavis.cli.elicit.load_policy", None)
@@ -171,7 +171,7 @@ def test_pairs_from_a_file_are_enough_and_take_no_policy(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["weights.json"]
 
 
-def test_what_no_pair_tells_is_said(mavis: Any, trained: Path, tmp_path: Path) -> None:
+def test_an_objective_on_which_no_pair_differs_is_named(mavis: Any, trained: Path, tmp_path: Path) -> None:
     row = {"prompt": "the dog", "chosen": " was big .", "rejected": " was big and old ."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     ran = mavis("elicit", *ROOM, f"checkpoint={trained}", "pairs=pairs.jsonl", "output=out")

@@ -24,13 +24,13 @@ def test_help_lists_every_command_with_what_it_does(mavis: Any) -> None:
             assert any(line.split(maxsplit=1) == [command, what] for line in ran.out.splitlines())
 
 
-def test_no_command_shows_the_help_and_is_an_error(mavis: Any) -> None:
+def test_a_missing_command_prints_the_help_and_is_an_error(mavis: Any) -> None:
     ran = mavis()
     assert ran.code == 2
     assert ran.out == mavis("--help").out
 
 
-def test_the_version_is_told(mavis: Any) -> None:
+def test_the_version_is_printed(mavis: Any) -> None:
     assert mavis("--version").out == f"{__version__}\n"
 
 
@@ -88,11 +88,11 @@ def test_a_prompt_is_parsed_back_to_exactly_what_was_written(text: str) -> None:
 
 
 @pytest.mark.parametrize("override", ["prompt=", "prompt=null", "weights={a: 1}", "beta=2,4", "-m", "prompt_file=-"])
-def test_what_is_no_prompt_is_left_alone(override: str) -> None:
+def test_other_overrides_are_not_quoted(override: str) -> None:
     assert quote_text(override) == override
 
 
-def test_runs_of_a_sweep_areexclude_shared_overrides() -> None:
+def test_runs_of_a_sweep_are_named_by_what_differs() -> None:
     given = ["-m", "policy=pretrained", "policy.path='a/b'", "beta=2,4", "critic.hidden=choice(8,16)", "output=x"]
     *kept, added = exclude_shared_overrides(given)
     assert kept == given
@@ -112,7 +112,7 @@ def test_a_single_run_and_broken_grammar_are_left_alone(given: list[str]) -> Non
     assert exclude_shared_overrides(given) == given
 
 
-def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_objective_weighted_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "prompt=Hi", "weights={positive: 1.0, 'positive': 0.5}"]) == 2
     assert "weights names objective 'positive' twice. Hint: give each objective one weight." in capsys.readouterr().err
 
@@ -131,7 +131,7 @@ def test_an_objective_that_is_weighed_twice_is_refused(capsys: pytest.CaptureFix
         (["train", "beta=[2,"], "'beta=[2,' cannot be parsed: "),
     ],
 )
-def test_an_override_that_cannot_be_is_told_in_one_line(mavis: Any, arguments: list[str], said: str) -> None:
+def test_an_invalid_override_is_reported_in_one_line(mavis: Any, arguments: list[str], said: str) -> None:
     ran = mavis(*arguments)
     assert ran.code == 2
     assert ran.err.startswith(f"mavis: {said}")
@@ -139,11 +139,11 @@ def test_an_override_that_cannot_be_is_told_in_one_line(mavis: Any, arguments: l
     assert ran.err.count("\n") == 1
 
 
-def test_breaking_off_is_told_in_one_line(mavis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken_off(config: Any) -> None:
+def test_an_interruption_is_reported_in_one_line(mavis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mavis.cli.hydra_app.prepare_process", broken_off)
+    monkeypatch.setattr("mavis.cli.hydra_app.prepare_process", interrupted)
     ran = mavis("train")
     assert ran.code == 130
     assert ran.err == "\nmavis: interrupted. Hint: finished work is kept; rerun the command to resume.\n"

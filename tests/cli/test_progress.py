@@ -86,7 +86,7 @@ def test_a_stage_that_is_done_already_is_one_line(lines: Callable[..., list[str]
     assert lines((0, "sweep", 5, 5), (100, "sweep", 5, 5)) == ["sweep  5/5  elapsed 0:00:00  remaining 0:00:00"]
 
 
-def test_runs_on_one_terminal_are_told_apart_by_a_label(lines: Callable[..., list[str]]) -> None:
+def test_runs_on_one_terminal_are_labelled(lines: Callable[..., list[str]]) -> None:
     assert lines((0, "fit", 1, 1), label="beta=2") == ["beta=2  fit  1/1  elapsed 0:00:00  remaining 0:00:00"]
 
 
@@ -137,7 +137,9 @@ def test_a_command_without_a_terminal_reports_to_standard_error(mavis: Any, smal
     assert "iteration 0: rollouts" in stages
     assert all(stages.count(stage) <= 2 for stage in stages)
     assert "elapsed" not in ran.out
-    told = mavis("generate", "policy=tiny", "beta=2", "decoding.max_new_tokens=4", "checkpoint=run/critic", "prompt=a")
-    assert (told.code, told.err) == (0, "")
-    assert told.out.startswith("a")
-    assert told.out.count("\n") == 1
+    generated = mavis(
+        "generate", "policy=tiny", "beta=2", "decoding.max_new_tokens=4", "checkpoint=run/critic", "prompt=a"
+    )
+    assert (generated.code, generated.err) == (0, "")
+    assert generated.out.startswith("a")
+    assert generated.out.count("\n") == 1

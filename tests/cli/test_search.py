@@ -1,4 +1,4 @@
-"""The search of settings: what it tries, how it goes on, and what it makes of failures."""
+"""The search of settings: which trials it runs, how it resumes, and how it handles failures."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from mavis.utils.files import write_json
 pytest.importorskip("optuna")
 
 SPACE = ("beta=interval(1.0,8.0)", "critic.hidden=64,128,256", "improvement.iterations=range(1,5)")
-Figures = dict[str, float | None]
+Metrics = dict[str, float | None]
 
 
-def measured(settings: dict[str, str]) -> Figures:
+def measured(settings: dict[str, str]) -> Metrics:
     """Best at beta 5, 64 wide and 4 iterations; the seconds are the iterations."""
     beta, hidden, iterations = (float(settings[name.partition("=")[0]]) for name in SPACE)
     return {"efficiency": 1 - (beta - 5) ** 2 / 20 - hidden / 1000 + iterations / 100, "seconds": iterations}
 
 
 class Launched:
-    """Stands for Hydra's launcher: runs a function of each trial's settings, and remembers what was asked for."""
+    """Stands for Hydra's launcher: runs a function of each trial's settings, and records them."""
 
-    def __init__(self, run: Callable[[dict[str, str]], Figures], folder: Path, breaks: Sequence[int] = ()) -> None:
+    def __init__(self, run: Callable[[dict[str, str]], Metrics], folder: Path, breaks: Sequence[int] = ()) -> None:
         self.run, self.folder, self.breaks = run, folder, list(breaks)
         self.batches: list[list[dict[str, str]]] = []
 
@@ -72,7 +72,7 @@ def searched(folder: Path, launched: Any, *arguments: str, trials: int = 12) -> 
     return found
 
 
-def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path: Path) -> None:
+def test_the_first_trial_uses_the_current_settings_and_later_ones_are_better(tmp_path: Path) -> None:
     launched = Launched(measured, tmp_path)
     found = searched(tmp_path, launched, trials=40)
     first, *others = launched.tried
@@ -84,7 +84,7 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
     assert all(1 <= float(run["beta"]) <= 8 for run in others)
     assert {run["critic.hidden"] for run in launched.tried} <= {"64", "128", "256"}
     assert {run["improvement.iterations"] for run in launched.tried} <= {"1", "2", "3", "4"}
-    # Every run is told all that was fixed, and a folder of its own.
+    # Each run gets all fixed overrides, and a folder of its own.
     assert {run["output"] for run in launched.tried} == {str(tmp_path)}
     assert [run["hydra.sweep.subdir"] for run in launched.tried] == [f"trial-{number:03d}" for number in range(40)]
     scores = [measured(run)["efficiency"] for run in launched.tried]
@@ -95,27 +95,27 @@ def test_it_tries_the_settings_as_they_are_first_and_finds_better_ones(tmp_path:
     assert (scores[best] or 0.0) > 0.9
 
 
-@pytest.mark.parametrize("together", [1, 4])
-def test_a_search_that_is_broken_off_tries_what_it_would_have_tried(tmp_path: Path, together: int) -> None:
-    asked = (f"search.parallel_trials={together}",)
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_an_interrupted_search_runs_the_same_trials(tmp_path: Path, parallel: int) -> None:
+    asked = (f"search.parallel_trials={parallel}",)
     whole = Launched(measured, tmp_path / "whole")
     expected = searched(tmp_path / "whole", whole, *asked)
-    assert {len(batch) for batch in whole.batches} == {together}
-    broken = Launched(measured, tmp_path / "broken", breaks=(1, 3))
+    assert {len(batch) for batch in whole.batches} == {parallel}
+    interrupted = Launched(measured, tmp_path / "interrupted", breaks=(1, 3))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            searched(tmp_path / "broken", broken, *asked)
-    assert searched(tmp_path / "broken", broken, *asked) == expected
-    # What was broken off is taken up in its own folder.
-    again = {run["hydra.sweep.subdir"]: run for run in broken.tried}
-    assert len(broken.tried) == len(whole.tried) + 2 * together
+            searched(tmp_path / "interrupted", interrupted, *asked)
+    assert searched(tmp_path / "interrupted", interrupted, *asked) == expected
+    # Interrupted trials resume in their own folders.
+    again = {run["hydra.sweep.subdir"]: run for run in interrupted.tried}
+    assert len(interrupted.tried) == len(whole.tried) + 2 * parallel
     for run in whole.tried:
         assert again[run["hydra.sweep.subdir"]] | {"output": ""} == run | {"output": ""}
-    # A finished search asks for nothing more, and a longer one goes on.
-    before = len(broken.tried)
-    assert searched(tmp_path / "broken", broken, *asked) == expected
-    assert len(broken.tried) == before
-    longer = searched(tmp_path / "broken", broken, *asked, trials=16)
+    # Rerunning a finished search runs nothing, and a longer one continues it.
+    before = len(interrupted.tried)
+    assert searched(tmp_path / "interrupted", interrupted, *asked) == expected
+    assert len(interrupted.tried) == before
+    longer = searched(tmp_path / "interrupted", interrupted, *asked, trials=16)
     assert longer["trials"][:12] == expected["trials"]
     assert len(longer["trials"]) == 16
 
@@ -126,7 +126,7 @@ def test_trials_of_a_batch_are_not_all_the_same(tmp_path: Path) -> None:
     assert len({run["beta"] for run in launched.tried}) == 6
 
 
-def test_two_figures_end_in_the_trials_that_no_other_beats(tmp_path: Path) -> None:
+def test_two_metrics_give_the_trials_that_no_other_beats(tmp_path: Path) -> None:
     found = searched(tmp_path, Launched(measured, tmp_path), "search.minimise=[seconds]", trials=24)
     points = [(trial["metrics"]["efficiency"], -trial["metrics"]["seconds"]) for trial in found["trials"]]
     best = {
@@ -138,8 +138,8 @@ def test_two_figures_end_in_the_trials_that_no_other_beats(tmp_path: Path) -> No
     assert found["directions"] == {"efficiency": "maximize", "seconds": "minimize"}
 
 
-def test_a_trial_that_fails_is_one_of_the_trials_and_says_why(tmp_path: Path) -> None:
-    def fragile(settings: dict[str, str]) -> Figures:
+def test_a_failed_trial_counts_and_says_why(tmp_path: Path) -> None:
+    def fragile(settings: dict[str, str]) -> Metrics:
         if settings["critic.hidden"] == "256":
             raise RuntimeError("too wide")
         if settings["critic.hidden"] == "64":
@@ -160,7 +160,7 @@ def test_a_trial_that_fails_is_one_of_the_trials_and_says_why(tmp_path: Path) ->
 
 
 def test_a_search_in_which_everything_fails_gives_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(settings: dict[str, str]) -> Figures:
+    def broken(settings: dict[str, str]) -> Metrics:
         raise RuntimeError("no such policy")
 
     launched = Launched(broken, tmp_path)
@@ -198,11 +198,11 @@ def test_a_mistake_is_one_line(
     assert not launched.tried
 
 
-def test_two_searches_are_never_at_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # The second would take the first one's trials for broken off, and run them in the same folders.
+def test_two_searches_never_run_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The second would mistake the first one's trials for interrupted ones, and run them in the same folders.
     second = Launched(measured, tmp_path)
 
-    def meanwhile(settings: dict[str, str]) -> Figures:
+    def meanwhile(settings: dict[str, str]) -> Metrics:
         with pytest.raises(SystemExit) as stop:
             searched(tmp_path, second)
         assert stop.value.code == 2
@@ -214,9 +214,7 @@ def test_two_searches_are_never_at_work_in_one_folder(tmp_path: Path, capsys: py
     assert len(searched(tmp_path, second, trials=3)["trials"]) == 3
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_folder_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         with initialize_config_dir(conf_dir(), version_base="1.3"):
@@ -226,7 +224,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(
     assert "file', which cannot be written: [Errno" in capsys.readouterr().err
 
 
-def test_a_launcher_that_breaks_off_is_told_in_one_line_and_nothing_is_lost(
+def test_a_failing_launcher_is_reported_in_one_line_and_nothing_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
@@ -250,7 +248,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, capsys: py
     searched(tmp_path, Launched(measured, tmp_path), "threads=2", "hydra/launcher=joblib", trials=3)
 
 
-def test_the_space_is_read_in_hydras_grammar() -> None:
+def test_the_space_is_parsed_in_hydras_grammar() -> None:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     given = [
@@ -291,7 +289,7 @@ def test_the_space_is_read_in_hydras_grammar() -> None:
         ("critic.hidden=7", "64,128", None),
     ],
 )
-def test_the_settings_as_they_are_are_found_among_choices(setting: str, choices: str, chosen: str | None) -> None:
+def test_the_current_settings_are_found_among_choices(setting: str, choices: str, chosen: str | None) -> None:
     name = setting.partition("=")[0]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = compose("search", [setting], return_hydra_config=True)
@@ -342,10 +340,10 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
     for trial in found["trials"]:
         assert trial["error"] is None
         run = tmp_path / "found" / f"trial-{trial['trial']:03d}"
-        figures = json.loads((run / "metrics.json").read_text())
-        assert figures["efficiency"] == trial["metrics"]["efficiency"]
-        assert math.isfinite(figures["efficiency"])
-        assert figures["seconds"] > 0
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["efficiency"] == trial["metrics"]["efficiency"]
+        assert math.isfinite(metrics["efficiency"])
+        assert metrics["seconds"] > 0
         # The prompts that chose the critic are not those on which it may be praised.
         assert "efficiency" not in Critic.from_pretrained(run / "critic").about
     # The rollouts of the plain policy are drawn once for all trials.
@@ -355,12 +353,12 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
         "search", *given, *FEW, "critic.hidden=4,8", "improvement.iterations=1", "search.trials=2", "output=found"
     )
     assert again.code == 0, again.err
-    told = mavis("report", "found")
-    assert told.code == 0, told.err
-    assert "2 runs: 2 finished" in told.out
+    reported = mavis("report", "found")
+    assert reported.code == 0, reported.err
+    assert "2 runs: 2 finished" in reported.out
 
 
-def test_trials_that_run_together_share_what_they_can(
+def test_parallel_trials_share_the_reference_rollouts(
     tiny_folder: Path, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

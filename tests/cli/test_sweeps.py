@@ -1,4 +1,4 @@
-"""Sweeps: runs side by side, runs that fail alone, jobs of a cluster, and the report of what they came to."""
+"""Sweeps: parallel runs, runs that fail alone, jobs of a cluster, and the report of all runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Meet:
         until = time.monotonic() + 120
         while len(list(self.folder.iterdir())) < 2:
             if time.monotonic() > until:
-                raise RuntimeError("nobody else came")
+                raise RuntimeError("no other run came")
             time.sleep(0.05)
         return [float(len(response)) for response in responses]
 '''
@@ -62,7 +62,7 @@ def tiny(tiny_folder: Path, small: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_two_runs_of_a_sweep_are_at_work_at_the_same_time(tiny: list[str], tmp_path: Path, launcher: str) -> None:
+def test_two_runs_of_a_sweep_run_at_the_same_time(tiny: list[str], tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     (tmp_path / "meeting.py").write_text(MEETING)
     meet = ["+objectives.meet._target_=meeting.Meet", f"+objectives.meet.folder={tmp_path / 'met'}"]
@@ -88,10 +88,10 @@ def test_a_run_that_fails_fails_alone_and_is_reported(mavis: Any, small: tuple[s
     error = json.loads((tmp_path / "sweep" / "beta=-1" / "error.json").read_text())["error"]
     assert error.startswith("beta is -1")
 
-    told = mavis("report", "sweep")
-    assert told.code == 0, told.err
-    assert "3 runs: 1 failed, 2 finished" in told.out
-    assert f"beta=-1: {error}" in told.out
+    reported = mavis("report", "sweep")
+    assert reported.code == 0, reported.err
+    assert "3 runs: 1 failed, 2 finished" in reported.out
+    assert f"beta=-1: {error}" in reported.out
     with (tmp_path / "sweep" / "runs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["beta"]: row["state"] for row in rows} == {"-1": "failed", "2": "finished", "4": "finished"}
@@ -103,12 +103,12 @@ def test_a_run_that_fails_fails_alone_and_is_reported(mavis: Any, small: tuple[s
     assert (tmp_path / "sweep" / "runs.md").read_text().count("\n| ") == 4
 
     # A folder whose name is full of grammar, as those of runs are, and another format.
-    told = mavis("report", "sweep/beta=2", "format=svg", "output=figures")
-    assert told.code == 0, told.err
-    assert (tmp_path / "figures" / "runs.svg").is_file()
+    reported = mavis("report", "sweep/beta=2", "format=svg", "output=plots")
+    assert reported.code == 0, reported.err
+    assert (tmp_path / "plots" / "runs.svg").is_file()
 
 
-def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
+def test_a_run_that_succeeds_when_rerun_is_no_longer_reported_as_failed(
     mavis: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
@@ -120,7 +120,7 @@ def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
         ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
         assert ran.code == 1
         assert "mavis: LookupError: a mistake in the code" in ran.err
-        # The run's own log keeps where it happened, for whoever has to mend the code.
+        # The run's own log holds the traceback.
         assert "Traceback" in (tmp_path / "sweep" / "beta=2" / "train.log").read_text()
     assert "2 failed" in mavis("report", "sweep").out
     assert mavis("train", *small, "beta=2", "output='sweep/beta=2'").code == 0  # one by itself
@@ -129,20 +129,20 @@ def test_a_run_that_is_mended_is_no_longer_reported_as_failed(
     assert "2 finished" in mavis("report", "sweep").out
 
 
-def test_breaking_off_a_sweep_ends_all_of_it(
+def test_interrupting_a_sweep_ends_all_of_it(
     mavis: Any, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken_off(*arguments: Any, **named: Any) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("mavis.training.improvement.stages"), "fit", broken_off)
+    monkeypatch.setattr(import_module("mavis.training.improvement.stages"), "fit", interrupted)
     ran = mavis("train", "-m", *small, "beta=2,4", "output=sweep")
     assert ran.code == 130
     assert ran.err.endswith("mavis: interrupted. Hint: finished work is kept; rerun the command to resume.\n")
     assert not (tmp_path / "sweep" / "beta=4").exists()
-    told = mavis("report", "sweep")
-    assert "1 unfinished, 1 not started" in told.out
-    assert "0/1" in told.out
+    reported = mavis("report", "sweep")
+    assert "1 unfinished, 1 not started" in reported.out
+    assert "0/1" in reported.out
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_breaking_off_a_sweep_ends_all_of_it(
         (["report", ".", "format=gif"], "folder is '.', which holds no run"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(mavis: Any, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_reported_in_one_line(mavis: Any, arguments: list[str], message: str) -> None:
     ran = mavis(*arguments)
     assert ran.code != 0
     assert message in ran.err
@@ -195,9 +195,9 @@ if os.fork() == 0:
     for stream in range(3):
         os.dup2(nothing, stream)
     for task in range(int(first), int(last) + 1):
-        told = {"JOB_ID": 77, "ARRAY_JOB_ID": 77, "ARRAY_TASK_ID": task, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
-        told |= {"JOB_NUM_NODES": 1, "NNODES": 1, "NTASKS": 1, "JOB_NODELIST": "here", "RESTART_COUNT": 0}
-        environment = os.environ | {f"SLURM_{name}": str(value) for name, value in told.items()}
+        variables = {"JOB_ID": 77, "ARRAY_JOB_ID": 77, "ARRAY_TASK_ID": task, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+        variables |= {"JOB_NUM_NODES": 1, "NNODES": 1, "NTASKS": 1, "JOB_NODELIST": "here", "RESTART_COUNT": 0}
+        environment = os.environ | {f"SLURM_{name}": str(value) for name, value in variables.items()}
         subprocess.run(["bash", sys.argv[-1]], env=environment)
 """,
     "srun": """#!/usr/bin/env python3
@@ -240,5 +240,5 @@ def test_a_sweep_becomes_one_array_of_jobs_on_a_slurm_cluster(tiny: list[str], t
     for beta in (2, 4):
         run = tmp_path / "sweep" / f"beta={beta}"
         assert Critic.from_pretrained(run / "critic").objectives == ("brevity",)
-    told = in_a_process(["report", "sweep"], tmp_path)
-    assert "2 runs: 2 finished" in told.stdout
+    reported = in_a_process(["report", "sweep"], tmp_path)
+    assert "2 runs: 2 finished" in reported.stdout

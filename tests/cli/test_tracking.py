@@ -1,4 +1,4 @@
-"""Trackers by config: TensorBoard's files read back, a tracker of one's own, and mistakes."""
+"""Trackers from a config: TensorBoard's files read back, a custom tracker, and mistakes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_gets_what_the_reports_say_once(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_tensorboard_gets_the_metrics_of_the_reports_once(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:
     given = ("train", *small, "output=run", "tracking.with=[tensorboard]", "tracking.project=mine")
     assert mavis(*given).code == 0
     report = json.loads((tmp_path / "run" / "iteration-0" / "report.json").read_text())
@@ -80,30 +80,30 @@ def test_tensorboard_gets_what_the_reports_say_once(mavis: Any, small: tuple[str
         for group, name in (("reward", "rewards"), ("kl", "kl"), ("goal", "goal")):
             for goal, value in report[name].items():
                 assert drawn[f"{group}/{goal}"] == [(1, pytest.approx(value, rel=1e-6, abs=1e-7))]
-        assert mavis(*given).code == 0  # the run is over, and told once more into the same folder
+        assert mavis(*given).code == 0  # the finished run is logged once more into the same folder
     hyperparameters = list((tmp_path / "run" / "tracking" / "mine").rglob("hparams.yml"))
     assert "critic.hidden: 8" in hyperparameters[0].read_text()
 
 
-def test_a_tracker_of_ones_own_is_started_told_and_ended(
+def test_a_custom_tracker_is_started_logged_to_and_finished(
     mavis: Any, small: tuple[str, ...], own: str, tmp_path: Path
 ) -> None:
     wanted = f"tracking.with=[{{_target_: {own}.Lines, path: {tmp_path / 'lines'}}}]"
     ran = mavis("train", *small, "output=run", wanted, "tracking.options={comet_ml: {api_key: a secret}}")
     assert ran.code == 0, ran.err
-    first, *told, last = (json.loads(line) for line in (tmp_path / "lines").read_text().splitlines())
-    # Whoever may see the figures is not told what opens the account of another tracker.
+    first, *logged, last = (json.loads(line) for line in (tmp_path / "lines").read_text().splitlines())
+    # A tracker is not given the keys of another one.
     assert "secret" not in (tmp_path / "lines").read_text()
     assert not [name for name in first["settings"] if name.startswith("tracking")]
     assert first["settings"]["improvement.rollouts"] == 32
     assert first["settings"]["objectives.positive._target_"] == "mavis.rewards.Positive"
-    assert [one["step"] for one in told] == [1, 1]
-    assert set(told[0]["values"]) == {"fit/held-out error"}
-    assert {"reward/positive", "reward/brevity", "kl/positive", "goal/brevity"} <= set(told[1]["values"])
+    assert [one["step"] for one in logged] == [1, 1]
+    assert set(logged[0]["values"]) == {"fit/held-out error"}
+    assert {"reward/positive", "reward/brevity", "kl/positive", "goal/brevity"} <= set(logged[1]["values"])
     assert last == {"finished": True}
 
 
-def test_a_tracker_is_ended_when_training_breaks_off(
+def test_a_tracker_is_finished_when_training_is_interrupted(
     mavis: Any, small: tuple[str, ...], own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **named: Any) -> None:
