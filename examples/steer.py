@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **inputs,
                 logits_processor=tilt,
                 do_sample=True,
+                temperature=tilt.temperature,
                 top_k=0,  # the tilt chooses the candidates
                 max_new_tokens=options.max_new_tokens,
                 num_return_sequences=options.responses,

@@ -97,10 +97,18 @@ class Critic(Attachable, nn.Module, ABC):
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
         self.register_buffer("max_trained_lambda", torch.zeros((), dtype=torch.float64))
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, *, has_folder: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "kind" in vars(cls):
-            cls._kinds[cls.kind] = cls
+        if "kind" not in vars(cls) or not has_folder:
+            return
+        known = cls._kinds.get(cls.kind)
+        # The same class again is a module that was reloaded.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise CriticError(
+                f"kind is {cls.kind!r} in {cls.__qualname__}, but {known.__qualname__} is saved and loaded under it.",
+                "give the class a kind of its own.",
+            )
+        cls._kinds[cls.kind] = cls
 
     @abstractmethod
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:

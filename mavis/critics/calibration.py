@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, check_number
 
 DEFAULT_KL = 2.0
@@ -81,6 +82,11 @@ class Calibration:
                 "of them in every direction.",
                 "calibrate the critic again.",
             )
+
+    @property
+    def decoding(self) -> TrainedDecoding:
+        """The candidates, the temperature and the length that it was measured with."""
+        return TrainedDecoding(self.top_k, self.temperature, self.max_new_tokens)
 
     def beta(self, weights: Tensor, target_kl: float) -> float:
         """Compute the β that spends a KL budget at given weights.

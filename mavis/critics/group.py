@@ -15,7 +15,7 @@ from mavis.errors import CriticError
 from mavis.policies.protocol import CausalLM
 
 
-class CriticGroup(Critic):
+class CriticGroup(Critic, has_folder=False):
     """Combines the objectives of several critics; its tilt is the sum of theirs.
 
         tilt(s, a) = Σ_critics Σ_m λ_m Q_m(s, a)
@@ -39,6 +39,8 @@ class CriticGroup(Critic):
         >>> group.objectives
         ('positive', 'brevity')
     """
+
+    kind = "group"
 
     def __init__(self, critics: Sequence[Critic]) -> None:
         members = list(critics)

@@ -90,7 +90,8 @@ class MavisTilt(LogitsProcessor):
         >>> inputs = tokenizer(["Once upon a time"] * 2, return_tensors="pt")
         >>> tilt = mavis.MavisTilt({"positive": 0.7, "dialogue": 0.3}, critic, target_kl=2.0, record_kl=True)
         >>> with critic.attach(policy):
-        ...     ids = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=8, logits_processor=tilt)
+        ...     sampling = {"do_sample": True, "top_k": 0, "temperature": tilt.temperature}
+        ...     ids = policy.generate(**inputs, **sampling, max_new_tokens=8, logits_processor=tilt)
         >>> tilt.kl.shape
         torch.Size([2, 8])
     """

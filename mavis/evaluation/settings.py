@@ -22,7 +22,8 @@ class EvaluationSettings:
         target_kls: KLs at which the frontier efficiency is read, in nats per response, > 0.
         speed_batch: number of rows of the speed measurement, ≥ 1.
         speed_repeats: repeats of the speed measurement; 0 skips it.
-        sampling: how responses are sampled.
+        sampling: how responses are sampled; `mavis evaluate` samples as the critic was trained, and from Python
+            `top_k` and `temperature` of `critic.decoding` do.
 
     Raises:
         ConfigError: if a number is out of range.

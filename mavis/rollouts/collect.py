@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mavis.critics import Critic, CriticGroup
 from mavis.critics.head_critic import HeadCritic
+from mavis.critics.io.load import RENAMED_TENSORS
 from mavis.distributed import join_processes
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
@@ -156,6 +157,9 @@ def load_shards(plan: RolloutPlan, folder: str | os.PathLike[str], settings: Rol
     return [read_shard(path, len(shard.prompts)) for path, shard in zip(paths, shards, strict=True)]
 
 
+_FORMAT_1_NAMES = {new: old for old, new in RENAMED_TENSORS.items()}
+
+
 def critic_digest(critic: Critic | None) -> str | None:
     """Hash the settings and weights of a critic, to identify it in a folder's manifest."""
     if critic is None:
@@ -164,7 +168,9 @@ def critic_digest(critic: Critic | None) -> str | None:
     members: list[Any] = list(critic.critics) if isinstance(critic, CriticGroup) else [critic]
     for member in members:
         digest.update(json.dumps([member.kind, member.objectives, member.settings()], sort_keys=True).encode())
-        for name, tensor in sorted(member.state_dict().items()):
+        # Hashed under the names of format 1, so that runs which version 0.1 started can resume.
+        tensors = {_FORMAT_1_NAMES.get(name, name): tensor for name, tensor in member.state_dict().items()}
+        for name, tensor in sorted(tensors.items()):
             as_bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(name.encode() + as_bytes.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from mavis.errors import MavisError, RequestError, closest
 PREFIX = "mavis_"
 WEIGHTS, BETA, TARGET_KL, TOP_K = "mavis_weights", "mavis_beta", "mavis_target_kl", "mavis_top_k"
 DEFAULT_TOP_K = 40
+"""Candidates of a request that names none, for critics that do not record what they were trained with."""
 _KNOWN = (WEIGHTS, BETA, TARGET_KL, TOP_K)
 _GREEDY_BELOW = 1e-5
 
@@ -152,9 +153,9 @@ def _parse_weights(given: Any) -> dict[str, float] | list[float]:
 
 
 def _parse_top_k(given: Mapping[str, Any], critic: Critic) -> int | None:
-    top_k, vocabulary = given.get(TOP_K, DEFAULT_TOP_K), critic.fingerprint.vocab_size
+    top_k, vocabulary = given.get(TOP_K), critic.fingerprint.vocab_size
     if TOP_K not in given:
-        return min(DEFAULT_TOP_K, vocabulary)
+        return min(DEFAULT_TOP_K, vocabulary) if critic.decoding is None else critic.decoding.top_k
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocabulary:
         raise RequestError(
             f"{TOP_K} is {_short_repr(top_k)}, expected a whole number from 0 to {vocabulary}.",

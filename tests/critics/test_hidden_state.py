@@ -322,3 +322,10 @@ def test_broken_folders_are_refused(policy: Any, tmp_path: Path) -> None:
             mavis.Critic.from_pretrained(folder)
         assert message in str(caught.value)
         assert "Hint: " in str(caught.value)
+
+
+def test_a_kind_names_one_class_of_critics() -> None:
+    with pytest.raises(CriticError, match="kind is 'hidden_state' in .*, but HiddenStateCritic is saved and loaded"):
+
+        class Impostor(HiddenStateCritic):
+            kind = "hidden_state"

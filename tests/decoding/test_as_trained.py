@@ -103,3 +103,10 @@ def test_other_words_are_refused(llama: Any, make_critic: MakeCritic, wrong: str
         mavis.MavisTilt([1.0, 0.5], make_critic(llama), beta=2.0, top_k=wrong)  # type: ignore[arg-type]
     with pytest.raises(DecodingError, match=f"temperature is '{wrong}', expected a finite number > 0.* 'as_trained'"):
         mavis.MavisTilt([1.0, 0.5], make_critic(llama), beta=2.0, temperature=wrong)  # type: ignore[arg-type]
+
+
+def test_a_critic_that_was_only_calibrated_is_used_as_it_was_calibrated(llama: Any, make_critic: MakeCritic) -> None:
+    critic = make_critic(llama)
+    critic.calibration = Calibration([1.0, 2.0], [[0.5, 1.5], [0.25, 0.75], [0.3, 0.9]], 16, 7, 0.6)
+    tilt = mavis.MavisTilt([1.0, 0.5], critic, target_kl=0.5)
+    assert (tilt.top_k, tilt.temperature) == (7, 0.6)

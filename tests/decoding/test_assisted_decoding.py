@@ -77,7 +77,7 @@ def test_drafts_change_no_score_of_a_token_that_is_taken(
             expect_tilted(tilted_by_hand, policy, critic, seen, inputs)
 
 
-def test_the_facade_hands_assistance_on(llama: Any, make_critic: MakeCritic) -> None:
+def test_generate_passes_assistance_on(llama: Any, make_critic: MakeCritic) -> None:
     steer: dict[str, Any] = {"critic": make_critic(llama, memory=8), "weights": [1.0, 0.4], "beta": 1.5}
     steer |= {"do_sample": False, "max_new_tokens": 14}
     plain = mavis.generate(llama, REPETITIVE, **steer)

@@ -128,7 +128,7 @@ def test_steps_after_the_end_of_a_response_do_not_count(
     assert tilt.steered.tolist() == [1.0, 1.0, 1.0]  # with the steps of padding it would be less
 
 
-def test_the_facade_takes_a_gate(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
+def test_generate_takes_a_gate(llama: Any, make_critic: MakeCritic, prompts: Inputs) -> None:
     critic, common = make_critic(llama), {"do_sample": False, "max_new_tokens": 5}
     plain = llama.generate(**prompts, **common)
     gated = mavis.generate(llama, prompts, critic=critic, weights=[1.0, 0.4], beta=5.0, entropy_gate=100.0, **common)

@@ -190,7 +190,7 @@ def test_only_beta_times_the_weights_matters(
         assert one[name] == other[name]
 
 
-def test_per_row_weights_sample_what_the_facade_samples_with_a_mapping_per_prompt(
+def test_per_row_weights_sample_what_generate_samples_with_a_mapping_per_prompt(
     run: Any,
     tiny_policy: Any,
     tiny_tokenizer: Any,

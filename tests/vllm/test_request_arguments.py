@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics import Calibration, Critic
+from mavis.critics import Calibration, Critic, TrainedDecoding
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import DecodingError, MavisError, RequestError
 from mavis.vllm.request_arguments import asks_for_tilt, parse_tilt
@@ -30,6 +30,16 @@ def test_weights_in_any_form_are_the_same_lambda(critic: Any, weights: Any) -> N
     assert tilt is not None
     torch.testing.assert_close(tilt.lam, torch.tensor([1.4, 0.6]))
     assert (tilt.top_k, tilt.temperature) == (40, 0.8)
+
+
+@pytest.mark.parametrize("trained", [7, None])
+def test_a_request_that_names_no_candidates_gets_those_the_critic_was_trained_with(
+    critic: Any, trained: int | None
+) -> None:
+    critic.decoding = TrainedDecoding(top_k=trained)
+    tilt = parse_tilt({"mavis_weights": [0.7, 0.3], "mavis_beta": 2}, 0.8, critic)
+    assert tilt is not None
+    assert tilt.top_k == trained
 
 
 def test_an_objective_without_a_weight_has_weight_zero(critic: Any) -> None:

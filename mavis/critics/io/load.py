@@ -24,7 +24,7 @@ from mavis.utils.files import describe_pickles
 Kinds = Mapping[str, Callable[..., Any]]
 """The classes of critics by the `kind` in their config."""
 
-_RENAMED = {"trained_up_to": "max_trained_lambda"}
+RENAMED_TENSORS = {"trained_up_to": "max_trained_lambda"}
 """Tensors that have another name in format 1."""
 
 
@@ -46,7 +46,7 @@ def describe_critic(folder: str | os.PathLike[str], kinds: Kinds) -> Any:
     _check_weights_exist(path)
     try:
         with safe_open(path / WEIGHTS, framework="pt") as tensors:
-            stored = {_RENAMED.get(name, name): name for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            stored = {RENAMED_TENSORS.get(name, name): name for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
             for name in ("reward_mean", "reward_std", "max_trained_lambda"):
                 setattr(critic, name, tensors.get_tensor(stored.get(name, name)))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -77,12 +77,17 @@ def _build(path: Path, kinds: Kinds) -> Any:
 
 
 def _trained_decoding(config: Mapping[str, Any], calibration: Calibration | None) -> TrainedDecoding | None:
-    """Return the decoding settings of training, which format 1 stored in the calibration only."""
+    """Return the decoding settings of training, which format 1 has in the calibration or in the record of training."""
     if config.get("decoding") is not None:
         return TrainedDecoding(**config["decoding"])
-    if calibration is None:
+    if calibration is not None:
+        return calibration.decoding
+    # Distilled critics and uncalibrated ones have it in the record of their training, if anywhere.
+    training = (config.get("about") or {}).get("training", {})
+    if "sampling.temperature" not in training:
         return None
-    return TrainedDecoding(calibration.top_k, calibration.temperature, calibration.max_new_tokens)
+    top_k = training.get("candidates", training.get("sampling.top_k"))
+    return TrainedDecoding(top_k, training["sampling.temperature"], training["sampling.max_new_tokens"])
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -123,6 +128,6 @@ def _load_weights(critic: torch.nn.Module, path: Path) -> None:
     _check_weights_exist(path)
     try:
         tensors = load_file(path / WEIGHTS)
-        critic.load_state_dict({_RENAMED.get(name, name): tensor for name, tensor in tensors.items()})
+        critic.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()})
     except (SafetensorError, RuntimeError, OSError) as error:
         raise corrupt_error(path / WEIGHTS, error) from error

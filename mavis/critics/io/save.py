@@ -43,7 +43,7 @@ def save_description(critic: SavableCritic, folder: Path) -> None:
         critic: the critic whose weights are in the folder, or will be.
         folder: an existing folder.
     """
-    settings = critic.settings()  # raises for a group, which has no kind either
+    settings = critic.settings()  # raises for a group
     config = {
         "format": FORMAT,
         "kind": critic.kind,

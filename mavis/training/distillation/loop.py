@@ -113,7 +113,8 @@ def distill(
     logger = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
     student.to(states_device(policy))
     student.calibration = None
-    student.decoding = settings.sampling.trained_decoding()
+    # The student learns the values of the recorded candidates only.
+    student.decoding = replace(settings.sampling.trained_decoding(), top_k=settings.candidates)
     if (found := load_finished(run, student, processes)) is not None:
         report = DistillReport(**found)
         logger.errors(report.losses)

@@ -14,6 +14,7 @@ from torch import Tensor
 import mavis
 from mavis.critics import Critic
 from mavis.critics.io.files import FORMAT
+from mavis.rollouts.collect import critic_digest
 
 FOLDER = Path(__file__).parent / "critics_of_0_1_0"
 PROMPTS = ["Once upon a time", "Lily wanted to play"]
@@ -115,3 +116,15 @@ def test_folder_of_0_1_0_is_described_without_its_weights(name: str) -> None:
     described, critic = Critic.describe(FOLDER / name), Critic.from_pretrained(FOLDER / name)
     assert described.objectives == critic.objectives
     assert torch.equal(described.max_trained_lambda, critic.max_trained_lambda)
+
+
+def test_runs_that_the_previous_version_started_recognise_their_critic() -> None:
+    # What version 0.1 wrote into the manifests of rollouts for these critics.
+    digests = {
+        "hidden_state_conditioned": "3788b94bf349cc70",
+        "hidden_state_independent": "1bf3f238f45da2ba",
+        "value_model_candidates": "2b838d214cd791b8",
+        "value_model_token": "4e309aa831d8ec96",
+    }
+    for name, digest in digests.items():
+        assert critic_digest(Critic.from_pretrained(FOLDER / name)) == digest

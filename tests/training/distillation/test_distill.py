@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mavis
-from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, ValueModelCritic
+from mavis.critics import Calibration, Critic, CriticGroup, HiddenStateCritic, TrainedDecoding, ValueModelCritic
 from mavis.distributed import SINGLE_PROCESS
 from mavis.errors import ConfigError, CriticError, DataError, TrainingError
 from mavis.policies.token_embeddings import token_embeddings
@@ -196,6 +196,9 @@ def test_a_student_like_its_teacher_learns_its_values(
     report = run(student, teacher, tmp_path, heads_alone)
     assert min(report.explained.values()) > 0.99, report
     assert min(report.between_candidates.values()) > 0.98, report
+    # It knows the recorded candidates and no others, so a tilt takes these unless told otherwise.
+    sampling = heads_alone.sampling
+    assert student.decoding == TrainedDecoding(heads_alone.candidates, sampling.temperature, sampling.max_new_tokens)
     assert report.losses[report.epoch] == min(report.losses)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
