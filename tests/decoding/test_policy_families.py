@@ -71,5 +71,5 @@ def test_states_that_nobody_counts_are_refused(make_critic: MakeCritic, prompts:
     )
     policy = AutoModelForCausalLM.from_config(config).eval()
     critic = make_critic(policy)
-    with critic.attach(policy), pytest.raises(DecodingError, match="states that are kept outside past_key_values"):
+    with critic.attach(policy), pytest.raises(DecodingError, match="states kept outside past_key_values"):
         processed(policy, prompts, tilt_for(critic))

@@ -126,7 +126,7 @@ def test_a_critic_with_a_memory_that_missed_the_beginning_says_so(
         step = llama(
             input_ids=longer[:, -1:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
         )
-        with pytest.raises(DecodingError, match="the critic has a memory, but not of every row"):
+        with pytest.raises(DecodingError, match="recurrent memory does not cover every row"):
             tilt(longer, step.logits[:, -1])
 
 
