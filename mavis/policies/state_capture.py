@@ -50,6 +50,8 @@ class StateCapture:
         # Wrappers (PEFT's, a compiled module) delegate `generate` to the model inside, whose passes are captured.
         model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
         self.policy = weakref.ref(policy)
+        # A deep copy of the policy takes the hooks along, and its passes are not this policy's.
+        self._model, self._embedding = weakref.ref(model), weakref.ref(embedding)
         self.owner = owner  # a strong reference: the hooks of a critic that is gone could not be removed
         self._thread = threading.local()
         self._hooks: list[Any] = []
@@ -195,7 +197,8 @@ class StateCapture:
         return pending
 
     def _policy_forward_hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._hooks or inside_processor():  # compiled code still calls hooks that were removed later
+        # Compiled code still calls hooks that were removed later.
+        if not self._hooks or module is not self._model() or inside_processor():
             return
         if "block_table" in kwargs:
             raise DecodingError(
@@ -211,6 +214,8 @@ class StateCapture:
         _latest.capture = self
 
     def _output_embedding_hook(self, module: Any, args: tuple[Any, ...]) -> None:
+        if module is not self._embedding():
+            return
         forward: ForwardPass | None = getattr(self._thread, "forward", None)
         # The first call is the policy's own; a later one comes from other users of the same layer.
         if forward is not None and forward.hidden is None and args:

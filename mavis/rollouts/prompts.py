@@ -90,13 +90,14 @@ def _rows(source: str | Sequence[str], column: str | None, split: str) -> list[s
             raise DataError(f"prompts holds {bad[0]!r}, expected text.", "quote every prompt.")
         return list(source)
     if source == "-":
-        return [line.rstrip("\n") for line in sys.stdin]
+        return sys.stdin.read().removeprefix("\ufeff").split("\n")
     path = Path(source).expanduser()
     if path.suffix == ".txt":
         if not path.is_file():
             raise DataError(f"prompts come from {source!r}, which does not exist.", "give a file, one prompt a line.")
         try:
-            return path.read_text(encoding="utf-8").splitlines()
+            # Lines end at line breaks alone: `splitlines` would also split at form feeds, U+2028 and the like.
+            return path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise DataError(f"prompts come from {source!r}, which is not UTF-8 text.", "save it as UTF-8.") from error
     dataset = _dataset(source, path, split)

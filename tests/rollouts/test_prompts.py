@@ -198,3 +198,21 @@ def test_drawn_prompts_come_equally_often_and_in_a_new_order_each_time() -> None
     assert first != second != prompts
     assert draw_prompts(prompts, 15, seed=1) == drawn[:15]
     assert draw_prompts(prompts, 25, seed=2) != drawn
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"])
+def test_a_line_ends_at_a_line_break_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
+    text = f"one{separator}still one\ntwo\n"
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    expected = [f"one{separator}still one", "two"]
+    assert load_prompts(str(tmp_path / "prompts.txt")) == expected
+    assert load_prompts("-") == expected
+
+
+def test_windows_line_breaks_and_a_byte_order_mark_are_no_part_of_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
+    assert load_prompts(str(tmp_path / "prompts.txt")) == load_prompts("-") == ["one", "two"]
