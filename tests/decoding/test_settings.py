@@ -50,7 +50,7 @@ def test_a_budget_holds_only_for_what_it_was_measured_with(
     by_beta = mavis.generate(llama, prompts, critic=critic, weights=[1.0, 0.0], beta=2.0, **measured, **arguments)
     assert torch.equal(by_kl, by_beta)
     assert torch.equal(by_default, by_beta)
-    for other in ({"top_k": 40}, {"top_k": 7}):
+    for other in ({"top_k": 40}, {"top_k": 7, "temperature": 1.0}):
         with pytest.raises(DecodingError, match="calibrated with top_k=7 and temperature=0.8, but the tilt has top_k="):
             MavisTilt([1.0, 0.0], critic, target_kl=2.0, **other)
         with pytest.warns(UserWarning, match="beta is not given; the critic was calibrated with top_k=7"):
