@@ -58,7 +58,7 @@ def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory)
         for _ in range(240):
             assert server.poll() is None, (folder / "log").read_text()
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
                 break
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.5)
@@ -71,8 +71,9 @@ def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:  # which closes its connections
+        yield client
 
 
 def test_concurrent_clients_each_get_their_own_weights(
