@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         with critic.attach(policy):
             # The logits processor, rather than mavis.generate, because it records the KL of every step.
-            tilt = mavis.MavisTilt(weights, target_kl=options.target_kl, record_kl=True)
+            tilt = mavis.MavisTilt(weights, critic, target_kl=options.target_kl, record_kl=True)
             output = policy.generate(
                 **inputs,
                 logits_processor=tilt,
