@@ -40,12 +40,7 @@ def trained_temperature(temperature: float | AsTrained, critic: Critic) -> float
 
 def _trained(name: str, critic: Critic) -> TrainedDecoding:
     members = list(critic.critics) if isinstance(critic, CriticGroup) else [critic]
-    recorded = [
-        decoding
-        for one in members
-        if isinstance(one, Critic)
-        and (decoding := one.decoding or (one.calibration.decoding if one.calibration is not None else None))
-    ]
+    recorded = [one.decoding for one in members if isinstance(one, Critic) and one.decoding is not None]
     values = {getattr(decoding, name): decoding for decoding in recorded}
     if len(values) > 1:
         raise DecodingError(
