@@ -91,7 +91,7 @@ class Critic(Attachable, nn.Module, ABC):
         self.composition: Composition = composition
         self.fingerprint = fingerprint
         self.calibration: Calibration | None = None
-        self._decoding: TrainedDecoding | None = None
+        self.decoding: TrainedDecoding | None = None
         self.about: dict[str, Any] = {}
         self.register_buffer("reward_mean", torch.zeros(len(names), dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(len(names), dtype=torch.float64))
@@ -146,17 +146,6 @@ class Critic(Attachable, nn.Module, ABC):
         Raises:
             CriticError: if λ is given and the critic is not conditioned.
         """
-
-    @property
-    def decoding(self) -> TrainedDecoding | None:
-        """How the critic was trained to decode: as recorded by its training, else by its calibration, else None."""
-        if self._decoding is None and self.calibration is not None:
-            return self.calibration.decoding
-        return self._decoding
-
-    @decoding.setter
-    def decoding(self, decoding: TrainedDecoding | None) -> None:
-        self._decoding = decoding
 
     @property
     def conditioned(self) -> bool:

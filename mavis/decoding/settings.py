@@ -40,7 +40,12 @@ def trained_temperature(temperature: float | AsTrained, critic: Critic) -> float
 
 def _trained(name: str, critic: Critic) -> TrainedDecoding:
     members = list(critic.critics) if isinstance(critic, CriticGroup) else [critic]
-    recorded = [one.decoding for one in members if isinstance(one, Critic) and one.decoding is not None]
+    recorded = [
+        decoding
+        for one in members
+        if isinstance(one, Critic)
+        and (decoding := one.decoding or (one.calibration.decoding if one.calibration is not None else None))
+    ]
     values = {getattr(decoding, name): decoding for decoding in recorded}
     if len(values) > 1:
         raise DecodingError(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from mavis.cli import main
 from mavis.policies import embedded
-from tests.processes import restored_process
 
 ANSWERS = "1\n2\n0\n1\n1\n2\n"
 """What the user types when `mavis elicit` asks."""
@@ -30,19 +33,34 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+@contextmanager
+def restored_process(folder: Path) -> Iterator[None]:
+    """Work in a folder, and afterwards undo what code may have done to the process."""
+    root, arguments, previous, state = logging.getLogger(), sys.argv, Path.cwd(), torch.random.get_rng_state()
+    handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
+        root.setLevel(level)
+        os.chdir(previous)
+        torch.set_num_threads(threads)
+        torch.random.set_rng_state(state)
+
+
 @pytest.fixture
 def run_mavis(workspace: Path) -> Callable[[list[str]], str]:
     """A function that runs `mavis` with arguments in the workspace and returns what it prints."""
 
     def run(arguments: list[str]) -> str:
         out, err = io.StringIO(), io.StringIO()
-        with (
-            restored_process(workspace, ANSWERS),
-            redirect_stdout(out),
-            redirect_stderr(err),
-            warnings.catch_warnings(),
-        ):
+        with restored_process(workspace), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a user sees them, and the command goes on
+            sys.stdin = io.StringIO(ANSWERS)
             try:
                 code = main(arguments)
             except SystemExit as stop:

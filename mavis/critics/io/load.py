@@ -67,7 +67,7 @@ def _build(path: Path, kinds: Kinds) -> Any:
         critic = kinds[kind](config["objectives"], Fingerprint(**config["policy"]), **config["settings"])
         if config.get("calibration") is not None:
             critic.calibration = Calibration(**config["calibration"])
-        critic.decoding = _trained_decoding(config)
+        critic.decoding = _trained_decoding(config, critic.calibration)
         critic.about = dict(config.get("about") or {})  # absent in folders of early versions
     except MissingPackageError:
         raise
@@ -76,12 +76,12 @@ def _build(path: Path, kinds: Kinds) -> Any:
     return critic
 
 
-def _trained_decoding(config: Mapping[str, Any]) -> TrainedDecoding | None:
-    """Return the decoding settings of training; format 1 has them in the calibration or the record of training."""
+def _trained_decoding(config: Mapping[str, Any], calibration: Calibration | None) -> TrainedDecoding | None:
+    """Return the decoding settings of training, which format 1 has in the calibration or in the record of training."""
     if config.get("decoding") is not None:
         return TrainedDecoding(**config["decoding"])
-    if config.get("calibration") is not None:
-        return None  # the critic asks its calibration
+    if calibration is not None:
+        return calibration.decoding
     # Distilled critics and uncalibrated ones have it in the record of their training, if anywhere.
     training = (config.get("about") or {}).get("training", {})
     if "sampling.temperature" not in training:
