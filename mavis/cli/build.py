@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -52,6 +55,9 @@ def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[st
     from hydra.utils import instantiate
     from omegaconf import MissingMandatoryValue
 
+    from mavis.rewards.protocol import check_callable
+
+    _find_modules_of_working_directory()
     configured = config.get("objectives") or {}
     selected = list(configured) if names is None else list(names)
     if not selected:
@@ -70,9 +76,30 @@ def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[st
         except Exception as error:  # Hydra wraps the constructor's exception
             cause = error.__cause__ or error
             text = cause.message if isinstance(cause, MavisError) else " ".join(str(cause).split())
-            hint = cause.hint if isinstance(cause, MavisError) else "check its options."
+            hint = cause.hint if isinstance(cause, MavisError) else _instantiation_hint(configured[name])
             raise ConfigError(f"objective {name!r} cannot be built: {text}", hint) from error
+        check_callable(name, objectives[name])
     return objectives
+
+
+def _find_modules_of_working_directory() -> None:
+    """Let `_target_` name a module in the working directory, as `python -m` does; installed packages come first."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
+def _instantiation_hint(config: Any) -> str:
+    """Say what to do about a `_target_` that cannot be instantiated."""
+    from hydra.utils import get_object
+
+    target = str(config.get("_target_"))
+    try:
+        found = get_object(target)
+    except Exception:
+        return f"_target_ is module.name; the module is looked for in {os.getcwd()!r} and among installed packages."
+    if inspect.isfunction(found) and not config.get("_partial_"):
+        return "_target_ names a function: add `_partial_: true`, so that it is passed on instead of called."
+    return "check its options."
 
 
 def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -> None:

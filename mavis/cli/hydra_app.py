@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from mavis.cli.conf_dir import conf_dir
 from mavis.distributed import join_processes, launcher_rank, launcher_world_size, leave_process_group
-from mavis.errors import ConfigError, MavisError
+from mavis.errors import ConfigError, MavisError, ObjectiveError
 from mavis.policies.loading import DEVICE_MAPS
 
 
@@ -131,6 +131,8 @@ def _user_message(error: Exception) -> str | None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import MissingMandatoryValue
 
+    if isinstance(error, ObjectiveError) and error.__cause__ and os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return None  # the author of an objective asks for its traceback
     if isinstance(error, MavisError):
         return str(error)
     if isinstance(error, MissingMandatoryValue):

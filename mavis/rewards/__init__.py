@@ -1,5 +1,6 @@
 """Objectives: score responses by a reward model, by their words, or by any callable."""
 
+from mavis.rewards.batch_check import check_batch_independence
 from mavis.rewards.lexical import Brevity, Dialogue, Positive, Readability, exclamations
 from mavis.rewards.protocol import Objective, Signed, score
 from mavis.rewards.reward_model import RewardModel
@@ -12,6 +13,7 @@ __all__ = [
     "Readability",
     "RewardModel",
     "Signed",
+    "check_batch_independence",
     "exclamations",
     "score",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sysconfig
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from mavis.errors import ObjectiveError
+from mavis.errors import MavisError, ObjectiveError
 
 _MAX_QUOTED = 60  # characters of a response in an error
+_STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) for name in ("stdlib", "purelib"))
 
 
 class Objective(Protocol):
@@ -19,7 +23,7 @@ class Objective(Protocol):
 
     Called as `objective(prompts, responses)` with two sequences of B strings; the response is what the policy wrote
     after the prompt. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,). Equal texts must have equal
-    rewards, whatever else is scored in the same call.
+    rewards, whatever else is scored in the same call; `check_batch_independence` tries it once per run.
 
     Examples:
         A function will do:
@@ -78,9 +82,10 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses
         Raw rewards (B, M), float64, all finite. With B = 0 no objective is called.
 
     Raises:
-        ObjectiveError: if there is no objective, one is not callable, prompts and responses differ in number,
-            or an objective returns anything but one finite number per response. Any other exception raised by an
-            objective is passed on, with a note that names the objective.
+        ObjectiveError: if there is no objective, one cannot be called with prompts and responses, these differ in
+            number, or an objective returns anything but one finite number per response. What an objective raises is
+            the cause of an ObjectiveError that names the objective, the response and the line; errors of mavis itself
+            are passed on, with a note that names the objective.
 
     Examples:
         >>> from mavis.rewards import Brevity, Dialogue, score
@@ -99,21 +104,96 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses
         )
     rewards = np.empty((len(responses), len(objectives)), dtype=np.float64)
     for column, (name, objective) in enumerate(objectives.items()):
-        if not callable(objective):
-            raise ObjectiveError(
-                f"objective {name!r} is a {type(objective).__name__}, which cannot be called.",
-                "an objective is a callable (prompts, responses); build one from a config with "
-                "hydra.utils.instantiate.",
-            )
-        if not len(responses):
-            continue
-        try:
-            returned = objective(prompts, responses)
-        except Exception as error:
-            error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
-            raise
-        rewards[:, column] = _finite_floats(returned, responses, f"objective {name!r}")
+        check_callable(name, objective)
+        if len(responses):
+            rewards[:, column] = _finite_floats(_call(name, objective, prompts, responses), responses, name)
     return rewards
+
+
+def check_callable(name: str, objective: Any) -> None:
+    """Check that an objective can be called with prompts and responses, before anything is sampled.
+
+    Args:
+        name: of the objective.
+        objective: to check.
+
+    Raises:
+        ObjectiveError: if it cannot be called, is a class instead of an instance, is asynchronous, or takes other
+            arguments.
+    """
+    if isinstance(objective, type):
+        raise ObjectiveError(
+            f"objective {name!r} is the class {objective.__name__}, expected an instance.",
+            f"build it: {objective.__name__}(...).",
+        )
+    if not callable(objective):
+        raise ObjectiveError(
+            f"objective {name!r} is a {type(objective).__name__}, which cannot be called.",
+            "an objective is a callable (prompts, responses); build one from a config with hydra.utils.instantiate.",
+        )
+    if inspect.iscoroutinefunction(objective) or inspect.iscoroutinefunction(type(objective).__call__):
+        raise ObjectiveError(
+            f"objective {name!r} is asynchronous, so that calling it returns no rewards.",
+            "wrap it in a function that calls asyncio.run.",
+        )
+    try:
+        signature = inspect.signature(objective)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    try:
+        signature.bind([], [])
+    except TypeError:
+        raise ObjectiveError(
+            f"objective {name!r} takes the arguments {signature}, but is called as objective(prompts, responses).",
+            "give it two arguments, a list of prompts and a list of responses of the same length.",
+        ) from None
+
+
+def _call(name: str, objective: Objective, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+    """Call an objective with lists of its own; what it raises becomes the cause of an ObjectiveError."""
+    try:
+        return objective(list(prompts), list(responses))
+    except MavisError as error:
+        error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
+        raise
+    except Exception as error:
+        index = _failing_response(error, objective, prompts, responses)
+        place = (
+            f"response {index} ({_shorten(responses[index])})" if index is not None else f"{len(responses)} responses"
+        )
+        text = " ".join(str(error).split())
+        shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise ObjectiveError(
+            f"objective {name!r} raised {shown} while scoring {place}, at {_last_line(error)}.",
+            "correct the objective; shards of rollouts already scored are kept.",
+        ) from error
+
+
+def _failing_response(
+    error: Exception, objective: Objective, prompts: Sequence[str], responses: Sequence[str]
+) -> int | None:
+    """Find the first response that raises the same error alone; None if none does, or the batch was too large."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):  # about the machine, not the response
+        return None
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            objective([prompt], [response])
+        except Exception as other:
+            if type(other) is type(error):
+                return index
+    return None
+
+
+def _last_line(error: Exception) -> str:
+    """Return file, line and function of the innermost frame that is the user's own code, or else of the innermost."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames[1:] if not frame.filename.startswith((_STANDARD_LIBRARY, _PACKAGES, "<frozen"))]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}"
+
+
+def _shorten(text: str) -> str:
+    return repr(text[:_MAX_QUOTED] + ("..." if len(text) > _MAX_QUOTED else ""))
 
 
 def check_sign(sign: int) -> int:
@@ -123,8 +203,9 @@ def check_sign(sign: int) -> int:
     return int(sign)
 
 
-def _finite_floats(returned: Any, responses: Sequence[str], subject: str) -> list[float]:
+def _finite_floats(returned: Any, responses: Sequence[str], name: str) -> list[float]:
     """Convert what an objective returned to one finite float per response, or raise."""
+    subject = f"objective {name!r}"
     hint = "return one finite number per response, in the order of the responses."
     if isinstance(returned, torch.Tensor):
         returned = returned.detach().to("cpu", torch.float64).numpy()
@@ -141,9 +222,9 @@ def _finite_floats(returned: Any, responses: Sequence[str], subject: str) -> lis
     for index, (value, response) in enumerate(zip(values, responses, strict=True)):
         reward = _to_float(value)
         if reward is None or not math.isfinite(reward):
-            shown = response[:_MAX_QUOTED] + ("..." if len(response) > _MAX_QUOTED else "")
             raise ObjectiveError(
-                f"{subject} scored response {index} ({shown!r}) as {value!r}, but a reward is a finite number.",
+                f"{subject} scored response {index} ({_shorten(response)}) as {value!r}, but a reward is a finite "
+                "number.",
                 "fix the objective for this response, or leave the response out.",
             )
         rewards.append(reward)

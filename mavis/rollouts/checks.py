@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from mavis.critics import Critic
 from mavis.errors import ConfigError, DataError
 from mavis.rewards import Objective
+from mavis.rewards.protocol import check_callable
 
 
 def check_objectives(critic: Critic, objectives: Mapping[str, Objective]) -> None:
-    """Check that objectives are a critic's, in its order: rewards and values are paired by position.
+    """Check that objectives can be called and are a critic's, in its order: values are paired by position.
 
     Args:
         critic: that is trained or evaluated.
@@ -18,12 +19,15 @@ def check_objectives(critic: Critic, objectives: Mapping[str, Objective]) -> Non
 
     Raises:
         ConfigError: if the names or their order differ.
+        ObjectiveError: if one cannot be called with prompts and responses.
     """
     if tuple(objectives) != critic.objectives:
         raise ConfigError(
             f"objectives are {', '.join(objectives)}, but the critic has: {', '.join(critic.objectives)}.",
             "pass the same names in the same order.",
         )
+    for name, objective in objectives.items():
+        check_callable(name, objective)
 
 
 def check_prompts(prompts: Sequence[str], hint: str = "pass a list of texts.") -> None:

@@ -20,7 +20,7 @@ from mavis.distributed import join_processes
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.policies.generation_config import check_replayable
-from mavis.rewards import Objective, score
+from mavis.rewards import Objective, check_batch_independence, score
 from mavis.rollouts.plan import RolloutPlan
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, sampler_identity
@@ -71,7 +71,8 @@ def collect(
     Raises:
         ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
         DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
-        ObjectiveError: if an objective returns something other than one finite number per response.
+        ObjectiveError: if an objective fails, returns something other than one finite number per response, or scores
+            responses of the first shard differently in another batch.
         ProcessError: if the processes were called with different arguments, or one has stopped.
 
     Examples:
@@ -111,6 +112,8 @@ def collect(
     def store(index: int) -> None:
         rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
         raw = score(objectives, rows["prompt"], rows["response"])
+        if index == 0:
+            check_batch_independence(objectives, rows["prompt"], rows["response"], raw)
         write_shard(paths[index], rows | {"rewards": raw.tolist()})
 
     def report_progress(done: int) -> None:

@@ -49,7 +49,7 @@ def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
     """Undo what a command does to its process: arguments, working folder, log handlers, random numbers."""
     arguments, cwd, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
     handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
-    sys.stdin = io.StringIO(stdin)
+    sys.stdin, path = io.StringIO(stdin), list(sys.path)
     os.chdir(folder)
     try:
         yield
@@ -58,6 +58,7 @@ def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
             if handler not in handlers:
                 handler.close()
         root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
+        sys.path[:] = path
         root.setLevel(level)
         os.chdir(cwd)
         torch.set_num_threads(threads)

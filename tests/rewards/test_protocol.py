@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import mavis.rewards
-from mavis.errors import ObjectiveError
+from mavis.errors import DataError, ObjectiveError
 from mavis.rewards import Brevity, Dialogue, Signed, exclamations, score
+from mavis.rewards.protocol import check_callable
 
 PROMPTS = ["p", "q", "r"]
 RESPONSES = ["Hi!", "", "no no!!"]
@@ -114,13 +116,95 @@ def test_what_cannot_be_called_is_refused() -> None:
         score(objectives, PROMPTS, RESPONSES)
 
 
-def test_an_exception_from_within_keeps_its_type_and_names_the_objective() -> None:
-    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        raise KeyError("lexicon")
+def touchy(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [1 / response.count("!") for response in responses]  # LINE
 
-    with pytest.raises(KeyError) as caught:
+
+def test_what_an_objective_raises_becomes_the_cause_of_an_error_that_names_objective_response_and_line() -> None:
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# LINE"))
+    with pytest.raises(ObjectiveError) as caught:
+        score({"fine": exclamations, "helpful": touchy}, PROMPTS, RESPONSES)
+    function = "<listcomp>" if sys.version_info < (3, 12) else "touchy"
+    assert caught.value.message == (
+        "objective 'helpful' raised ZeroDivisionError: division by zero while scoring response 1 (''), "
+        f"at {__file__}:{line} in {function}."
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, UnicodeError, RuntimeError, AssertionError])
+def test_every_kind_of_exception_is_explained(error: type[Exception]) -> None:
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raise error
+
+    with pytest.raises(ObjectiveError, match=rf"^objective 'x' raised {error.__name__} while scoring response 0 "):
+        score({"x": broken}, PROMPTS, RESPONSES)
+
+
+def test_an_exception_in_a_library_names_the_line_that_called_it() -> None:
+    def parses(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [float(json.loads(response)) for response in responses]
+
+    with pytest.raises(ObjectiveError, match=r"raised JSONDecodeError: .*test_protocol\.py:\d+ in "):
+        score({"x": parses}, PROMPTS, RESPONSES)
+
+
+def test_an_exception_of_the_batch_alone_blames_no_response() -> None:
+    def small(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        if len(responses) > 2:
+            raise ValueError("too many")
+        return [0.0] * len(responses)
+
+    with pytest.raises(ObjectiveError, match="raised ValueError: too many while scoring 3 responses, at "):
+        score({"x": small}, PROMPTS, RESPONSES)
+
+
+def test_an_error_of_mavis_is_passed_on_with_a_note() -> None:
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raise DataError("the lexicon is missing.", "download it.")
+
+    with pytest.raises(DataError) as caught:
         score({"helpful": broken}, PROMPTS, RESPONSES)
     assert caught.value.__notes__ == ["raised while objective 'helpful' scored 3 responses"]
+
+
+async def asynchronous(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            lambda responses: [0.0],
+            r"objective 'x' takes the arguments \(responses\), but is called as objective\(prompts",
+        ),
+        (lambda: [0.0], r"objective 'x' takes the arguments \(\), but"),
+        (lambda prompts, responses, scale: [0.0], r"takes the arguments \(prompts, responses, scale\), but"),
+        (lambda prompts, *, responses: [0.0], r"takes the arguments \(prompts, \*, responses\), but"),
+        (Brevity, r"objective 'x' is the class Brevity, expected an instance\. Hint: build it: Brevity\(\.\.\.\)\."),
+        (asynchronous, r"objective 'x' is asynchronous"),
+    ],
+)
+def test_an_objective_with_another_signature_is_refused_before_it_is_called(objective: Any, message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        check_callable("x", objective)
+    with pytest.raises(ObjectiveError, match=message):
+        score({"x": objective}, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("objective", [max, lambda *texts: [0.0], lambda p, r, scale=2: [0.0], Brevity(), exclamations])
+def test_any_signature_that_takes_two_lists_is_accepted(objective: Any) -> None:
+    check_callable("x", objective)
+
+
+def test_an_objective_cannot_change_the_texts_of_the_next() -> None:
+    def sorts(prompts: list[str], responses: list[str]) -> list[float]:
+        responses.sort()
+        return [0.0] * len(responses)
+
+    rewards = score({"sorts": sorts, "shout": exclamations}, PROMPTS, RESPONSES)  # type: ignore[dict-item]
+    assert rewards[:, 1].tolist() == [1, 0, 2]
 
 
 def test_signed_turns_an_objective_round() -> None:

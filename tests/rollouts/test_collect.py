@@ -406,17 +406,27 @@ def test_an_objective_that_breaks_loses_no_shard_that_was_finished(
 
     def breaks(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         calls.append(len(responses))
-        if len(calls) == 2:
+        if len(calls) == 5:  # the calls between are the check that rewards do not depend on the batch
             raise RuntimeError("out of order")
         return tiny_objectives["good"](prompts, responses)
 
     plan = RolloutPlan.reference(PROMPTS * 2, 2)
     objectives = {"good": breaks, "brevity": tiny_objectives["brevity"]}
-    with pytest.raises(RuntimeError, match="out of order"):
+    with pytest.raises(ObjectiveError, match="objective 'good' raised RuntimeError: out of order"):
         list(run(plan, tmp_path, objectives=objectives))
     assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000"]
     assert columns(run(plan, tmp_path, objectives=objectives)) == columns(run(plan, tmp_path / "unbroken"))
-    assert calls == [4, 4, 4, 2]
+    assert calls == [4, 4, 2, 2, 4, *[1] * 4, 4, 2]  # alone, none of the four responses raises
+
+
+def test_an_objective_that_depends_on_the_batch_is_refused_with_the_first_shard(run: Any, tmp_path: Path) -> None:
+    def relative(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [len(response) / max(map(len, responses)) for response in responses]
+
+    objectives = {"relative": relative, "brevity": lambda p, r: [0.0] * len(r)}
+    with pytest.raises(ObjectiveError, match="objective 'relative' .* depends on what else is scored"):
+        list(run(RolloutPlan.reference(PROMPTS * 4, 2), tmp_path, objectives=objectives))
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def test_more_candidates_than_tokens_are_refused_before_anything_is_written(run: Any, tmp_path: Path) -> None:

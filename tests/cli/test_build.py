@@ -1,0 +1,80 @@
+"""Objectives from a config: modules of the working directory, and hints about a `_target_` that does not work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from mavis.cli.build import build_objectives
+from mavis.errors import ConfigError, ObjectiveError
+from mavis.rewards import score
+
+MODULE = """
+def shout(prompts, responses):
+    return [float(response.isupper()) for response in responses]
+
+def one_argument(responses):
+    return [0.0 for response in responses]
+"""
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a module of objectives, not yet on the path."""
+    (tmp_path / "module_beside_the_run.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    yield tmp_path
+    sys.modules.pop("module_beside_the_run", None)
+
+
+def config(**options: Any) -> Any:
+    return OmegaConf.create({"objectives": {"mine": options}})
+
+
+def test_a_target_in_the_working_directory_is_found() -> None:
+    objectives = build_objectives(config(_target_="module_beside_the_run.shout", _partial_=True))
+    assert score(objectives, ["p", "p"], ["HEY", "hey"]).tolist() == [[1.0], [0.0]]
+
+
+def test_installed_packages_come_before_modules_of_the_working_directory(working_directory: Path) -> None:
+    build_objectives(config(_target_="module_beside_the_run.shout", _partial_=True))
+    assert sys.path[-1] == str(working_directory)
+
+
+def test_a_module_that_is_nowhere_is_refused_with_the_place_where_it_was_looked_for(working_directory: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_objectives(config(_target_="module_that_is_not_there.shout", _partial_=True))
+    assert "objective 'mine' cannot be built: " in str(caught.value)
+    assert f"the module is looked for in {str(working_directory)!r} and among installed packages" in str(caught.value)
+
+
+def test_a_function_without_partial_is_refused_with_the_line_to_add() -> None:
+    with pytest.raises(ConfigError, match=r"objective 'mine' cannot be built: .* Hint: .*add `_partial_: true`"):
+        build_objectives(config(_target_="module_beside_the_run.shout"))
+
+
+def test_a_function_of_one_argument_is_refused_when_it_is_built() -> None:
+    with pytest.raises(ObjectiveError, match=r"objective 'mine' takes the arguments \(responses\), but"):
+        build_objectives(config(_target_="module_beside_the_run.one_argument", _partial_=True))
+
+
+def test_a_mapping_without_a_target_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match="objective 'mine' is a dict, which cannot be called"):
+        build_objectives(config(scale=2.0))
+
+
+def test_an_error_in_an_objective_ends_a_command_with_objective_response_and_line(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "broken_module.py").write_text("def broken(prompts, responses):\n    raise KeyError('lexicon')\n")
+    broken = "+objectives.mine={_target_: broken_module.broken, _partial_: true}"
+    ran = mavis("train", *small, broken)
+    assert ran.code == 2
+    assert "mavis: objective 'mine' raised KeyError: 'lexicon' while scoring response 0 (" in ran.err
+    assert "broken_module.py:2 in broken. Hint: " in ran.err
