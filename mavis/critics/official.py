@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mavis.critics.group import CriticGroup
 from mavis.critics.value_model import ValueModelCritic, load_trunk
-from mavis.errors import CriticError, check_number, closest, first_sentence
+from mavis.errors import CriticError, DataError, check_number, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.protocol import CausalLM
 from mavis.utils.files import read_json
@@ -174,10 +173,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "save the adapter again with save_pretrained(..., safe_serialization=True).",
         )
     try:
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG, strict=False)
         tensors = load_file(folder / WEIGHTS)
         kinds = config.get("peft_type"), config.get("task_type")
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, OSError) as error:
+    except (SafetensorError, DataError, AttributeError, OSError) as error:
         raise CriticError(
             f"folder {str(folder)!r} is corrupt or truncated: {first_sentence(error)}.", "copy it again."
         ) from error

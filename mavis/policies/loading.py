@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mavis.errors import PolicyError, first_sentence
 from mavis.policies import embedded
+from mavis.utils.files import restore_folder
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def load_policy(
 
     given = os.fspath(path)
     folder = Path(given).expanduser()
+    restore_folder(folder)
     if not folder.exists() and (folder.is_absolute() or given.startswith((".", "~"))):
         raise PolicyError(f"policy.path is {given!r}, which does not exist.", "name a folder or a model id.")
     source = str(folder) if folder.exists() else given

@@ -30,6 +30,6 @@ def save_policy(folder: str | os.PathLike[str], policy: PreTrainedModel, tokeniz
         policy.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         # transformers records how a tokenizer was loaded, which would make the folder depend on where it came from.
-        settings = read_json(temporary / "tokenizer_config.json")
+        settings = read_json(temporary / "tokenizer_config.json", strict=False)
         kept = {k: v for k, v in settings.items() if k not in ("is_local", "local_files_only")}
         write_json(temporary / "tokenizer_config.json", kept)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mavis.errors import VectorError, first_sentence, import_optional
+from mavis.errors import DataError, VectorError, first_sentence, import_optional
 from mavis.utils.files import read_json
 from mavis.vectors.model_tensors import ModelTensors, meta_model, subtracted
 from mavis.vectors.tensor_files import LazyTensors
@@ -82,8 +82,8 @@ def _product(layer: Any) -> Tensor:
 
 def _check_settings(path: Path) -> None:
     try:
-        settings = read_json(path / _CONFIG)
-    except (OSError, ValueError) as error:  # not JSON, or not UTF-8
+        settings = read_json(path / _CONFIG, strict=False)
+    except (OSError, DataError) as error:
         raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: {first_sentence(error)}.", _RESAVE_HINT) from error
     if not isinstance(settings, dict):
         raise VectorError(f"{str(path / _CONFIG)!r} is corrupt: it holds a {type(settings).__name__}.", _RESAVE_HINT)

@@ -10,29 +10,48 @@ from pathlib import Path
 import torch
 
 from mavis.errors import VectorError
-from mavis.utils.files import PICKLE_SUFFIXES, atomic_folder
+from mavis.utils.files import atomic_folder, write_json
 from mavis.vectors.applying import add_to
 from mavis.vectors.model_tensors import ModelTensors, tensors_of
 from mavis.vectors.tensor_files import INDEX, explain_write_errors, new_folder
 from mavis.vectors.vector import AlignmentVector
 
-_WEIGHTS = {*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx"}
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*token*.json",  # tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json
+    "vocab.*",
+    "merges.txt",
+    "normalizer.json",
+    "*.model",  # of SentencePiece
+    "*.tiktoken",
+    "chat_template.*",
+    "*processor*.json",
+    "*.py",  # of models with code of their own
+    "LICENSE*",
+    "NOTICE*",
+    INDEX,
+)
+"""The files of a model, beside its weights, that a merged model takes over."""
+MERGED = "mavis_merge.json"
+"""The file that marks a folder as written by `write_merged`, which may replace it."""
 
 
 def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: str | os.PathLike[str]) -> Path:
     """Write base + Δ as a folder of the Hugging Face format, with one tensor in memory at a time.
 
     Args:
-        base: a folder with `config.json` and safetensors; its config, tokenizer and other small files are copied, and
-            its shards and precisions are preserved.
+        base: a folder with `config.json` and safetensors; its config, tokenizer, code and licence are copied, and its
+            shards and precisions are preserved. The model card and other files are not copied.
         vector: Δ.
-        output: a new folder.
+        output: a new folder, or one that an earlier call wrote, which is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        VectorError: if base is not such a folder, the vector does not fit it, a sum is not finite, or output exists.
+        VectorError: if base is not such a folder, the vector does not fit it, a sum is not finite, or output holds
+            something else.
 
     Examples:
         >>> import copy, tempfile
@@ -47,7 +66,9 @@ def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: 
         ...     round(AlignmentVector.between(base, merged).norm() / vector.norm(), 4)
         0.5
     """
-    target = new_folder(output, "output")
+    target = Path(output).expanduser()
+    if not (target / MERGED).is_file() or target.resolve() == Path(base).expanduser().resolve():
+        new_folder(target, "output")
     model = tensors_of(base, "base")
     if model.stored is None:
         raise VectorError("base is a model in memory.", "save it with save_pretrained and pass the folder.")
@@ -55,17 +76,12 @@ def write_merged(base: str | os.PathLike[str], vector: AlignmentVector, output: 
     with explain_write_errors(target), atomic_folder(target) as temporary:
         for file in sorted(model.stored.folder.iterdir()):
             is_stale = file.name == INDEX and model.stored.index is None
-            if file.is_file() and not is_stale and not _belongs_to_base_only(file):
+            if file.is_file() and not is_stale and any(map(file.match, _MODEL_FILES)):
                 shutil.copyfile(file, temporary / file.name)
         for file in model.stored.files:
             _write_merged_file(file, temporary / file.name, model, vector)
+        write_json(temporary / MERGED, {"kind": "merged_model", "base": vector.base.to_json()})
     return target
-
-
-def _belongs_to_base_only(file: Path) -> bool:
-    """Return whether a file is weights in any format, an index of pickled weights, or the model card."""
-    index = file.name.endswith(".json") and any(part in PICKLE_SUFFIXES for part in Path(file.stem).suffixes)
-    return file.suffix in _WEIGHTS or index or file.name.startswith(".") or file.name == "README.md"
 
 
 def _write_merged_file(source: Path, target: Path, model: ModelTensors, vector: AlignmentVector) -> None:

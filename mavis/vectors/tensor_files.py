@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mavis.errors import VectorError, first_sentence
-from mavis.utils.files import describe_pickles, read_json, write_json
+from mavis.errors import DataError, VectorError, first_sentence
+from mavis.utils.files import describe_pickles, read_json, restore_folder, write_json
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights that are not quantised."""
@@ -170,6 +169,7 @@ def existing_folder(folder: str | os.PathLike[str], argument: str) -> Path:
         VectorError: if it does not exist or has none.
     """
     path = Path(folder).expanduser()
+    restore_folder(path)
     if not path.is_dir():
         raise VectorError(f"{argument} is {str(folder)!r}, which is not a folder.", "name a local folder.")
     if not (path / "config.json").is_file():
@@ -194,10 +194,10 @@ def new_folder(folder: str | os.PathLike[str], argument: str) -> Path:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = read_json(index)["weight_map"]
-        if not all(isinstance(file, str) for file in found.values()):
+        found: dict[str, str] = read_json(index, strict=False)["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file != "" for file in found.values()):
             raise TypeError("weight_map does not map to file names")
-    except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (AttributeError, DataError, KeyError, TypeError) as error:
         raise _corrupt(index, error) from error
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mavis.errors import VectorError
+from mavis.errors import DataError, VectorError
 from mavis.policies.fingerprint import Fingerprint
 from mavis.utils.files import atomic_folder, read_json, write_json
 from mavis.vectors.model_tensors import Layout
@@ -63,7 +62,7 @@ def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
             f"folder is {str(folder)!r}, which is not an alignment vector.",
             "name a folder that AlignmentVector.save wrote; AlignmentVector.between computes one from two models.",
         )
-    config: dict[str, Any] = read_json(path / "config.json")
+    config: dict[str, Any] = read_json(path / "config.json", strict=False)
     if config.get("format") != _FORMAT:
         raise VectorError(
             f"folder {str(folder)!r} has vector format {config.get('format')!r}; this version reads {_FORMAT}.",
@@ -72,7 +71,7 @@ def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
     try:
         layout, base = Layout.from_json(config["layout"]), Fingerprint(**config["base"])
         names = list(config["names"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise VectorError(f"{str(path / 'config.json')!r} is corrupt: {error}.", "copy the folder again.") from error
     stored = StoredTensors(path)
     mismatched = [name for name in names if stored.shapes.get(name, ()) != layout.shapes.get(name)]
@@ -87,7 +86,7 @@ def load_vector(folder: str | os.PathLike[str]) -> VectorContent:
 def _kind(folder: Path) -> str | None:
     """Read the kind that a folder's config.json states, or None."""
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        config = read_json(folder / "config.json", strict=False)
+    except (OSError, DataError):
         return None
     return str(config.get("kind")) if isinstance(config, dict) else None

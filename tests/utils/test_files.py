@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import mavis
 from mavis.errors import DataError
-from mavis.utils.files import atomic_file, atomic_folder, describe_pickles, matches_manifest, read_json, write_json
+from mavis.utils.files import (
+    atomic_file,
+    atomic_folder,
+    describe_pickles,
+    matches_manifest,
+    read_json,
+    restore_folder,
+    write_json,
+)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -54,15 +69,21 @@ def test_an_exception_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_that_cannot_be_moved_into_place_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot exchange two folders in one step."""
+    monkeypatch.setattr("mavis.utils.files._exchange", lambda one, other: False)
+
+
+def test_a_folder_that_cannot_be_moved_into_place_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: None
+) -> None:
     target = tmp_path / "target"
     write_folder(target, "first")
-    import os
-
     replace = os.replace
 
     def fails(source: Any, goal: Any) -> None:
-        if Path(goal) == target and ".old." not in str(source):
+        if Path(goal) == target and "-old-" not in str(source):
             raise OSError("full")
         replace(source, goal)
 
@@ -73,11 +94,120 @@ def test_a_folder_that_cannot_be_moved_into_place_is_put_back(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_folders_are_replaced_in_two_steps_where_they_cannot_be_exchanged(tmp_path: Path, two_steps: None) -> None:
+    target = tmp_path / "target"
+    for text in ("first", "second"):
+        write_folder(target, text)
+        assert text_of(target) == text
+        assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems need two steps")
+def test_linux_exchanges_folders_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "target", "first")
+    monkeypatch.setattr("mavis.utils.files._replace_in_two_steps", None)
+    write_folder(tmp_path / "target", "second")
+    assert text_of(tmp_path / "target") == "second"
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    write_folder(tmp_path / "disk" / "target", "first")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+    write_folder(tmp_path / "link", "second")
+    assert (tmp_path / "link").is_symlink()
+    assert text_of(tmp_path / "disk" / "target") == "second"
+    assert len(list(tmp_path.rglob(".*"))) == 0
+
+
+def cut_at_each_step(folder: Path, write: str, two_steps: bool) -> list[Path]:
+    """Return folders in which a process that replaces `target` was killed before each of its system calls in turn."""
+    script = f"""
+import itertools, os, sys, types
+from pathlib import Path
+sys.modules["mavis"] = types.ModuleType("mavis")  # without its imports, which take seconds
+sys.modules["mavis"].__path__ = {mavis.__path__!r}
+import mavis.utils.files as files
+if {two_steps}:
+    files._exchange = lambda one, other: False
+STEPS = ("open", "os.rename", "os.chmod", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.listdir")
+def write(target, cut):
+    left = cut
+    def audit(event, arguments):
+        nonlocal left
+        left -= event in STEPS
+        if left == 0:
+            os.kill(os.getpid(), 9)
+    sys.addaudithook(audit)
+    {write}
+for cut in itertools.count(1):
+    target = Path(sys.argv[1]) / str(cut) / "target"
+    with files.{"atomic_folder" if "folder" in write else "atomic_file"}(target) as temporary:
+        (temporary / "inside").mkdir() if temporary.is_dir() else None
+        (temporary / "inside" / "a.txt" if temporary.is_dir() else temporary).write_text("first")
+    if (child := os.fork()) == 0:
+        write(target, cut)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
+    return list(folder.iterdir())
+
+
+WRITE_FOLDER = """
+    with files.atomic_folder(target) as temporary:
+        (temporary / "inside").mkdir()
+        (temporary / "inside" / "a.txt").write_text("second")
+"""
+WRITE_FILE = """
+    with files.atomic_file(target) as temporary:
+        temporary.write_text("second")
+"""
+
+
+@pytest.mark.parametrize(("write", "steps"), [(WRITE_FOLDER, False), (WRITE_FOLDER, True), (WRITE_FILE, False)])
+def test_whenever_a_writer_is_killed_one_version_stands_and_the_next_write_sweeps_up(
+    tmp_path: Path, write: str, steps: bool
+) -> None:
+    seen = set()
+    for folder in cut_at_each_step(tmp_path, write, steps):
+        target = folder / "target"
+        restore_folder(target)
+        seen.add(text_of(target))
+        (write_folder if write is WRITE_FOLDER else write_file)(folder / "other", "more")
+        assert sorted(path.name for path in folder.iterdir()) == ["other", "target"]
+        assert text_of(target) in ("first", "second")
+    assert seen == {"first", "second"}
+
+
+def test_what_running_processes_and_other_machines_write_is_not_swept_up(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "a") as own, atomic_file(tmp_path / "b") as file:
+        foreign = tmp_path / own.name.replace(own.name[7:15], "0" * 8)
+        parent = tmp_path / own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")
+        foreign.mkdir()
+        parent.mkdir()
+        write_file(tmp_path / "c", "c")
+        assert {own, file, foreign, parent} <= set(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["a", "b", "c"]
+    yesterday = time.time() - 2 * 24 * 3600
+    os.utime(foreign, (yesterday, yesterday))
+    write_file(tmp_path / "c", "c")
+    assert not foreign.exists()
+    assert parent.exists()
+
+
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     write_file(tmp_path / "file", "a")
     write_folder(tmp_path / "folder", "a")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
+
+
+def test_others_may_read_weights_in_a_folder(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "folder") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
+    assert stat.S_IMODE((tmp_path / "folder" / "model.safetensors").stat().st_mode) == 0o644
 
 
 def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -118,9 +248,28 @@ def test_a_different_manifest_is_refused_by_the_keys_that_differ(
     tmp_path: Path, manifest: dict[str, Any], keys: str
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"seed": 0, "settings": {"beta": 2.0, "inner": {"a": 1}}}))
+    (tmp_path / "rollouts" / "shard-00000").mkdir(parents=True)
     with pytest.raises(DataError) as raised:
         matches_manifest(tmp_path / "run.json", manifest, "a run with different")
     assert raised.value.message == f"folder {str(tmp_path)!r} holds a run with different {keys}."
+
+
+def test_a_manifest_without_results_claims_nothing(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"seed": 0})
+    (tmp_path / "start").mkdir()
+    assert not matches_manifest(tmp_path / "run.json", {"seed": 1}, "a run with different")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"a": 1', b"\xff", b'{"a": NaN}', b'{"a": 1e999}', b"[" * 100_000])
+def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(damage)
+    with pytest.raises(DataError, match=r"report\.json' is damaged"):
+        read_json(tmp_path / "report.json")
+
+
+def test_json_of_others_may_have_infinite_numbers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert read_json(tmp_path / "config.json", strict=False) == {"time_step_limit": [0.0, float("inf")]}
 
 
 def test_pickles_are_named_and_other_files_are_not(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def test_a_merged_folder_is_the_policy_with_the_vectors_applied(
         assert merged.dtype == dtype
         for name, tensor in base.state_dict().items():
             assert torch.equal(merged.state_dict()[name], tensor), name
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} - {path.name for path in folder.iterdir()} == {
+        "mavis_merge.json"
+    }
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
@@ -77,10 +80,17 @@ def test_tokenizer_and_configs_are_copied_and_other_weights_are_not(
         (base / path.name).symlink_to(path)  # as in the hub's cache
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "README.md", ".gitattributes", "x.gguf"):
         (base / name).write_text("{}")
+    for name in ("notes.txt", "train.log", "trainer_state.json", "training_args.json", "prompts.jsonl", "secret.env"):
+        (base / name).write_text("{}")
     (base / "LICENSE").write_text("MIT")
+    (base / "modeling_tiny.py").write_text("")
     vectors = Vectors({"v": AlignmentVector.between(tiny_policy, make_other_policy())})
     merged = vectors.merge(base, {"v": 1}, tmp_path / "merged")
-    assert {path.name for path in merged.iterdir()} == {path.name for path in tiny_folder.iterdir()} | {"LICENSE"}
+    assert {path.name for path in merged.iterdir()} == {path.name for path in tiny_folder.iterdir()} | {
+        "LICENSE",
+        "modeling_tiny.py",
+        "mavis_merge.json",
+    }
     assert not any(path.is_symlink() for path in merged.iterdir())
     assert AutoTokenizer.from_pretrained(merged)("the dog").input_ids == [12, 20]
     with safe_open(merged / "model.safetensors", "pt") as one, safe_open(base / "model.safetensors", "pt") as other:
@@ -108,6 +118,34 @@ def test_merging_is_atomic_and_overwrites_nothing(build: Build, tuned: Build, sa
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 40
 
 
+def test_a_merged_model_is_replaced_but_not_by_itself(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
+    base = build()
+    folder = saved(base, "base")
+    vectors = Vectors({"v": AlignmentVector.between(base, tuned(base))})
+    first = read(vectors.merge(folder, {"v": 1}, tmp_path / "merged")).lm_head.weight
+    (tmp_path / "merged" / "model.safetensors").chmod(0o600)
+    second = read(vectors.merge(folder, {"v": 0.5}, tmp_path / "merged")).lm_head.weight
+    assert not torch.equal(first, second)
+    assert stat.S_IMODE((tmp_path / "merged" / "model.safetensors").stat().st_mode) == 0o644
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
+    with pytest.raises(VectorError, match="output is .* which exists"):
+        vectors.merge(tmp_path / "merged", {"v": 1}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", ""])
+def test_an_index_that_points_out_of_its_folder_is_refused(
+    build: Build, tuned: Build, saved: Saved, tmp_path: Path, name: str
+) -> None:
+    base = build()
+    vectors = Vectors({"v": AlignmentVector.between(base, tuned(base))})
+    folder = saved(base, "base", max_shard_size="3KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(VectorError, match=r"index\.json' is corrupt"):
+        vectors.merge(folder, {"v": 1}, tmp_path / "merged")
+
+
 def test_an_index_next_to_an_unsharded_file_is_stale(build: Build, tuned: Build, saved: Saved, tmp_path: Path) -> None:
     base, old = build(), build(seed=9)
     folder = saved(old, "base", max_shard_size="3KB")
@@ -121,5 +159,10 @@ def test_an_index_next_to_an_unsharded_file_is_stale(build: Build, tuned: Build,
     vector = AlignmentVector.between(folder, tuned(base))
     assert vector.is_from(base)
     merged = Vectors({"v": vector}).merge(folder, {"v": 1}, tmp_path / "merged")
-    assert {path.name for path in merged.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in merged.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "mavis_merge.json",
+    }
     assert (read(merged).lm_head.weight - base.lm_head.weight).abs().max() < 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ from mavis.critics.calibration import Calibration
 from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt_error
 from mavis.critics.io.hub import download_critic
 from mavis.critics.trained_decoding import TrainedDecoding
-from mavis.errors import CriticError, MissingPackageError, closest
+from mavis.errors import CriticError, DataError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.names import is_hub_id
-from mavis.utils.files import describe_pickles
+from mavis.utils.files import describe_pickles, read_json, restore_folder
 
 Kinds = Mapping[str, Callable[..., Any]]
 """The classes of critics by the `kind` in their config."""
@@ -31,6 +30,7 @@ RENAMED_TENSORS = {"trained_up_to": "max_trained_lambda"}
 def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | None = None) -> Any:
     """Load a critic from a folder or the hub; see `Critic.from_pretrained`."""
     path = Path(folder)
+    restore_folder(path)
     if isinstance(folder, str) and is_hub_id(folder):
         path = download_critic(folder, [CONFIG, WEIGHTS], revision)
     critic = _build(path, kinds)
@@ -41,6 +41,7 @@ def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | No
 def describe_critic(folder: str | os.PathLike[str], kinds: Kinds) -> Any:
     """Build the critic of a folder on the meta device; see `Critic.describe`."""
     path = Path(folder)
+    restore_folder(path)
     with torch.device("meta"):
         critic = _build(path, kinds)
     _check_weights_exist(path)
@@ -99,9 +100,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"name the folder that Critic.save_pretrained wrote; it holds {CONFIG} and {WEIGHTS}.",
         )
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise corrupt_error(path / CONFIG, error) from error
+        config = read_json(path / CONFIG)
+    except DataError as error:
+        raise CriticError(error.message, "copy the folder again, or train the critic again.") from error
     if not isinstance(config, dict) or "kind" not in config or "format" not in config:
         raise CriticError(
             f"{str(path / CONFIG)!r} is not the config of a critic.",

@@ -32,7 +32,7 @@ from mavis.policies.save import save_policy
 from mavis.rollouts.collect import response_texts
 from mavis.training.alignment.settings import AlignSettings
 from mavis.training.optimizer_state import optimizer_tensors, restore_optimizers
-from mavis.utils.files import atomic_folder, read_json, write_json
+from mavis.utils.files import atomic_folder, read_json, restore_folder, write_json
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Scores responses to prompts, as one number each on the normalised scale."""
@@ -65,6 +65,7 @@ def reinforce(
         The duration of the training in seconds, including interrupted runs.
     """
     checkpoint = folder / "checkpoint"
+    restore_folder(checkpoint)
     state = read_json(checkpoint / "state.json") if checkpoint.is_dir() else {"step": 0, "seconds": 0.0}
     if state["step"] == settings.steps:
         return float(state["seconds"])
