@@ -63,6 +63,11 @@ class Signed:
         self.objective = objective
         self.sign = check_sign(sign)
 
+    @property
+    def batch_tolerance(self) -> float:
+        """The tolerance of the objective that is wrapped; see `check_batch_independence`."""
+        return float(getattr(self.objective, "batch_tolerance", 1e-3))
+
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         # `score` checks the rewards: it knows the objective's name.
         return [self.sign * reward for reward in self.objective(prompts, responses)]

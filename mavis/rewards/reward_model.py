@@ -12,12 +12,13 @@ import torch
 
 from mavis.errors import ObjectiveError, check_whole
 from mavis.rewards.protocol import check_sign
+from mavis.rewards.reward_texts import check_template, check_token_ids, check_vocabulary, fill_template
 
 
 class RewardModel:
     """Score by a reward model or classifier, from the hub or a folder.
 
-        R = sign · logits[i]                     (output = i)
+        R = sign · logits[i]                     (output = i, or None for the only one)
         R = sign · (logits[i] − logits[j])       (output = [i, j])
 
     The model is loaded at the first call and kept. A reward does not depend on the rest of its batch, up to rounding:
@@ -25,11 +26,14 @@ class RewardModel:
 
     Args:
         model: hub id, or a local folder as `save_pretrained` writes it (model and tokenizer).
-        output: index of the logit, or two indices [i, j] for logit i − logit j, such as positive − negative.
+        output: index of the logit, or two indices [i, j] for logit i − logit j, such as positive − negative. None reads
+            the only logit; a model with several needs an index, as logit 0 is the negative class of most classifiers.
         template: "chat", the tokenizer's chat template over a user message (the prompt) and an assistant
-            message (the response); or "concat", prompt + response as one text. Use the one that the model
-            was trained with.
-        truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start.
+            message (the response); "concat", prompt + response as one text; or a text of your own with `{response}`
+            and, if wanted, `{prompt}`, `{bos}` and `{eos}`: "{response}", "{response} {bos} {prompt}". Use the one
+            that the model was trained with.
+        truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start, for templates
+            in which the response comes first.
         max_length: the most tokens to read, ≥ 1, no more than the model has positions.
         batch_size: texts per forward pass, ≥ 1.
         device: where the model runs, for example "cpu" or "cuda:0".
@@ -40,7 +44,8 @@ class RewardModel:
 
     Raises:
         ObjectiveError: if an argument is out of range; at the first call, if the checkpoint is missing, has no
-            safetensors weights or no trained head, or does not fit `output`, `template` or `max_length`.
+            safetensors weights, no tokenizer files or no trained head, or does not fit `output`, `template` or
+            `max_length`; if the tokenizer knows no token of the texts, or has tokens that the model does not.
 
     Examples:
         A tiny untrained classifier in a temporary folder:
@@ -64,7 +69,7 @@ class RewardModel:
         self,
         model: str | os.PathLike[str],
         *,
-        output: int | Sequence[int] = 0,
+        output: int | Sequence[int] | None = None,
         template: str = "chat",
         truncation_side: str = "left",
         max_length: int = 512,
@@ -76,8 +81,9 @@ class RewardModel:
         revision: str | None = None,
     ) -> None:
         self.model = os.path.expanduser(os.fspath(model))
-        self.output = _indices(output)
-        self.template = _one_of("template", template, ("chat", "concat"))
+        self.output = (0,) if output is None else _indices(output)
+        self._asks_for_output = output is None
+        self.template = check_template(template)
         self.truncation_side = _one_of("truncation_side", truncation_side, ("left", "right"))
         check_whole(ObjectiveError, "512 and 16 are usual.", max_length=max_length, batch_size=batch_size)
         self.max_length, self.batch_size = max_length, batch_size
@@ -86,6 +92,7 @@ class RewardModel:
         self.sign = check_sign(sign)
         self.trust_remote_code = trust_remote_code
         self.revision = revision
+        self.batch_tolerance = 1e-3  # see `check_batch_independence`
         self._loaded: tuple[Any, Any, int | None] | None = None
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -103,7 +110,7 @@ class RewardModel:
         if self._loaded is None:
             self._loaded = self._load()
         model, tokenizer, padding_id = self._loaded
-        texts = self._token_ids(tokenizer, prompts, responses)
+        texts = self._token_ids(tokenizer, prompts, responses, _embeddings(model))
         rewards = [0.0] * len(texts)
         # Sorted by length there is little padding; the longest come first, so that memory runs out at once or never.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
@@ -117,26 +124,26 @@ class RewardModel:
                 rewards[row] = self.sign * reward
         return rewards
 
-    def _token_ids(self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+    def _token_ids(
+        self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], embeddings: int
+    ) -> list[list[int]]:
         """Tokenize every text, to at most `max_length` tokens and at least one."""
-        if self.template == "chat":
-            texts = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
-                    tokenize=False,
-                )
-                for prompt, response in zip(prompts, responses, strict=True)
-            ]
-        else:
-            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        texts = [
+            fill_template(self.template, tokenizer, prompt, response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
         encoded = tokenizer(
             texts,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=self.template == "concat",  # a chat template adds its own
+            add_special_tokens=self.template != "chat",  # a chat template adds its own
         )["input_ids"]
+        bos = tokenizer.bos_token_id
+        # A text that begins with the BOS token gets no second one.
+        encoded = [ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids for ids in encoded]
+        check_token_ids(self.model, tokenizer, encoded, embeddings)
         # A model cannot read an empty text; the token that begins or ends texts stands for it.
-        empty = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        empty = next((i for i in (bos, tokenizer.eos_token_id) if i is not None), 0)
         return [list(ids) or [empty] for ids in encoded]
 
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
@@ -183,8 +190,11 @@ class RewardModel:
         padding_id = tokenizer.pad_token_id
         if padding_id is None:
             padding_id = model.config.get_text_config().pad_token_id
-        if padding_id is not None and padding_id < 0:  # some old checkpoints write -1 for none
+        # Some old checkpoints write -1 for none, and an added padding token may have no embedding; it is never read.
+        if padding_id is not None and not 0 <= padding_id < _embeddings(model):
             padding_id = None
+        if model.dtype not in (torch.float32, torch.float64):
+            self.batch_tolerance = 0.05
         return model.to(self.device).eval(), tokenizer, padding_id
 
     def _check_folder(self) -> None:
@@ -211,7 +221,13 @@ class RewardModel:
                 f"reward model {self.model!r} lacks the weights {', '.join(missing[:4])}.",
                 "give a checkpoint trained for sequence classification: these weights would be random.",
             )
+        check_vocabulary(self.model, tokenizer)
         labels = model.config.num_labels
+        if self._asks_for_output and labels > 1:
+            raise ObjectiveError(
+                f"output is not given, but reward model {self.model!r} has {labels} logits: {_describe_labels(model)}.",
+                "name the one that is the reward: output=1, or output=[1, 0] for logit 1 − logit 0.",
+            )
         if max(self.output) >= labels:
             raise ObjectiveError(
                 f"output is {_show(self.output)}, but reward model {self.model!r} has {labels} logits: "
@@ -223,12 +239,27 @@ class RewardModel:
                 f"template is 'chat', but the tokenizer of reward model {self.model!r} has no chat template.",
                 "use template='concat' to score prompt + response as one text.",
             )
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = _positions(model)
         if positions is not None and self.max_length > positions:
             raise ObjectiveError(
                 f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
                 f"use max_length={positions} or less.",
             )
+
+
+def _embeddings(model: Any) -> int:
+    """Return how many tokens a model has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _positions(model: Any) -> int | None:
+    """Return how many tokens a model can read; None if it does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives count positions from the one after the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    return positions
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:

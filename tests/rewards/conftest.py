@@ -34,6 +34,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         pad_token: str | None = "<pad>",
         chat_template: str | None = None,
         begins_with_eos: bool = False,
+        bos_token: str | None = None,
         name: str = "classifier",
     ) -> Path:
         folder = tmp_path / name
@@ -46,6 +47,8 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token=pad_token
         )
+        if bos_token is not None:
+            tokenizer.bos_token = bos_token
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(folder)
         sizes: dict[str, Any] = {

@@ -12,11 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 
-from mavis.rewards import score
+from mavis.rewards import RewardModel, score
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml"))
-LEXICAL = [name for name in NAMES if name != "reward_model"]
+REWARD_MODELS = ["humour", "reward_model", "summary"]
+LEXICAL = [name for name in NAMES if name not in REWARD_MODELS]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,15 @@ def test_negative_is_the_opposite_of_positive() -> None:
     objectives: Any = instantiate(composed("+objective=[positive,negative]").objectives)
     rewards = score(objectives, ["p"], ["a good day"])[0]
     assert rewards[0] == -rewards[1] != 0
+
+
+@pytest.mark.parametrize(("name", "labels", "text"), [("humour", 2, "c d"), ("summary", 1, "c d <eos> a b")])
+def test_a_reward_model_reads_what_it_was_trained_on(make_folder: Any, name: str, labels: int, text: str) -> None:
+    overrides = [f"objectives.{name}.model={make_folder(labels=labels, bos_token='<eos>')}"]
+    overrides += [f"objectives.{name}.max_length=512"]
+    objectives: Any = instantiate(composed(f"+objective={name}", *overrides).objectives)
+    plain = RewardModel(objectives[name].model, template="concat", output=labels - 1)
+    assert score(objectives, ["a b"], ["c d"]) == score({"plain": plain}, [""], [text])
 
 
 def test_a_reward_model_must_be_named() -> None:

@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertTokenizerFast,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from mavis.errors import ObjectiveError
-from mavis.rewards import RewardModel, score
+from mavis.rewards import RewardModel, Signed, check_batch_independence, score
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
 PROMPTS = ["a b c ", "b ", "", "j i h g f e d ", "c c "]
@@ -54,7 +57,7 @@ def test_logit_index_difference_and_sign(make_folder: Any, kind: str) -> None:
     def rewards(**options: Any) -> Any:
         return RewardModel(folder, template="concat", **options)(PROMPTS, RESPONSES)
 
-    assert rewards() == pytest.approx(logits[:, 0].tolist(), abs=1e-5)
+    assert rewards(output=0) == pytest.approx(logits[:, 0].tolist(), abs=1e-5)
     assert rewards(output=2) == pytest.approx(logits[:, 2].tolist(), abs=1e-5)
     assert rewards(output=[2, 0]) == pytest.approx((logits[:, 2] - logits[:, 0]).tolist(), abs=1e-5)
     assert rewards(output=[2, 0], sign=-1) == pytest.approx(rewards(output=[0, 2]))
@@ -169,6 +172,86 @@ def test_more_tokens_than_positions_are_refused(make_folder: Any) -> None:
     assert message.endswith(" reads 512 tokens. Hint: use max_length=512 or less.")
 
 
+def test_several_logits_need_an_output(make_folder: Any) -> None:
+    message = refused(make_folder(labels=2), template="concat")
+    assert message.startswith("output is not given, but reward model ")
+    assert "has 2 logits: 0 (LABEL_0), 1 (LABEL_1). Hint: name the one that is the reward: output=1" in message
+
+
+def test_the_only_logit_needs_no_output(make_folder: Any) -> None:
+    folder = make_folder()
+    plain = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+    assert plain == RewardModel(folder, template="concat", output=0)(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"]])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_folder_without_a_tokenizer_is_refused(make_folder: Any, kind: str, kept: list[str]) -> None:
+    folder = make_folder(kind)
+    for path in folder.glob("*token*"):
+        if path.name not in kept:
+            path.unlink()
+    message = refused(folder, template="concat")
+    assert "cannot be loaded: " in message or "has a tokenizer that knows" in message
+    assert "tokenizer" in message.partition(" Hint: ")[2]
+
+
+def test_a_tokenizer_of_special_tokens_only_is_refused(make_folder: Any) -> None:
+    folder = make_folder("bert")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    BertTokenizerFast().save_pretrained(folder)
+    message = refused(folder, template="concat")
+    assert "has a tokenizer that knows 5 special tokens and no word. Hint: save the tokenizer" in message
+
+
+def test_a_token_beyond_the_embedding_is_named(make_folder: Any) -> None:
+    folder = make_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["k", "l"])
+    tokenizer.save_pretrained(folder)
+    rewards = RewardModel(folder, template="concat")
+    assert len(rewards(["a "], ["b"])) == 1
+    with pytest.raises(ObjectiveError, match=r"writes token 17 \('l'\), but the model has embeddings of 16 tokens"):
+        rewards(["a ", "b "], ["k", "l c"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_an_added_padding_token_without_an_embedding_pads(make_folder: Any, kind: str) -> None:
+    folder = make_folder(kind, pad_token=None)
+    before = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    tokenizer.save_pretrained(folder)
+    assert RewardModel(folder, template="concat")(PROMPTS, RESPONSES) == pytest.approx(before, abs=1e-5)
+
+
+def test_positions_that_are_counted_from_the_padding_are_left_out(make_folder: Any) -> None:
+    folder = make_folder("bert", pad_token="<pad>")
+    config = RobertaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=20, num_labels=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    assert "reads 18 tokens. Hint: use max_length=18 or less." in refused(folder, template="concat", max_length=20)
+    long = ["a b c d " * 10]
+    assert len(RewardModel(folder, template="concat", max_length=18)(long, ["e"])) == 1
+
+
+@pytest.mark.parametrize("prompt", ["<eos> a b ", "<eos>a b "])
+def test_a_prompt_that_begins_with_the_first_token_gets_no_second(make_folder: Any, prompt: str) -> None:
+    folder = make_folder(begins_with_eos=True, bos_token="<eos>")
+    once = RewardModel(folder, template="concat")(["a b "], ["c d"])
+    assert RewardModel(folder, template="concat")([prompt], ["c d"]) == pytest.approx(once, abs=1e-6)
+
+
+def test_half_precision_is_compared_at_its_own_rounding(make_folder: Any) -> None:
+    rough = RewardModel(make_folder(), template="concat", dtype="bfloat16")
+    rewards = score({"rough": rough, "cost": Signed(rough)}, PROMPTS * 4, RESPONSES * 4)
+    check_batch_independence({"rough": rough, "cost": Signed(rough)}, PROMPTS * 4, RESPONSES * 4, rewards)
+    assert rough.batch_tolerance == Signed(rough).batch_tolerance == 0.05
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -176,7 +259,9 @@ def test_more_tokens_than_positions_are_refused(make_folder: Any) -> None:
         ("output", [0, 1, 2], "output is [0, 1, 2], but it must be an index or two indices"),
         ("output", "0", "output is '0', but"),
         ("output", True, "output is True, but"),
-        ("template", "chatml", "template is 'chatml', but it must be 'chat' or 'concat'."),
+        ("template", "chatml", "template is 'chatml', but it must be 'chat', 'concat' or a text with {response}."),
+        ("template", "{prompt}", "template is '{prompt}', but it must be"),
+        ("template", None, "template is None, but it must be"),
         ("truncation_side", "middle", "truncation_side is 'middle', but it must be 'left' or 'right'."),
         ("max_length", 0, "max_length is 0, expected a whole number ≥ 1."),
         ("batch_size", 1.5, "batch_size is 1.5, expected a whole number ≥ 1."),
