@@ -27,6 +27,7 @@ from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, 
 from mavis.rollouts.sampling import RolloutSettings, response_texts, shard_seed
 from mavis.rollouts.shards import read_shard, store_missing, write_shard
 from mavis.utils.files import matches_manifest, write_json
+from mavis.utils.locks import locked_folder
 
 
 def collect(
@@ -70,7 +71,8 @@ def collect(
 
     Raises:
         ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
-        DataError: if the folder holds rollouts of another plan, or shards that cannot be read.
+        DataError: if the folder holds rollouts of another plan or shards that cannot be read, or is in use by another
+            run.
         ObjectiveError: if an objective fails, returns something other than one finite number per response, or scores
             responses of the first shard differently in another batch.
         ProcessError: if the processes were called with different arguments, or one has stopped.
@@ -102,29 +104,30 @@ def collect(
         **sampler_identity(sampler),
     }
     processes.check_agreement("plan of rollouts", manifest)
-    if processes.is_main and not matches_manifest(target / "plan.json", manifest, "rollouts with different"):
-        write_json(target / "plan.json", manifest)
-    processes.barrier()
-    processes.check_shared_path(target / "plan.json")
-    shards = plan.shards(settings.shard_size)
-    paths = _shard_paths(target, len(shards))
+    with locked_folder(target, processes.is_main):
+        if processes.is_main and not matches_manifest(target / "plan.json", manifest, "rollouts with different"):
+            write_json(target / "plan.json", manifest)
+        processes.barrier()
+        processes.check_shared_path(target / "plan.json")
+        shards = plan.shards(settings.shard_size)
+        paths = _shard_paths(target, len(shards))
 
-    def store(index: int) -> None:
-        rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
-        raw = score(objectives, rows["prompt"], rows["response"])
-        if index == 0:
-            check_batch_independence(objectives, rows["prompt"], rows["response"], raw)
-        write_shard(paths[index], rows | {"rewards": raw.tolist()})
+        def store(index: int) -> None:
+            rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
+            raw = score(objectives, rows["prompt"], rows["response"])
+            if index == 0:
+                check_batch_independence(objectives, rows["prompt"], rows["response"], raw)
+            write_shard(paths[index], rows | {"rewards": raw.tolist()})
 
-    def report_progress(done: int) -> None:
-        if progress is not None:
-            progress(min(done * settings.shard_size, len(plan.prompts)), len(plan.prompts))
+        def report_progress(done: int) -> None:
+            if progress is not None:
+                progress(min(done * settings.shard_size, len(plan.prompts)), len(plan.prompts))
 
-    try:
-        for index in store_missing(paths, store, processes, report_progress):
-            yield read_shard(paths[index], len(shards[index].prompts))
-    finally:
-        sampler.release()
+        try:
+            for index in store_missing(paths, store, processes, report_progress):
+                yield read_shard(paths[index], len(shards[index].prompts))
+        finally:
+            sampler.release()
 
 
 def load_shards(plan: RolloutPlan, folder: str | os.PathLike[str], settings: RolloutSettings) -> list[Any]:

@@ -26,6 +26,7 @@ from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
 from mavis.training.run_folder import Progress
 from mavis.utils.files import matches_manifest, read_json, write_json
+from mavis.utils.locks import locked_folder
 
 
 def align(
@@ -95,58 +96,59 @@ def align(
     row = _weights(weights, list(objectives))
     _check(policy, tokenizer, prompts, evaluation_prompts, settings)
     manifest = _manifest(policy, objectives, row, prompts, evaluation_prompts, settings)
-    resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
-    if resumed and (run / "report.json").is_file():
-        return AlignReport(**read_json(run / "report.json"))
-    training = _import_training()
-    if not resumed:
-        write_json(run / "run.json", manifest)
+    with locked_folder(run):
+        resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
+        if resumed and (run / "report.json").is_file():
+            return AlignReport(**read_json(run / "report.json"))
+        training = _import_training()
+        if not resumed:
+            write_json(run / "run.json", manifest)
 
-    sample = partial(_sample, tokenizer, objectives, run, settings, report_progress)
-    raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, seed=0)
-    mean, std = _normalisation(raw, list(objectives))
+        sample = partial(_sample, tokenizer, objectives, run, settings, report_progress)
+        raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, seed=0)
+        mean, std = _normalisation(raw, list(objectives))
 
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        raw = torch.from_numpy(score(objectives, prompts, responses))
-        return list(((raw - mean) / std @ row).tolist())
+        def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            raw = torch.from_numpy(score(objectives, prompts, responses))
+            return list(((raw - mean) / std @ row).tolist())
 
-    seconds = training.reinforce(
-        policy,
-        tokenizer,
-        draw_prompts(prompts, settings.steps * settings.batch_size, settings.seed + 1),
-        reward,
-        run,
-        settings,
-        lambda done: report_progress("steps", done, settings.steps),
-    )
-    aligned = training.aligned_copy(policy, run, settings)
-    measured_on = evaluation_prompts or prompts
-    raw_before, _ = sample(policy, "responses before", measured_on, settings.evaluation_samples, seed=2)
-    raw_after, shards = sample(aligned, "responses after", measured_on, settings.evaluation_samples, seed=2)
-    before, after = (raw_before - mean) / std, (raw_after - mean) / std
-    kl = _kl(aligned, policy, shards, settings.temperature)
-    report = AlignReport(
-        folder=str(training.save_aligned(aligned, tokenizer, run)),
-        weights=manifest["weights"],
-        rewards_before=_by_name(objectives, before.mean(0)),
-        rewards_after=_by_name(objectives, after.mean(0)),
-        reward_before=float((before @ row).mean()),
-        reward_after=float((after @ row).mean()),
-        reward_error=_standard_error(after @ row),
-        kl=float(kl.mean()),
-        kl_error=_standard_error(kl),
-        goal=float((after @ row).mean() - kl.mean() / settings.beta),
-        mean=_by_name(objectives, mean),
-        std=_by_name(objectives, std),
-        responses=settings.evaluation_samples,
-        evaluated_on="evaluation prompts" if evaluation_prompts else "training prompts",
-        seconds=seconds,
-        settings=manifest["settings"],
-    )
-    write_json(run / "report.json", asdict(report))
-    for name in ("checkpoint", "reference"):  # each as large as the policy, and no longer needed
-        shutil.rmtree(run / name, ignore_errors=True)
-    return report
+        seconds = training.reinforce(
+            policy,
+            tokenizer,
+            draw_prompts(prompts, settings.steps * settings.batch_size, settings.seed + 1),
+            reward,
+            run,
+            settings,
+            lambda done: report_progress("steps", done, settings.steps),
+        )
+        aligned = training.aligned_copy(policy, run, settings)
+        measured_on = evaluation_prompts or prompts
+        raw_before, _ = sample(policy, "responses before", measured_on, settings.evaluation_samples, seed=2)
+        raw_after, shards = sample(aligned, "responses after", measured_on, settings.evaluation_samples, seed=2)
+        before, after = (raw_before - mean) / std, (raw_after - mean) / std
+        kl = _kl(aligned, policy, shards, settings.temperature)
+        report = AlignReport(
+            folder=str(training.save_aligned(aligned, tokenizer, run)),
+            weights=manifest["weights"],
+            rewards_before=_by_name(objectives, before.mean(0)),
+            rewards_after=_by_name(objectives, after.mean(0)),
+            reward_before=float((before @ row).mean()),
+            reward_after=float((after @ row).mean()),
+            reward_error=_standard_error(after @ row),
+            kl=float(kl.mean()),
+            kl_error=_standard_error(kl),
+            goal=float((after @ row).mean() - kl.mean() / settings.beta),
+            mean=_by_name(objectives, mean),
+            std=_by_name(objectives, std),
+            responses=settings.evaluation_samples,
+            evaluated_on="evaluation prompts" if evaluation_prompts else "training prompts",
+            seconds=seconds,
+            settings=manifest["settings"],
+        )
+        write_json(run / "report.json", asdict(report))
+        for name in ("checkpoint", "reference"):  # each as large as the policy, and no longer needed
+            shutil.rmtree(run / name, ignore_errors=True)
+        return report
 
 
 def _manifest(

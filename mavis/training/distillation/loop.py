@@ -29,6 +29,7 @@ from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out, fit_regression
 from mavis.training.rollout_tensors import ShardedRollouts, concatenate_rollouts, shard_indices
 from mavis.training.run_folder import Progress, load_finished, open_run, save_finished
+from mavis.utils.locks import locked_folder
 
 
 def distill(
@@ -108,35 +109,36 @@ def distill(
     student.fingerprint = Fingerprint.of(policy)
     processes = join_processes(states_device(policy))
     run, report_progress = Path(folder), (progress if processes.is_main else None) or (lambda stage, done, total: None)
-    open_run(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
-    record_training(student, policy, prompts, settings)
-    logger = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
-    student.to(states_device(policy))
-    student.calibration = None
-    # The student learns the values of the recorded candidates only.
-    student.decoding = replace(settings.sampling.trained_decoding(), top_k=settings.candidates)
-    if (found := load_finished(run, student, processes)) is not None:
-        report = DistillReport(**found)
-        logger.errors(report.losses)
-    else:
-        student.reward_mean.copy_(teacher.reward_mean)
-        student.reward_std.copy_(teacher.reward_std)
-        recordings = _record(
-            student,
-            teacher,
-            policy,
-            tokenizer,
-            prompts,
-            run / "rollouts",
-            settings,
-            processes,
-            lambda done: report_progress("rollouts", min(done, settings.rollouts), settings.rollouts),
-        )
-        report_progress("fit", 0, settings.fit.epochs)
-        report = _fit(student, recordings, token_embeddings(policy), settings, logger.watch(report_progress, "fit"))
-        report = save_finished(run, student, report, processes)
-    logger.log_groups(report.metrics())
-    return report
+    with locked_folder(run, processes.is_main):
+        open_run(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
+        record_training(student, policy, prompts, settings)
+        logger = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
+        student.to(states_device(policy))
+        student.calibration = None
+        # The student learns the values of the recorded candidates only.
+        student.decoding = replace(settings.sampling.trained_decoding(), top_k=settings.candidates)
+        if (found := load_finished(run, student, processes)) is not None:
+            report = DistillReport(**found)
+            logger.errors(report.losses)
+        else:
+            student.reward_mean.copy_(teacher.reward_mean)
+            student.reward_std.copy_(teacher.reward_std)
+            recordings = _record(
+                student,
+                teacher,
+                policy,
+                tokenizer,
+                prompts,
+                run / "rollouts",
+                settings,
+                processes,
+                lambda done: report_progress("rollouts", min(done, settings.rollouts), settings.rollouts),
+            )
+            report_progress("fit", 0, settings.fit.epochs)
+            report = _fit(student, recordings, token_embeddings(policy), settings, logger.watch(report_progress, "fit"))
+            report = save_finished(run, student, report, processes)
+        logger.log_groups(report.metrics())
+        return report
 
 
 def _record(

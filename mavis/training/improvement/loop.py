@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mavis.critics.head_critic import HeadCritic
+from mavis.distributed import join_processes
 from mavis.errors import ConfigError
+from mavis.policies.devices import states_device
 from mavis.rewards import Objective
 from mavis.rollouts.checks import check_objectives, check_prompts
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
@@ -17,6 +19,7 @@ from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.improvement.stages import ImprovementStages
 from mavis.training.metrics import Log
 from mavis.training.run_folder import Progress
+from mavis.utils.locks import locked_folder
 
 
 def improve(
@@ -72,7 +75,7 @@ def improve(
     Raises:
         ConfigError: if the objectives or the composition are not the critic's, or the processes cannot work together.
         ProcessError: if the processes run different things, do not share the folder, or one has stopped.
-        DataError: if the folder belongs to a run with other settings.
+        DataError: if the folder belongs to a run with other settings, or another run is using it.
         CriticError: if the critic is for another shape of policy, or an objective never varies.
 
     Source: MAVIS, arXiv 2508.13415. The fixed point of `independent` is not the optimum of a mixture; that of
@@ -105,27 +108,28 @@ def improve(
         )
     check_objectives(critic, objectives)
     check_prompts(prompts)
-    stages = ImprovementStages.start(
-        policy,
-        tokenizer,
-        critic,
-        objectives,
-        prompts,
-        Path(folder),
-        settings,
-        sampler=sampler,
-        progress=progress,
-        log=log,
-    )
-    for iteration in range(settings.iterations):
-        report = stages.load_finished(iteration)
-        if report is None:
-            shards = stages.sample(iteration)
-            if iteration == 0:
-                stages.set_scale(shards)
-            replayed = stages.replay(iteration, shards)
-            fitted = stages.fit(iteration, replayed)
-            report = stages.save(iteration, replayed.means, fitted)
-        stages.logger.log_groups(report.metrics(), iteration)
-        yield report
-    stages.calibrate()
+    with locked_folder(Path(folder), join_processes(states_device(policy)).is_main):
+        stages = ImprovementStages.start(
+            policy,
+            tokenizer,
+            critic,
+            objectives,
+            prompts,
+            Path(folder),
+            settings,
+            sampler=sampler,
+            progress=progress,
+            log=log,
+        )
+        for iteration in range(settings.iterations):
+            report = stages.load_finished(iteration)
+            if report is None:
+                shards = stages.sample(iteration)
+                if iteration == 0:
+                    stages.set_scale(shards)
+                replayed = stages.replay(iteration, shards)
+                fitted = stages.fit(iteration, replayed)
+                report = stages.save(iteration, replayed.means, fitted)
+            stages.logger.log_groups(report.metrics(), iteration)
+            yield report
+        stages.calibrate()

@@ -1,0 +1,92 @@
+"""The folder of a run: one run at a time, and no claim on it before there are results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mavis
+from mavis.errors import DataError, ObjectiveError
+from mavis.rewards import Brevity
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
+from mavis.training import (
+    AlignSettings,
+    DistillSettings,
+    FitSettings,
+    ImprovementSettings,
+    RegressionSettings,
+    align,
+    distill,
+    improve,
+)
+from mavis.utils.locks import locked_folder
+
+PROMPTS = ["Once upon a time", "The dog"]
+SAMPLING = RolloutSettings(max_new_tokens=4, shard_size=4)
+
+
+@pytest.fixture(scope="module")
+def policy_and_tokenizer() -> tuple[Any, Any]:
+    return mavis.embedded.load()
+
+
+def new_critic(policy: Any) -> mavis.HiddenStateCritic:
+    return mavis.HiddenStateCritic.for_policy(policy, ["short"], hidden=8, composition="independent")
+
+
+def run_collect(policy: Any, tokenizer: Any, folder: Path, objective: Any, length: int = 4) -> Any:
+    settings = RolloutSettings(max_new_tokens=length, shard_size=4)
+    plan = RolloutPlan.reference(PROMPTS, objectives=1)
+    return list(collect(policy, tokenizer, {"short": objective}, plan, folder, settings))
+
+
+def run_improve(policy: Any, tokenizer: Any, folder: Path, objective: Any, length: int = 4) -> Any:
+    settings = ImprovementSettings(
+        iterations=1,
+        rollouts=8,
+        composition="independent",
+        calibration_samples=0,
+        sampling=RolloutSettings(max_new_tokens=length, shard_size=4),
+        fit=FitSettings(epochs=1),
+    )
+    return list(improve(policy, tokenizer, new_critic(policy), {"short": objective}, PROMPTS, folder, settings))
+
+
+def run_distill(policy: Any, tokenizer: Any, folder: Path, objective: Any, length: int = 4) -> Any:
+    settings = DistillSettings(rollouts=4, sampling=SAMPLING, fit=RegressionSettings(epochs=1))
+    return distill(new_critic(policy), new_critic(policy), policy, tokenizer, PROMPTS, folder, settings)
+
+
+def run_align(policy: Any, tokenizer: Any, folder: Path, objective: Any, length: int = 4) -> Any:
+    settings = AlignSettings(steps=0, reference_samples=8, evaluation_samples=2, max_new_tokens=length)
+    return align(policy, tokenizer, {"short": objective}, [1.0], PROMPTS, folder, settings)
+
+
+RUNS: list[Callable[..., Any]] = [run_collect, run_improve, run_distill, run_align]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_runs_cannot_share_a_folder(
+    policy_and_tokenizer: tuple[Any, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with locked_folder(tmp_path), pytest.raises(DataError, match=f"folder '{tmp_path}' is in use by process"):
+        run(*policy_and_tokenizer, tmp_path, Brevity())
+    run(*policy_and_tokenizer, tmp_path, Brevity())
+    assert not list(tmp_path.rglob(".mavis*"))
+
+
+@pytest.mark.parametrize("run", [run_collect, run_improve, run_align])
+def test_a_run_that_failed_before_its_first_results_claims_nothing(
+    policy_and_tokenizer: tuple[Any, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raise ObjectiveError("max_length is 1000000.", "use less.")
+
+    with pytest.raises(ObjectiveError, match="max_length"):
+        run(*policy_and_tokenizer, tmp_path, broken)
+    run(*policy_and_tokenizer, tmp_path, Brevity(), length=5)
+    with pytest.raises(DataError, match="holds .* with different"):
+        run(*policy_and_tokenizer, tmp_path, Brevity(), length=6)
