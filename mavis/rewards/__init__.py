@@ -1,6 +1,7 @@
 """Objectives: score responses by a reward model, by their words, or by any callable."""
 
 from mavis.rewards.batch_check import check_batch_independence
+from mavis.rewards.identity import objective_identity
 from mavis.rewards.lexical import Brevity, Dialogue, Positive, Readability, exclamations
 from mavis.rewards.protocol import Objective, Signed, score
 from mavis.rewards.reward_model import RewardModel
@@ -15,5 +16,6 @@ __all__ = [
     "Signed",
     "check_batch_independence",
     "exclamations",
+    "objective_identity",
     "score",
 ]

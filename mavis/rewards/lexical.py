@@ -7,10 +7,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mavis.errors import ObjectiveError, check_number
+from mavis.errors import ObjectiveError, check_number, check_whole
 
 # A quotation ends at the mark that matches its opening mark, or where the response ends.
 _QUOTATION = re.compile(r'"([^"]*)"?|“([^”]*)”?')
+
+# A word, with apostrophes and hyphens inside; a digit; or what is between them. Chinese and Japanese characters, which
+# are written without spaces, come one by one.
+_CHARACTER = "[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+_LETTER = rf"(?!{_CHARACTER})[^\W\d_]"
+_PIECE = re.compile(rf"(?P<word>(?:{_LETTER})+(?:['’-](?:{_LETTER})+)*)|(?P<one>\d|{_CHARACTER})|(?P<gap>[\W_]+)")
+_LONGEST_WORD = 12  # letters that count as one word
+_LONGEST_GAP = 5  # white space and punctuation in a row that counts as a word
 
 
 class Positive:
@@ -18,7 +26,8 @@ class Positive:
 
         R = s / √(s² + 15),   s the sum of the words' valences by VADER's rules
 
-    In [−1, 1]; 0 if no word carries sentiment. The lexicon and its rules are English.
+    In [−1, 1]; 0 if no word carries sentiment, as in an empty response. The lexicon and its rules are English. Where a
+    response was cut off does not matter. More positive words score higher up to 1, so that a strong tilt repeats them.
 
     Source: Hutto & Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
     Media Text".
@@ -49,13 +58,16 @@ class Dialogue:
 
     In [0, 1]; 1 once a third of the response is quoted, so that a story need not be all dialogue. Quotation marks are
     straight (") or curly (“ ”) and count as outside; a quotation ends at the mark that matches its opening, or with the
-    response if there is none. An empty response scores 0.
+    response if there is none, as where it was cut off. White space at the ends of a quotation counts as outside, and a
+    quotation without letter or digit counts nothing. An empty response scores 0.
 
     Examples:
         >>> from mavis.rewards import Dialogue
         >>> Dialogue()([""] * 2, ['"Hi," he said.', "He said nothing."])  # 3 of 14 characters are quoted
         [0.6428571428571429, 0.0]
     """
+
+    version = 2  # 1 counted blanks and marks in quotations
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [self._share(response) for response in responses]
@@ -64,38 +76,65 @@ class Dialogue:
     def _share(response: str) -> float:
         if not response:
             return 0.0
-        inside = sum(len(straight) + len(curly) for straight, curly in _QUOTATION.findall(response))
-        return min(1.0, 3 * inside / len(response))
+        quoted = ((straight + curly).strip() for straight, curly in _QUOTATION.findall(response))
+        return min(1.0, 3 * sum(len(text) for text in quoted if _says_something(text)) / len(response))
 
 
 class Brevity:
     """Reward short responses: each word costs the same.
 
-        R = −(words of the response) / scale
+        R = −min(words of the response, longest) / scale
 
-    In (−∞, 0]; words are separated by white space, and an empty response scores 0. The reward is linear: a word costs
-    as much at the start of a response as at its end.
+    In [−longest / scale, 0). A word is a run of letters, with apostrophes and hyphens inside. So that a response cannot
+    be long without words, every digit and every Chinese or Japanese character counts as a word, and so do every 12
+    letters of a longer run, begun or full, and every full 5 of white space and punctuation in a row. The reward is
+    linear: a word costs as much at the start of a response as at its end. A response without letter or digit says
+    nothing and scores −longest / scale, the least. Where a response was cut off does not matter: it is as long as it
+    is, and one that was cut off at a limit of tokens has close to the most words that fit.
 
     Args:
         scale: how many words cost 1; finite, > 0. It only sets the raw unit; normalised rewards do not change.
+        longest: from how many words on a response scores the least, ≥ 1; more than responses have in practice, or
+            there is nothing to learn.
 
     Raises:
-        ObjectiveError: if `scale` is not a finite number > 0.
+        ObjectiveError: if `scale` is not a finite number > 0, or `longest` not a whole number ≥ 1.
 
     Examples:
         >>> from mavis.rewards import Brevity
-        >>> Brevity(scale=10)(["", ""], ["one two three", ""])
-        [-0.3, 0.0]
+        >>> Brevity(scale=10)([""] * 3, ["One, two, three.", "In 1984", ""])
+        [-0.3, -0.5, -20.0]
     """
 
-    def __init__(self, scale: float = 100.0) -> None:
+    version = 2  # 1 counted what is between white space, and an empty response scored 0
+
+    def __init__(self, scale: float = 100.0, longest: int = 200) -> None:
         hint = "give the number of words that cost 1, and wrap Brevity in Signed to reward length."
         check_number(ObjectiveError, hint, low=0, strict=True, scale=scale)
-        self.scale = float(scale)
+        check_whole(ObjectiveError, "200 is more than 256 tokens usually hold.", longest=longest)
+        self.scale, self.longest = float(scale), longest
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        # 0.0 − x, because −x would give −0.0 for an empty response.
-        return [0.0 - len(response.split()) / self.scale for response in responses]
+        return [
+            -min(_count_words(response) if _says_something(response) else self.longest, self.longest) / self.scale
+            for response in responses
+        ]
+
+
+def _says_something(text: str) -> bool:
+    return any(character.isalnum() for character in text)
+
+
+def _count_words(text: str) -> int:
+    """Count words as `Brevity` describes."""
+    return sum(
+        1
+        if piece["one"]
+        else -(-len(piece["word"]) // _LONGEST_WORD)
+        if piece["word"]
+        else len(piece["gap"]) // _LONGEST_GAP
+        for piece in _PIECE.finditer(text)
+    )
 
 
 class Readability:
@@ -104,9 +143,10 @@ class Readability:
         R = −min(ARI, hardest),  ARI = 4.71 · characters / words + 0.5 · words / sentences − 21.43
 
     In [−hardest, 16.22]. ARI is roughly the United States school grade that a text requires, and needs no syllable
-    counts. The counts are textstat's: characters without spaces, and one or two words do not count as a sentence. A
-    response with neither letter nor digit scores −hardest: the formula is undefined there, and a higher score would
-    reward saying nothing.
+    counts. The counts are textstat's: characters without spaces, and one or two words do not count as a sentence. Where
+    a response was cut off does not matter: its last words are a sentence like any other. Digits count as characters,
+    and many without a space as one long word. A response with neither letter nor digit scores −hardest: the formula is
+    undefined there, and a higher score would reward saying nothing.
 
     Args:
         hardest: the grade at which ARI is capped; finite, > 0. One long unbroken string of letters would otherwise have
@@ -133,7 +173,7 @@ class Readability:
 
         return [
             -min(float(automated_readability_index(response)), self.hardest)
-            if any(character.isalnum() for character in response)
+            if _says_something(response)
             else -self.hardest
             for response in responses
         ]
@@ -143,6 +183,8 @@ def exclamations(prompts: Sequence[str], responses: Sequence[str]) -> list[float
     """Count the exclamation marks; a model for writing an objective as a function.
 
         R = number of "!" in the response
+
+    In [0, ∞): an empty response scores the least, and a strong tilt writes nothing but exclamation marks, as asked.
 
     Args:
         prompts: B prompts, not read.

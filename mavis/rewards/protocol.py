@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mavis.errors import MavisError, ObjectiveError
+from mavis.rewards.identity import objective_identity, remember_identity
 
 _MAX_QUOTED = 60  # characters of a response in an error
 _STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) for name in ("stdlib", "purelib"))
@@ -157,7 +158,10 @@ def check_callable(name: str, objective: Any) -> None:
 def _call(name: str, objective: Objective, prompts: Sequence[str], responses: Sequence[str]) -> Any:
     """Call an objective with lists of its own; what it raises becomes the cause of an ObjectiveError."""
     try:
-        return objective(list(prompts), list(responses))
+        identity = objective_identity(objective)
+        returned = objective(list(prompts), list(responses))
+        remember_identity(objective, identity)  # which a cache in it does not change
+        return returned
     except MavisError as error:
         error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
         raise

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from mavis.errors import ObjectiveError, check_whole
+from mavis.rewards.identity import file_digest
 from mavis.rewards.protocol import check_sign
 from mavis.rewards.reward_texts import check_template, check_token_ids, check_vocabulary, fill_template
+
+_CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # suffixes of the files that make a checkpoint
 
 
 class RewardModel:
@@ -94,6 +97,7 @@ class RewardModel:
         self.revision = revision
         self.batch_tolerance = 1e-3  # see `check_batch_independence`
         self._loaded: tuple[Any, Any, int | None] | None = None
+        self._checkpoint: dict[str, str] | None = None
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Score B responses.
@@ -123,6 +127,19 @@ class RewardModel:
             for row, reward in zip(rows, selected.tolist(), strict=True):
                 rewards[row] = self.sign * reward
         return rewards
+
+    def identity(self) -> dict[str, Any]:
+        """Identify the rewards by the checkpoint and by what it reads; see `objective_identity`. Loads the model."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        if self._checkpoint is None:
+            folder = Path(self.model)
+            files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+            self._checkpoint = {path.name: file_digest(path) for path in files if path.suffix in _CONTENT} or {
+                "commit": getattr(self._loaded[0].config, "_commit_hash", None) or self.revision or self.model
+            }
+        names = ("output", "template", "truncation_side", "max_length", "dtype", "sign")
+        return {"checkpoint": self._checkpoint, **{name: getattr(self, name) for name in names}}
 
     def _token_ids(
         self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], embeddings: int

@@ -88,7 +88,7 @@ def collect(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     shards = list(collect(policy, tokenizer, {"short": Brevity()}, plan, folder, settings))
         >>> [len(shard) for shard in shards], shards[0]["rewards"][0]
-        ([2, 1], [-0.04])
+        ([2, 1], [-0.03])
     """
     target, processes = Path(folder), join_processes(states_device(policy))
     settings.check(policy)

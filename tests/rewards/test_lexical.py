@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis.errors import ObjectiveError
-from mavis.rewards import Brevity, Dialogue, Objective, Positive, Readability, exclamations, score
+from mavis.rewards import Brevity, Dialogue, Objective, Positive, Readability, Signed, exclamations, score
 
 ALL: dict[str, Objective] = {
     "positive": Positive(),
@@ -73,12 +73,109 @@ def test_positive_by_hand(response: str, valence: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "reward"),
-    [("", 0.0), ("one", -0.1), ("two words", -0.2), ("  a\nb\t c  ", -0.3), ("well-known, isn't it", -0.3)],
+    ("response", "words"),
+    [
+        ("one", 1),
+        ("two words", 2),
+        ("  a\nb\t c  ", 3),
+        ("well-known, isn't it", 3),
+        ('"Oh!" she said. "It’s you..."', 5),
+        ("Hello — and welcome.", 3),
+        ("In 1984", 5),
+        ("1234567890" * 6, 60),  # digits without spaces
+        ("3.14159", 6),
+        ("٣٤٥", 3),
+        ("a" * 12, 1),
+        ("a" * 13, 2),
+        ("a" * 120, 10),
+        ("one-two-three-four-five-six", 3),
+        ("Hi" + "\n" * 60, 13),
+        ("Hi" + "!" * 60, 13),
+        ("Hi" + " ." * 30, 13),
+        ("Hi" + "_" * 60, 13),
+        ("Hi" + "😀" * 60, 13),
+        ("Hi" + "\u200b" * 60, 13),
+        ("我喜歡狗", 4),
+        ("こんにちは", 5),
+        ("Привет, мир", 2),
+        ("x1y2", 4),
+    ],
 )
-def test_brevity_by_hand(response: str, reward: float) -> None:
-    assert one(Brevity(scale=10), response) == pytest.approx(reward)
-    assert math.copysign(1, one(Brevity(), "")) == 1.0
+def test_brevity_by_hand(response: str, words: int) -> None:
+    assert one(Brevity(scale=10), response) == pytest.approx(-words / 10)
+
+
+@pytest.mark.parametrize("response", ["", "   ", "\n" * 64, "...", "?!", "__", "😀", "\x00", '""', "\u200b"])
+def test_saying_nothing_never_wins_brevity(response: str) -> None:
+    assert one(Brevity(scale=10, longest=50), response) == -5.0
+    assert one(Brevity(), response) == one(Brevity(), "word " * 200) == one(Brevity(), "word " * 1000) == -2.0
+    assert one(Brevity(), response) < one(Brevity(), "word " * 199)
+
+
+FLOODS = {
+    "words": "the ",
+    "digits": "7",
+    "spaced digits": "7 ",
+    "letters": "aaaa",
+    "hyphens": "-ab",
+    "apostrophes": "'ve",
+    "marks": "!?..",
+    "blank lines": "\n\n\n\n",
+    "spaces": "    ",
+    "dashes": "————",
+    "characters": "我",
+    "accents": "e\u0301e\u0301",
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_response_cut_off_at_the_limit_is_not_brief(name: str) -> None:
+    """64 tokens of anything, after a start that says something, are longer than a finished sentence."""
+    assert one(Brevity(), "So" + FLOODS[name] * 64) < one(Brevity(), "So they went home, and slept.")
+
+
+@given(ODD_TEXTS, ODD_TEXTS)
+def test_no_text_makes_a_response_briefer(response: str, more: str) -> None:
+    said = "So " + response
+    assert one(Brevity(), said + " " + more) <= one(Brevity(), said)
+
+
+def test_cutting_a_response_off_is_worth_the_words_that_are_missing() -> None:
+    finished = "The dog ran to the old man. He was happy."
+    for objective in (Positive(), Dialogue(), Readability(), exclamations):
+        cut = finished.removesuffix(".")
+        assert one(objective, cut) == pytest.approx(one(objective, finished), abs=0.6)
+    assert one(Brevity(), finished.removesuffix(" happy.")) == pytest.approx(one(Brevity(), finished) + 0.01)
+
+
+@pytest.mark.parametrize("name", ["dialogue", "brevity", "readability", "exclamations"])
+def test_an_empty_response_scores_the_least(name: str) -> None:
+    empty = one(ALL[name], "")
+    others = ["So they went.", '"Hi," he said!', "7" * 64, "word " * 64, "\n" * 64, "!", "a"]
+    assert all(empty <= one(ALL[name], other) for other in others)
+
+
+def test_an_empty_response_is_neither_positive_nor_negative() -> None:
+    assert one(Positive(), "") == one(Signed(Positive()), "") == 0 < one(Positive(), "A good day.")
+
+
+@pytest.mark.parametrize("response", ['"' + " " * 64, '" " " " " "', '"...', '"""""""', "“  ”", 'He said "" and "!"'])
+def test_quoting_nothing_is_no_dialogue(response: str) -> None:
+    assert one(Dialogue(), response) == 0
+
+
+@pytest.mark.parametrize(
+    "response", ['He went out. "a' + " " * 64, " " * 64 + 'He went out. "a', 'He went out. "a  "   ']
+)
+def test_blanks_add_no_dialogue(response: str) -> None:
+    assert one(Dialogue(), response) <= one(Dialogue(), 'He went out. "a')
+
+
+@pytest.mark.parametrize(
+    "response", ["7" * 64, "a" * 64, "one-two-three-four-five-six-seven", "7 " * 300, "word " * 300]
+)
+def test_floods_are_not_easy_to_read(response: str) -> None:
+    assert one(Readability(), response) == -20.0
 
 
 @pytest.mark.parametrize(
@@ -116,7 +213,7 @@ def test_every_text_gets_finite_rewards_in_range(response: str) -> None:
     positive, dialogue, brevity, readability, shouts = score(ALL, [""], [response])[0]
     assert -1 <= positive <= 1
     assert 0 <= dialogue <= 1
-    assert brevity <= 0
+    assert -2 <= brevity < 0
     assert -20 <= readability <= 17
     assert shouts == response.count("!")
 
@@ -129,14 +226,16 @@ def test_a_reward_depends_on_its_own_response_only(texts: list[str], others: lis
 
 @given(ODD_TEXTS, st.text(alphabet="abc", min_size=1, max_size=5))
 def test_brevity_falls_with_every_word(response: str, word: str) -> None:
-    assert one(Brevity(), f"{response} {word}") < one(Brevity(), response)
+    said = f"So {response}"
+    assert one(Brevity(longest=10_000), f"{said} {word}") < one(Brevity(longest=10_000), said)
 
 
 @given(ODD_TEXTS)
 def test_dialogue_rises_when_the_response_is_quoted(response: str) -> None:
     unquoted = response.translate({ord(mark): "'" for mark in '"“”'})
     assert one(Dialogue(), unquoted) == 0
-    assert one(Dialogue(), f'"{unquoted}"') == min(1, 3 * len(unquoted) / (len(unquoted) + 2))
+    words = f"a{unquoted}a"
+    assert one(Dialogue(), f'"{words}"') == min(1, 3 * len(words) / (len(words) + 2))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
@@ -145,6 +244,8 @@ def test_options_out_of_range_are_refused(value: Any) -> None:
         Brevity(scale=value)
     with pytest.raises(ObjectiveError, match=r"hardest is .*, expected a finite number > 0\. Hint"):
         Readability(hardest=value)
+    with pytest.raises(ObjectiveError, match=r"longest is .*, expected a whole number ≥ 1\. Hint"):
+        Brevity(longest=value)
 
 
 def test_the_vader_lexicon_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,11 @@ def returning(value: Any) -> Any:
 
 
 def test_columns_follow_the_order_of_the_mapping() -> None:
-    forward = score({"shout": exclamations, "brief": Brevity(scale=1)}, PROMPTS, RESPONSES)
-    backward = score({"brief": Brevity(scale=1), "shout": exclamations}, PROMPTS, RESPONSES)
+    forward = score({"shout": exclamations, "brief": Brevity(scale=1, longest=3)}, PROMPTS, RESPONSES)
+    backward = score({"brief": Brevity(scale=1, longest=3), "shout": exclamations}, PROMPTS, RESPONSES)
     assert forward.dtype == np.float64
-    assert forward.tolist() == [[1, -1], [0, 0], [2, -2]]
-    assert backward.tolist() == [[-1, 1], [0, 0], [-2, 2]]
+    assert forward.tolist() == [[1, -1], [0, -3], [2, -2]]
+    assert backward.tolist() == [[-1, 1], [-3, 0], [-2, 2]]
 
 
 def test_an_objective_sees_prompts_and_responses() -> None:
