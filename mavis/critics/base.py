@@ -77,9 +77,13 @@ class Critic(Attachable, nn.Module, ABC):
     ) -> None:
         super().__init__()
         names = [objectives] if isinstance(objectives, str) else list(objectives)
-        if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+        if (
+            not names
+            or len(set(names)) != len(names)
+            or not all(isinstance(n, str) and n and n.isprintable() for n in names)
+        ):
             raise CriticError(
-                f"objectives is {names}, expected at least one name, each of them once.",
+                f"objectives is {names}, expected at least one name of printable characters, each of them once.",
                 "pass e.g. objectives=['positive', 'dialogue'].",
             )
         self.objectives: tuple[str, ...] = tuple(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 
 from mavis.distributed import ProcessGroup
 from mavis.errors import DataError
-from mavis.utils.files import atomic_folder
+from mavis.utils.files import atomic_folder, read_json, write_json
+
+CHECKSUMS = "sha256.json"
+"""The file of a shard that holds the checksums of the others by name."""
 
 
 def store_missing(
@@ -55,11 +59,12 @@ def store_missing(
 
 
 def write_shard(path: Path, columns: Mapping[str, list[Any]]) -> None:
-    """Write one shard atomically, as an Arrow dataset."""
+    """Write one shard atomically, as an Arrow dataset with the checksums of its files."""
     import datasets
 
     with atomic_folder(path) as temporary, _hidden_progress_bars():
         datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
+        write_json(temporary / CHECKSUMS, _checksums(temporary))
 
 
 def read_shard(path: Path, rows: int) -> Any:
@@ -78,6 +83,7 @@ def read_shard(path: Path, rows: int) -> Any:
     import datasets
 
     try:
+        _check_files(path)
         shard = datasets.load_from_disk(str(path), keep_in_memory=True)
         if len(shard) != rows:
             raise ValueError(f"it has {len(shard)} rows instead of {rows}.")
@@ -87,6 +93,19 @@ def read_shard(path: Path, rows: int) -> Any:
             f"shard {str(path)!r} cannot be read: {reason}", "delete that folder; it is sampled again."
         ) from error
     return shard
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def _check_files(path: Path) -> None:
+    """Compare the files of a shard with their checksums; shards of early versions have none."""
+    if (path / CHECKSUMS).is_file():
+        found = _checksums(path)
+        for name, checksum in read_json(path / CHECKSUMS).items():
+            if found.get(name) != checksum:
+                raise ValueError(f"{name} is damaged or missing")
 
 
 def _exist(paths: Sequence[Path]) -> list[bool]:

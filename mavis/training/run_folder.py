@@ -12,9 +12,10 @@ import torch
 from mavis.critics import Critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup
+from mavis.errors import CriticError, DataError
 from mavis.rollouts import RolloutPlan
 from mavis.training.accelerate_session import check_accelerate
-from mavis.utils.files import matches_manifest, read_json, write_json
+from mavis.utils.files import matches_manifest, read_json, restore_folder, write_json
 
 Report = TypeVar("Report", bound=Any)
 
@@ -57,7 +58,9 @@ def open_run(
         **more,
     }
     processes.check_agreement("run", manifest)
-    if processes.is_main and not matches_manifest(folder / "run.json", manifest, "a run with different"):
+    restore_folder(folder / "start")
+    resumed = processes.is_main and matches_manifest(folder / "run.json", manifest, "a run with different")
+    if processes.is_main and not (resumed and (folder / "start").is_dir()):
         critic.save_pretrained(folder / "start")
         write_json(folder / "run.json", manifest)
     processes.barrier()
@@ -65,23 +68,46 @@ def open_run(
     load_weights(critic, folder / "start")
 
 
-def load_finished(folder: Path, critic: HeadCritic, processes: ProcessGroup) -> dict[str, Any] | None:
+def load_finished(folder: Path, critic: HeadCritic, kind: type[Report], processes: ProcessGroup) -> Report | None:
     """Load the critic and read the report that `save_finished` wrote, if it did.
 
     Args:
         folder: that `save_finished` was given.
         critic: of the same kind and sizes; takes the stored weights.
+        kind: the dataclass of the report.
         processes: the group; the main process decides for all.
 
     Returns:
-        The report as plain data; None if there is none.
+        The report; None if there is none, or no critic.
+
+    Raises:
+        DataError: if one of the two is damaged.
     """
-    there = processes.broadcast_from_main(torch.tensor((folder / "report.json").is_file(), dtype=torch.uint8))
-    if not there:
+    restore_folder(folder / "critic")
+    is_finished = (folder / "report.json").is_file() and (folder / "critic").is_dir()
+    if not processes.broadcast_from_main(torch.tensor(is_finished, dtype=torch.uint8)):
         return None
     load_weights(critic, folder / "critic")
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
+    return read_report(folder / "report.json", kind)
+
+
+def read_report(path: Path, kind: type[Report]) -> Report:
+    """Read a report.
+
+    Args:
+        path: of its JSON file.
+        kind: its dataclass.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    content = read_json(path)
+    try:
+        return kind(**content)
+    except TypeError as error:
+        raise DataError(
+            f"{str(path)!r} is damaged: it is not a {kind.__name__}.", "delete it and rerun the command."
+        ) from error
 
 
 def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: ProcessGroup) -> Report:
@@ -108,9 +134,20 @@ def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: P
     if processes.is_main:
         return report
     load_weights(critic, folder / "critic")
-    return type(report)(**read_json(folder / "report.json"))
+    return read_report(folder / "report.json", type(report))
 
 
 def load_weights(critic: HeadCritic, folder: Path) -> None:
-    """Load the weights of a critic folder into a critic of the same kind and sizes."""
-    critic.load_state_dict(Critic.from_pretrained(folder).state_dict())
+    """Load the weights of a critic folder of a run into a critic of the same kind and sizes.
+
+    Raises:
+        DataError: if the folder is damaged.
+    """
+    try:
+        critic.load_state_dict(Critic.from_pretrained(folder).state_dict())
+    except (CriticError, RuntimeError) as error:
+        reason = error.message.rstrip(".") if isinstance(error, CriticError) else "its sizes are not those of this run"
+        raise DataError(
+            f"critic {str(folder)!r} cannot be read: {reason}.",
+            "delete that folder and rerun the command: it is made again.",
+        ) from error

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from mavis.critics.calibration import Calibration
 from mavis.critics.io.files import CONFIG, FORMAT, WEIGHTS, corrupt_error
@@ -19,6 +18,7 @@ from mavis.errors import CriticError, DataError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.names import is_hub_id
 from mavis.utils.files import describe_pickles, read_json, restore_folder
+from mavis.utils.tensors import load_tensors
 
 Kinds = Mapping[str, Callable[..., Any]]
 """The classes of critics by the `kind` in their config."""
@@ -33,6 +33,7 @@ def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | No
     restore_folder(path)
     if isinstance(folder, str) and is_hub_id(folder):
         path = download_critic(folder, [CONFIG, WEIGHTS], revision)
+    _describe(path, kinds)  # before anything is allocated that the weights do not need
     critic = _build(path, kinds)
     _load_weights(critic, path)
     return critic.eval()
@@ -42,17 +43,52 @@ def describe_critic(folder: str | os.PathLike[str], kinds: Kinds) -> Any:
     """Build the critic of a folder on the meta device; see `Critic.describe`."""
     path = Path(folder)
     restore_folder(path)
+    return _describe(path, kinds).eval()
+
+
+def _describe(path: Path, kinds: Kinds) -> Any:
+    """Build the critic of a folder on the meta device, and compare its sizes with those of the stored tensors."""
     with torch.device("meta"):
         critic = _build(path, kinds)
     _check_weights_exist(path)
     try:
         with safe_open(path / WEIGHTS, framework="pt") as tensors:
             stored = {RENAMED_TENSORS.get(name, name): name for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-            for name in ("reward_mean", "reward_std", "max_trained_lambda"):
-                setattr(critic, name, tensors.get_tensor(stored.get(name, name)))
+            sizes = {name: tuple(tensors.get_slice(old).get_shape()) for name, old in stored.items()}
+            _check_sizes({name: tuple(t.shape) for name, t in critic.state_dict().items()}, sizes, path)
+            small = {name: tensors.get_tensor(stored[name]) for name in _SMALL_TENSORS}
     except (SafetensorError, RuntimeError, OSError) as error:
         raise corrupt_error(path / WEIGHTS, error) from error
-    return critic.eval()
+    _check_numbers(small, path)
+    for name, tensor in small.items():
+        setattr(critic, name, tensor)
+    return critic
+
+
+_SMALL_TENSORS = ("reward_mean", "reward_std", "max_trained_lambda")
+
+
+def _check_sizes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Check that the tensors that the config describes are those that are stored."""
+    for name in [*expected, *stored]:
+        if expected.get(name) != stored.get(name):
+            sizes = [str(list(found[name])) if name in found else "missing" for found in (expected, stored)]
+            raise CriticError(
+                f"folder {str(path)!r} is damaged: {name} is {sizes[0]} by {CONFIG} and {sizes[1]} in {WEIGHTS}.",
+                "copy the folder again, or train the critic again.",
+            )
+
+
+def _check_numbers(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Check that weights are finite, and that rewards can be divided by their standard deviations."""
+    for name, tensor in tensors.items():
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        if not finite or (name == "reward_std" and not bool((tensor > 0).all())):
+            raise CriticError(
+                f"{str(path / WEIGHTS)!r} holds {'zeros or negative numbers' if finite else 'NaN or infinity'} in "
+                f"{name}.",
+                "copy the folder again, or train the critic again.",
+            )
 
 
 def _build(path: Path, kinds: Kinds) -> Any:
@@ -128,7 +164,8 @@ def _check_weights_exist(path: Path) -> None:
 def _load_weights(critic: torch.nn.Module, path: Path) -> None:
     _check_weights_exist(path)
     try:
-        tensors = load_file(path / WEIGHTS)
+        tensors = load_tensors(path / WEIGHTS)
         critic.load_state_dict({RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()})
     except (SafetensorError, RuntimeError, OSError) as error:
         raise corrupt_error(path / WEIGHTS, error) from error
+    _check_numbers(tensors, path)

@@ -6,12 +6,11 @@ import os
 import warnings
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from mavis.critics.io.files import CARD, CONFIG, FORMAT, WEIGHTS, SavableCritic
 from mavis.critics.io.model_card import model_card
 from mavis.errors import CriticError
 from mavis.utils.files import atomic_file, atomic_folder, write_json
+from mavis.utils.tensors import save_tensors
 
 
 def save_critic(critic: SavableCritic, folder: str | os.PathLike[str]) -> None:
@@ -32,8 +31,7 @@ def save_critic(critic: SavableCritic, folder: str | os.PathLike[str]) -> None:
         )
     with atomic_folder(target) as temporary:
         save_description(critic, temporary)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(critic.state_dict(), temporary / WEIGHTS)
 
 
 def save_description(critic: SavableCritic, folder: Path) -> None:

@@ -24,8 +24,8 @@ from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
-from mavis.training.run_folder import Progress
-from mavis.utils.files import matches_manifest, read_json, write_json
+from mavis.training.run_folder import Progress, read_report
+from mavis.utils.files import matches_manifest, write_json
 from mavis.utils.locks import locked_folder
 
 
@@ -99,7 +99,7 @@ def align(
     with locked_folder(run):
         resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
         if resumed and (run / "report.json").is_file():
-            return AlignReport(**read_json(run / "report.json"))
+            return read_report(run / "report.json", AlignReport)
         training = _import_training()
         if not resumed:
             write_json(run / "run.json", manifest)

@@ -21,18 +21,20 @@ import torch
 from datasets import Dataset
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from mavis.errors import DataError, first_sentence
 from mavis.policies.devices import states_device
 from mavis.policies.save import save_policy
 from mavis.rollouts.collect import response_texts
 from mavis.training.alignment.settings import AlignSettings
 from mavis.training.optimizer_state import optimizer_tensors, restore_optimizers
 from mavis.utils.files import atomic_folder, read_json, restore_folder, write_json
+from mavis.utils.tensors import load_tensors, save_tensors
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Scores responses to prompts, as one number each on the normalised scale."""
@@ -143,7 +145,7 @@ def aligned_copy(policy: Any, folder: Path, settings: AlignSettings) -> Any:
         with _restored_process_state():
             aligned = get_peft_model(aligned, _lora(settings))
     if settings.steps:
-        restore_weights(aligned, load_file(folder / "checkpoint" / "weights.safetensors"))
+        restore_weights(aligned, _load(folder / "checkpoint" / "weights.safetensors"))
     return aligned.eval().requires_grad_(False)
 
 
@@ -166,6 +168,17 @@ def save_aligned(aligned: Any, tokenizer: Any, folder: Path) -> Path:
             # To find out whether embeddings were trained, PEFT would look the policy up on the hub.
             aligned.save_pretrained(temporary, save_embedding_layers=False)
         return folder / "adapter"
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint."""
+    try:
+        return load_tensors(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read: {first_sentence(error)}.",
+            f"delete the folder {str(path.parent)!r} and rerun: the training starts again.",
+        ) from error
 
 
 @torch.no_grad()
@@ -193,8 +206,8 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.start:
-            restore_weights(kwargs["model"], load_file(self._checkpoint / "weights.safetensors"))
-            restore_optimizers([kwargs["optimizer"]], load_file(self._checkpoint / "optimizers.safetensors"))
+            restore_weights(kwargs["model"], _load(self._checkpoint / "weights.safetensors"))
+            restore_optimizers([kwargs["optimizer"]], _load(self._checkpoint / "optimizers.safetensors"))
         self._on_step(self.start)
         self._began = time.perf_counter() - self.seconds
 
@@ -210,8 +223,8 @@ class _Steps(TrainerCallback):
             self.seconds = time.perf_counter() - self._began
             trained = {name: p.detach() for name, p in kwargs["model"].named_parameters() if p.requires_grad}
             with atomic_folder(self._checkpoint) as temporary:
-                save_file({name: p.contiguous() for name, p in trained.items()}, temporary / "weights.safetensors")
-                save_file(optimizer_tensors([kwargs["optimizer"]]), temporary / "optimizers.safetensors")
+                save_tensors(trained, temporary / "weights.safetensors")
+                save_tensors(optimizer_tensors([kwargs["optimizer"]]), temporary / "optimizers.safetensors")
                 write_json(temporary / "state.json", {"step": done, "seconds": self.seconds})
         self._on_step(done)
 

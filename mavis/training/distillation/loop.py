@@ -117,8 +117,8 @@ def distill(
         student.calibration = None
         # The student learns the values of the recorded candidates only.
         student.decoding = replace(settings.sampling.trained_decoding(), top_k=settings.candidates)
-        if (found := load_finished(run, student, processes)) is not None:
-            report = DistillReport(**found)
+        report = load_finished(run, student, DistillReport, processes)
+        if report is not None:
             logger.errors(report.losses)
         else:
             student.reward_mean.copy_(teacher.reward_mean)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -23,6 +22,7 @@ from mavis.rollouts.sampling import RolloutSettings, sample, shard_seed
 from mavis.rollouts.shards import store_missing
 from mavis.training.rollout_tensors import RolloutTensors, ShardedRollouts
 from mavis.utils.files import atomic_file
+from mavis.utils.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def record(
             )
         recordings = recorder.recordings(Sequences.pack(prompt_ids, response_ids))
         with atomic_file(paths[index]) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in vars(recordings).items()}, temporary)
+            save_tensors(vars(recordings), temporary)
 
     for index in store_missing(paths, store, processes, on_stored):
         yield _read(paths[index], len(shards[index].prompts))
@@ -137,7 +137,7 @@ class _Recorder(LogitsProcessor):
 
 def _read(path: Path, rows: int) -> Recordings:
     try:
-        recordings = Recordings(**load_file(path))
+        recordings = Recordings(**load_tensors(path))
         if len(recordings) != rows:
             raise ValueError(f"it has {len(recordings)} rows instead of {rows}.")
     except (SafetensorError, OSError, TypeError, ValueError) as error:

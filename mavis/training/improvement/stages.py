@@ -129,11 +129,9 @@ class ImprovementStages:
 
     def load_finished(self, iteration: int) -> IterationReport | None:
         """Load the critic and the report of an iteration that an earlier call finished; None if there is none."""
-        found = load_finished(self._place(iteration), self.critic, self.processes)
-        if found is None:
-            return None
-        report = IterationReport(**found)
-        self.logger.errors(report.losses, iteration)
+        report = load_finished(self._place(iteration), self.critic, IterationReport, self.processes)
+        if report is not None:
+            self.logger.errors(report.losses, iteration)
         return report
 
     def sample(self, iteration: int) -> Shards:
