@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -47,6 +47,10 @@ class Calibration:
         top_k: the number of candidates; None for all tokens.
         temperature: T of the measured responses.
         floor: mean KL of the policy truncated to its candidates without a tilt, in nats per response, ≥ 0.
+        lengths: S lengths in tokens, ascending, up to which the KL of longer responses was measured as well; empty if it
+            was not.
+        kl_at_lengths: for each of these lengths, its `kl`.
+        floor_at_lengths: for each of these lengths, its `floor`.
 
     Raises:
         CriticError: if `betas` is not ascending and positive, or `kl` does not match it.
@@ -69,6 +73,9 @@ class Calibration:
     top_k: int | None
     temperature: float = 1.0
     floor: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+    kl_at_lengths: list[list[list[float]]] = field(default_factory=list)
+    floor_at_lengths: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rows = [self.betas, *self.kl] if isinstance(self.kl, list) else [None]
@@ -82,6 +89,40 @@ class Calibration:
                 "of them in every direction.",
                 "calibrate the critic again.",
             )
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Check that the lengths ascend and come with KLs of the same sweep."""
+        lengths, counts = self.lengths, {len(self.lengths), len(self.kl_at_lengths), len(self.floor_at_lengths)}
+        shape = [len(self.kl), *(len(row) for row in self.kl)]
+        shapes = [[len(kl), *(len(row) for row in kl)] for kl in self.kl_at_lengths]
+        if len(counts) > 1 or lengths != sorted(set(lengths)) or any(other != shape for other in shapes):
+            raise CriticError(
+                f"calibration lengths is {lengths}; expected ascending lengths, each with a KL for every strength and "
+                "direction, and a floor.",
+                "calibrate the critic again.",
+            )
+
+    def at_length(self, max_new_tokens: int) -> Calibration:
+        """Return the calibration for responses of up to another number of tokens.
+
+        The KL spent by token n is interpolated linearly between the lengths that were measured, from 0 at n = 0; beyond
+        the longest it goes on at the rate of the last stretch.
+
+        Args:
+            max_new_tokens: n ≥ 1.
+        """
+        if max_new_tokens == self.max_new_tokens:
+            return self
+        lengths = [0, *(self.lengths or [self.max_new_tokens])]
+        measured = torch.tensor(self.kl_at_lengths or [self.kl], dtype=torch.float64)
+        floors = torch.tensor(self.floor_at_lengths or [self.floor], dtype=torch.float64)
+        measured = torch.cat([torch.zeros_like(measured[:1]), measured])
+        floors = torch.cat([torch.zeros_like(floors[:1]), floors])
+        above = next((at for at, length in enumerate(lengths) if length >= max_new_tokens), len(lengths) - 1)
+        share = (max_new_tokens - lengths[above - 1]) / (lengths[above] - lengths[above - 1])
+        kl, floor = (torch.lerp(values[above - 1], values[above], share) for values in (measured, floors))
+        return replace(self, kl=kl.tolist(), floor=float(floor), max_new_tokens=max_new_tokens)
 
     @property
     def decoding(self) -> TrainedDecoding:

@@ -10,8 +10,9 @@ from transformers import LogitsProcessorList
 
 from mavis.critics import Critic
 from mavis.critics.attachment import attached_critic
+from mavis.critics.group import as_critic
 from mavis.decoding.logits_processor import MavisTilt
-from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_temperature
+from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_length, trained_temperature
 from mavis.decoding.weights import Weights
 from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 from mavis.policies.generation_config import neutral_generation_config
@@ -46,12 +47,13 @@ def generate(
         critic: one, or several under one tilt, attached for this call unless attached already; None takes the one
             attached to the policy.
         beta: see `MavisTilt`.
-        target_kl: see `MavisTilt`.
+        target_kl: mean KL to the reference, in nats per response of up to `max_new_tokens`; see `MavisTilt`.
         top_k: see `MavisTilt`.
         temperature: T > 0, for the tilt and for `generate`; `as_trained` takes what the critic was trained at.
         entropy_gate: see `MavisTilt`.
-        generate_arguments: any other argument of `policy.generate`, such as `max_new_tokens`, `num_beams`, `do_sample`
-            (True unless given) or further logits processors, which run before the tilt.
+        generate_arguments: any other argument of `policy.generate`, such as `max_new_tokens` (by default the length
+            that the critic was trained with, unless the policy's configuration has one), `num_beams`, `do_sample` (True
+            unless given) or further logits processors, which run before the tilt.
 
     Returns:
         The output of `policy.generate`: ids (B, L + new), or its output object.
@@ -79,15 +81,6 @@ def generate(
         The little girl was very curious. She asked her mom, "What is
         The little girl was very happy. She loved to play with her toys and
     """
-    tilt = MavisTilt(
-        weights,
-        critic if critic is not None else attached_critic(policy),
-        beta=beta,
-        target_kl=target_kl,
-        top_k=top_k,
-        temperature=temperature,
-        entropy_gate=entropy_gate,
-    )
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if not isinstance(inputs, Mapping | Tensor):
         raise DecodingError(
@@ -103,11 +96,29 @@ def generate(
     duplicates = sorted(set(arguments) & set(generate_arguments))
     if duplicates:
         raise DecodingError(f"{duplicates[0]} is given twice, in inputs and by name.", "give it once.")
+    chosen = as_critic(critic if critic is not None else attached_critic(policy))
     others = generate_arguments.pop("logits_processor", None)
-    processors = LogitsProcessorList([*(others if others is not None else []), tilt])
-    assert tilt.critic is not None
-    config, remaining = neutral_generation_config(
-        policy, trained_temperature(temperature, tilt.critic), generate_arguments
+    config, remaining = neutral_generation_config(policy, trained_temperature(temperature, chosen), generate_arguments)
+    if config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = trained_length(chosen)
+    tilt = MavisTilt(
+        weights,
+        chosen,
+        beta=beta,
+        target_kl=target_kl,
+        top_k=top_k,
+        temperature=temperature,
+        max_new_tokens=_response_length(config, arguments),
+        entropy_gate=entropy_gate,
     )
-    with tilt.critic.attached_to(policy):
+    processors = LogitsProcessorList([*(others if others is not None else []), tilt])
+    with chosen.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **remaining)
+
+
+def _response_length(config: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a response may have, or None if the prompt's length is unknown."""
+    prompt = next((arguments[name] for name in ("input_ids", "inputs") if name in arguments), None)
+    if config.max_new_tokens is not None or prompt is None:
+        return config.max_new_tokens
+    return max(1, config.max_length - prompt.shape[1])

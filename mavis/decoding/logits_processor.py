@@ -72,6 +72,7 @@ class MavisTilt(LogitsProcessor):
         top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate, `as_trained` takes the number that
             the critic was trained with, or every token if it does not record one.
         temperature: T > 0 that `generate` will divide by afterwards; `as_trained` takes the critic's, or 1.
+        max_new_tokens: the length over which `target_kl` is spent, ≥ 1; None is the length of the calibration.
         record_kl: keep every step's exact KL for `kl`.
         entropy_gate: do not tilt a row at steps where the policy's own distribution at T has less entropy than this, in
             nats, ≥ 0, that is where it is nearly certain. None tilts every step. See `steered`.
@@ -105,14 +106,15 @@ class MavisTilt(LogitsProcessor):
         target_kl: float | None = None,
         top_k: int | AsTrained | None = AS_TRAINED,
         temperature: float | AsTrained = AS_TRAINED,
+        max_new_tokens: int | None = None,
         record_kl: bool = False,
         entropy_gate: float | None = None,
     ) -> None:
         critic = as_critic(critic) if critic is not None else None
-        check_settings(beta, target_kl, top_k, temperature, entropy_gate)
+        check_settings(beta, target_kl, top_k, temperature, entropy_gate, max_new_tokens)
         self._weights = weights
         self.critic: Critic | None = critic
-        self._beta, self._target_kl = beta, target_kl
+        self._beta, self._target_kl, self._max_new_tokens = beta, target_kl, max_new_tokens
         self._top_k, self._temperature, self.record_kl = top_k, temperature, record_kl
         self.entropy_gate = entropy_gate
         self._resolved: _ResolvedSettings | None = None
@@ -243,7 +245,7 @@ class MavisTilt(LogitsProcessor):
             top_k, temperature = trained_top_k(self._top_k, critic), trained_temperature(self._temperature, critic)
             if self._beta is None:
                 check_calibration(critic.calibration, self._target_kl, top_k, temperature, stacklevel=4)
-            lam = lambda_rows(self._weights, critic, self._beta, self._target_kl)
+            lam = lambda_rows(self._weights, critic, self._beta, self._target_kl, self._max_new_tokens)
             kept = self._resolved = _ResolvedSettings(critic, lam, top_k, temperature)
             critic.warn_outside_trained_range(lam)
         return kept

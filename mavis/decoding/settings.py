@@ -38,6 +38,11 @@ def trained_temperature(temperature: float | AsTrained, critic: Critic) -> float
     )
 
 
+def trained_length(critic: Critic) -> int:
+    """Return the longest response, in tokens, that a critic was trained with; see `trained_top_k`."""
+    return _trained("max_new_tokens", critic).max_new_tokens
+
+
 def _trained(name: str, critic: Critic) -> TrainedDecoding:
     members = list(critic.critics) if isinstance(critic, CriticGroup) else [critic]
     recorded = [
@@ -61,6 +66,7 @@ def check_settings(
     top_k: int | AsTrained | None,
     temperature: float | AsTrained,
     entropy_gate: float | None = None,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Check the settings of a tilt; see `MavisTilt` for the arguments.
 
@@ -83,6 +89,8 @@ def check_settings(
     if entropy_gate is not None:
         hint = "0.1 nats skip the steps that are nearly certain, None tilts every step."
         check_number(DecodingError, hint, low=0, entropy_gate=entropy_gate)
+    if max_new_tokens is not None:
+        check_whole(DecodingError, "it is the length that target_kl is spent over.", max_new_tokens=max_new_tokens)
 
 
 def check_calibration(

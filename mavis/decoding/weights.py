@@ -115,7 +115,11 @@ def strength_rows(beta: float | Sequence[float] | Tensor) -> Tensor:
 
 
 def lambda_rows(
-    weights: Weights, critic: Critic, beta: float | Sequence[float] | Tensor | None, target_kl: float | None
+    weights: Weights,
+    critic: Critic,
+    beta: float | Sequence[float] | Tensor | None,
+    target_kl: float | None,
+    max_new_tokens: int | None = None,
 ) -> Tensor:
     """Compute λ = β·w for every row of weights.
 
@@ -123,7 +127,8 @@ def lambda_rows(
         weights: as for `weight_rows`.
         critic: names the objectives, and provides β if none is given.
         beta: strength, one for all or one per prompt; None takes the critic's calibrated default.
-        target_kl: KL budget in nats per sequence instead of a strength; needs a calibrated critic.
+        target_kl: KL budget in nats per response instead of a strength; needs a calibrated critic.
+        max_new_tokens: the length that the budget is spent over; None is the length of the calibration.
 
     Returns:
         (R, M) float64 on the CPU.
@@ -143,8 +148,12 @@ def lambda_rows(
             "give beta=..., or calibrate the critic (mavis train does so at its end).",
         )
     else:
-        calibration = critic.calibration
-        beta_of = calibration.default_beta if target_kl is None else partial(calibration.beta, target_kl=target_kl)
+        # A budget is for a response of the requested length; the default is one strength for every length.
+        if target_kl is None:
+            beta_of = critic.calibration.default_beta
+        else:
+            measured = critic.calibration if max_new_tokens is None else critic.calibration.at_length(max_new_tokens)
+            beta_of = partial(measured.beta, target_kl=target_kl)
         strength = torch.tensor([beta_of(row) if bool(row.any()) else 0.0 for row in rows], dtype=torch.float64)
     if len(rows) > 1 and len(strength) > 1 and len(rows) != len(strength):
         raise WeightsError(

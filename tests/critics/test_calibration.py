@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -119,3 +120,67 @@ def test_budget_below_the_floor_is_refused() -> None:
             cut.beta(one, target)
     with pytest.raises(CriticError, match="calibrated up to 8, which reaches 17 nats"):
         cut.beta(one, 30.0)
+
+
+# Other lengths
+
+LENGTHS = Calibration(
+    betas=[1.0, 2.0],
+    kl=[[1.0, 4.0]],
+    max_new_tokens=64,
+    top_k=7,
+    floor=0.2,
+    lengths=[32, 64, 256],
+    kl_at_lengths=[[[0.6, 2.4]], [[1.0, 4.0]], [[1.6, 7.0]]],
+    floor_at_lengths=[0.1, 0.2, 0.5],
+)
+
+
+def test_at_a_measured_length_the_calibration_is_what_was_measured() -> None:
+    for length, kl, floor in zip(LENGTHS.lengths, LENGTHS.kl_at_lengths, LENGTHS.floor_at_lengths, strict=True):
+        there = LENGTHS.at_length(length)
+        assert (there.kl, there.floor, there.max_new_tokens) == (kl, floor, length)
+    assert LENGTHS.at_length(64) is LENGTHS
+
+
+@pytest.mark.parametrize(
+    ("length", "kl", "floor"),
+    [
+        (16, [0.3, 1.2], 0.05),  # from 0 at no tokens
+        (48, [0.8, 3.2], 0.15),
+        (160, [1.3, 5.5], 0.35),
+        (448, [2.2, 10.0], 0.8),  # on at the rate of the last stretch
+    ],
+)
+def test_between_and_beyond_measured_lengths_kl_is_linear_in_the_length(
+    length: int, kl: list[float], floor: float
+) -> None:
+    there = LENGTHS.at_length(length)
+    assert there.kl == [pytest.approx(kl)]
+    assert there.floor == pytest.approx(floor)
+
+
+def test_a_calibration_of_one_length_takes_kl_to_be_proportional_to_it() -> None:
+    one = Calibration([1.0, 2.0], [[1.0, 4.0]], 64, None)
+    assert one.at_length(128).kl == [[2.0, 8.0]]
+
+
+def test_the_same_budget_takes_a_weaker_tilt_over_a_longer_response() -> None:
+    weights = torch.tensor([1.0])
+    betas = [LENGTHS.at_length(length).beta(weights, 2.0) for length in (32, 64, 128, 256)]
+    assert betas == sorted(betas, reverse=True)
+    assert len(set(betas)) == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lengths": [32, 64]},
+        {"lengths": [64, 32, 256]},
+        {"floor_at_lengths": [0.1]},
+        {"kl_at_lengths": [[[0.6, 2.4]], [[1.0, 4.0]], [[1.6]]]},
+    ],
+)
+def test_lengths_that_do_not_match_their_kl_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CriticError, match="lengths is .*; expected ascending lengths, each with a KL"):
+        dataclasses.replace(LENGTHS, **wrong)

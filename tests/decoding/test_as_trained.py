@@ -110,3 +110,45 @@ def test_a_critic_that_was_only_calibrated_is_used_as_it_was_calibrated(llama: A
     critic.calibration = Calibration([1.0, 2.0], [[0.5, 1.5], [0.25, 0.75], [0.3, 0.9]], 16, 7, 0.6)
     tilt = mavis.MavisTilt([1.0, 0.5], critic, target_kl=0.5)
     assert (tilt.top_k, tilt.temperature) == (7, 0.6)
+
+
+def test_a_budget_is_spent_over_the_length_that_is_asked_for(
+    llama: Any, make_critic: MakeCritic, prompts: Inputs
+) -> None:
+    critic = make_critic(llama)
+    critic.calibration = Calibration([1.0, 2.0, 4.0], [[0.5, 2.0, 8.0]] * 3, 16, None)
+    critic.decoding = TrainedDecoding(max_new_tokens=16)
+
+    def sampled_under(**options: Any) -> Any:
+        torch.manual_seed(0)
+        shared = {"critic": critic, "weights": [1.0, 0.0], "pad_token_id": 0, "output_scores": True}
+        return mavis.generate(llama, prompts, return_dict_in_generate=True, **shared, **options)
+
+    # The KL is taken to be proportional to the length, and here it is the square of beta.
+    for length, beta in ((4, 4.0), (16, 2.0), (64, 1.0)):
+        budget, fixed = (
+            sampled_under(target_kl=2.0, max_new_tokens=length),
+            sampled_under(beta=beta, max_new_tokens=length),
+        )
+        torch.testing.assert_close(budget.scores[0], fixed.scores[0], atol=1e-4, rtol=0)
+    # Without a length, that of the training is generated.
+    assert sampled_under(target_kl=2.0).sequences.shape[1] == 5 + 16
+    # A length counted with the prompt is one, too.
+    budget, fixed = sampled_under(target_kl=2.0, max_length=5 + 64), sampled_under(beta=1.0, max_length=5 + 64)
+    torch.testing.assert_close(budget.scores[0], fixed.scores[0], atol=1e-4, rtol=0)
+
+
+def test_the_default_strength_does_not_depend_on_the_length(llama: Any, make_critic: MakeCritic) -> None:
+    critic = make_critic(llama)
+    critic.calibration = Calibration([1.0, 2.0], [[0.5, 2.0]] * 3, 16, None)
+    scores = torch.randn(1, 40)
+    with critic.attach(llama), torch.no_grad():
+        ids = torch.tensor([[1, 2, 3]])
+        llama(ids)
+        short, long = (mavis.MavisTilt([1.0, 0.0], critic, max_new_tokens=n)(ids, scores) for n in (4, 400))
+    assert torch.equal(short, long)
+
+
+def test_a_length_is_a_whole_number(llama: Any, make_critic: MakeCritic) -> None:
+    with pytest.raises(DecodingError, match="max_new_tokens is 0, expected a whole number ≥ 1"):
+        mavis.MavisTilt([1.0, 0.5], make_critic(llama), beta=2.0, max_new_tokens=0)

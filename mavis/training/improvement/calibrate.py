@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mavis.critics import Calibration, Critic
 from mavis.critics.calibration import calibration_directions
@@ -17,6 +20,9 @@ from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
 from mavis.rollouts.sampling import RolloutSettings
 
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+LENGTHS = (0.5, 1, 2, 4)
+"""The lengths at which KL is measured, as multiples of the trained one."""
 
 
 def calibrate(
@@ -35,7 +41,10 @@ def calibrate(
 ) -> Calibration:
     """Measure the mean KL of the tilted policy over a grid of weights and β.
 
-        kl[d][g] = mean over rollouts of Σ_t KL(π ‖ π_ref),   λ = betas[g] · direction[d]
+        kl[d][g] = mean over rollouts of Σ_{t ≤ n} KL(π ‖ π_ref),   λ = betas[g] · direction[d]
+
+    for responses of up to n = `max_new_tokens` tokens, and for those of half, twice and four times as many: rollouts go
+    on to the longest, as far as the policy's context allows, and the KL is read off on the way.
 
     With `settings.top_k`, the KL of truncation alone is measured too, from untilted rollouts.
 
@@ -82,8 +91,10 @@ def calibrate(
         weights=directions[[d for d, _, _ in grid]],
         betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
-    tilted_kl: list[float] = []
-    truncation_kl: list[float] = []
+    lengths = calibrated_lengths(policy, tokenizer, plan.prompts, settings.max_new_tokens)
+    longest = replace(settings, max_new_tokens=lengths[-1])
+    tilted_kl: list[list[float]] = []
+    truncation_kl: list[list[float]] = []
     untilted = RolloutPlan.reference(plan.prompts[: samples * len(betas)], len(critic.objectives))
     total = len(grid) + (len(untilted.prompts) if settings.top_k is not None else 0)
     report_progress = progress or (lambda done, total: None)
@@ -94,30 +105,59 @@ def calibrate(
             objectives,
             untilted,
             Path(folder) / "untilted",
-            settings,
+            longest,
             truncate_reference=True,
             sampler=sampler,
             progress=lambda done, _: report_progress(done, total),
         ):
-            truncation_kl.extend(sum(row) for row in shard["kl"])
+            truncation_kl.extend(shard["kl"])
     for shard in collect(
         policy,
         tokenizer,
         objectives,
         plan,
         folder,
-        settings,
+        longest,
         critic=critic,
         sampler=sampler,
         progress=lambda done, _: report_progress(len(truncation_kl) + done, total),
     ):
-        tilted_kl.extend(sum(row) for row in shard["kl"])
-    kl = torch.tensor(tilted_kl, dtype=torch.float64).view(len(directions), len(betas), samples).mean(-1)
+        tilted_kl.extend(shard["kl"])
+    shape = len(directions), len(betas), samples
+    kl = [_kl_of_first(length, tilted_kl).view(shape).mean(-1).tolist() for length in lengths]
+    floors = [float(_kl_of_first(length, truncation_kl).mean()) if truncation_kl else 0.0 for length in lengths]
+    trained = lengths.index(settings.max_new_tokens)
     return Calibration(
         list(betas),
-        kl.tolist(),
+        kl[trained],
         settings.max_new_tokens,
         settings.top_k,
         settings.temperature,
-        floor=sum(truncation_kl) / len(truncation_kl) if truncation_kl else 0.0,
+        floor=floors[trained],
+        lengths=lengths,
+        kl_at_lengths=kl,
+        floor_at_lengths=floors,
     )
+
+
+def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[int]:
+    """Return the lengths at which KL is measured: multiples of the trained one, as far as the context allows.
+
+    Args:
+        policy: the reference policy.
+        tokenizer: its tokenizer.
+        prompts: that are sampled from.
+        max_new_tokens: the trained length, which is always included.
+
+    Returns:
+        Ascending numbers of tokens.
+    """
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    room = context - max(map(len, tokenizer(list(set(prompts)))["input_ids"])) if context else math.inf
+    lengths = {max(1, int(max_new_tokens * multiple)) for multiple in LENGTHS}
+    return sorted({length for length in lengths if length <= room} | {max_new_tokens})
+
+
+def _kl_of_first(length: int, kl: Sequence[Sequence[float]]) -> Tensor:
+    """Sum the KL of each response's first `length` tokens, (N,) float64."""
+    return torch.tensor([math.fsum(steps[:length]) for steps in kl], dtype=torch.float64)

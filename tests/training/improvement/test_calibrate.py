@@ -13,7 +13,7 @@ import torch
 from mavis.critics import Calibration, HiddenStateCritic
 from mavis.errors import CriticError
 from mavis.rollouts import RolloutSettings
-from mavis.training.improvement.calibrate import BETAS, calibrate
+from mavis.training.improvement.calibrate import BETAS, calibrate, calibrated_lengths
 
 PROMPTS = ["once upon a time", "the dog", "she said", "he was", "the little old man ran"]
 SETTINGS = RolloutSettings(max_new_tokens=10, top_k=None, shard_size=256)
@@ -119,3 +119,22 @@ def test_a_budget_beyond_what_was_measured_is_refused(measure: Any, make_tiny_cr
     calibration = measure(make_tiny_critic(scale=0.3), samples=4)
     with pytest.raises(CriticError, match="the critic was calibrated up to"):
         calibration.beta(torch.tensor([0.5, 0.5]), max(calibration.kl[2]) * 1.5)
+
+
+def test_kl_is_measured_at_half_twice_and_four_times_the_length(measure: Any, make_tiny_critic: Any) -> None:
+    calibration = measure(make_tiny_critic(scale=0.3))
+    assert calibration.lengths == [5, 10, 20, 40]
+    assert calibration.kl_at_lengths[1] == calibration.kl
+    for shorter, longer in pairwise(calibration.kl_at_lengths):
+        for low, high in zip(shorter, longer, strict=True):
+            assert all(one <= other for one, other in zip(low, high, strict=True))  # a sum over the same responses
+
+
+def test_lengths_stop_at_the_policys_context(tiny_policy: Any, tiny_tokenizer: Any) -> None:
+    prompts = ["once upon a time"]
+    used = len(tiny_tokenizer(prompts)["input_ids"][0])
+    context = tiny_policy.config.max_position_embeddings
+    fits = (context - used) // 4
+    assert calibrated_lengths(tiny_policy, tiny_tokenizer, prompts, fits) == [fits // 2, fits, 2 * fits, 4 * fits]
+    assert calibrated_lengths(tiny_policy, tiny_tokenizer, prompts, fits + 1)[-1] == 2 * (fits + 1)
+    assert calibrated_lengths(tiny_policy, tiny_tokenizer, prompts, context)[-1] == context  # the trained one stays
