@@ -3,7 +3,7 @@
     python benchmarks/bench_budgets.py --critic FOLDER
 
 Prompts are openings that the critic was neither trained nor calibrated on. One row per weights, budget and length: the
-mean KL of the responses in nats, its standard error, and the ratio to the budget.
+mean KL of the responses in nats, and its standard error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from lib import results
@@ -62,15 +63,29 @@ def main() -> None:
                 spent = spend(policy, tokenizer, critic, prompts * arguments.samples, weights, budget, length)
                 error = float(spent.std()) / math.sqrt(len(spent))
                 rows.append(
-                    {"weights": list(weights), "target_kl": budget, "length": length, "kl": round(float(spent.mean()), 4)}
-                    | {"error": round(error, 4), "ratio": round(float(spent.mean()) / budget, 4)}
+                    {
+                        "weights": list(weights),
+                        "target_kl": budget,
+                        "length": length,
+                        "kl": round(float(spent.mean()), 4),
+                        "error": round(error, 4),
+                    }
                 )
                 print(rows[-1], flush=True)
     config = {"critic": Path(arguments.critic).name, "samples": arguments.samples, "prompts": len(prompts)}
+    config["trained_length"] = critic.calibration.max_new_tokens
     results.write("budgets", config, rows)
 
 
-def spend(policy, tokenizer, critic, prompts, weights, budget, length) -> torch.Tensor:
+def spend(
+    policy: Any,
+    tokenizer: Any,
+    critic: mavis.Critic,
+    prompts: list[str],
+    weights: tuple[float, ...],
+    budget: float,
+    length: int,
+) -> torch.Tensor:
     """Sample a response to each prompt under a budget, and return the KL of each, (B,) in nats."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     tilt = mavis.MavisTilt(list(weights), critic, target_kl=budget, max_new_tokens=length, record_kl=True)

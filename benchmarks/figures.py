@@ -16,7 +16,7 @@ import matplotlib
 import plots.frontier
 import plots.vectors
 from lib.results import read
-from pages import decoding, demo, exact, frontier, iterations, preferences, processes, vectors, vllm
+from pages import budgets, decoding, demo, exact, frontier, iterations, preferences, processes, vectors, vllm
 
 from mavis.utils.files import atomic_file
 
@@ -27,6 +27,7 @@ PAGES = {
     "frontier": frontier.page,
     "iterations": iterations.page,
     "exact": exact.page,
+    "budgets": budgets.page,
     "decoding": decoding.page,
     "vllm": vllm.page,
     "processes": processes.page,

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description="Continue one prompt under two choices of weights.")
     parser.add_argument("--prompt", default="Once upon a time")
-    parser.add_argument("--target-kl", type=float, default=4.0, help="budget in nats per response")
+    parser.add_argument("--target-kl", type=float, default=3.0, help="budget in nats per response")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--responses", type=int, default=2, help="for each choice of weights")
     options = parser.parse_args(arguments)
@@ -29,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         with critic.attach(policy):
             # The logits processor, rather than mavis.generate, because it records the KL of every step.
-            tilt = mavis.MavisTilt(weights, critic, target_kl=options.target_kl, record_kl=True)
+            tilt = mavis.MavisTilt(
+                weights,
+                critic,
+                target_kl=options.target_kl,
+                max_new_tokens=options.max_new_tokens,
+                record_kl=True,
+            )
             output = policy.generate(
                 **inputs,
                 logits_processor=tilt,

@@ -66,6 +66,10 @@ class DataError(MavisError):
     """Prompts or rollouts that cannot be read."""
 
 
+class PromptError(DataError):
+    """A conversation that cannot be used, or that the tokenizer's chat template cannot render."""
+
+
 class ConfigError(MavisError):
     """A setting of a command that cannot be used."""
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mavis.cli.console import print_note
 from mavis.distributed import join_processes
 from mavis.errors import ConfigError, MavisError, closest
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mavis.critics import Critic
     from mavis.critics.head_critic import HeadCritic
     from mavis.evaluation import EvaluationSettings
+    from mavis.policies import Prompt
     from mavis.rewards import Objective
     from mavis.rollouts import RolloutSettings, Sampler
     from mavis.training import AlignSettings, DistillSettings, ImprovementSettings
@@ -116,18 +118,18 @@ def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -
         write_json(path, manifest)
 
 
-def read_prompts(config: Any) -> list[str]:
+def read_prompts(config: Any) -> list[Prompt]:
     """Read the prompts that one entry of a `data` group describes."""
     from mavis.policies import embedded
     from mavis.rollouts import load_prompts
 
     options = plain(config)
     if options["source"] == "embedded":
-        options["source"] = str(embedded.path() / "openings.txt")
-    return load_prompts(**options)
+        return load_prompts(**options | {"source": str(embedded.path() / "openings.txt")})
+    return load_prompts(**options, report=print_note if isinstance(options["source"], str) else None)
 
 
-def read_evaluation_prompts(data: Any) -> list[str]:
+def read_evaluation_prompts(data: Any) -> list[Prompt]:
     """Read the evaluation prompts of a `data` group.
 
     Raises:
@@ -135,9 +137,12 @@ def read_evaluation_prompts(data: Any) -> list[str]:
     """
     from omegaconf import OmegaConf
 
+    from mavis.policies.chat import prompt_key
+
     prompts = read_prompts(data.evaluation_prompts)
-    trained = set() if OmegaConf.is_missing(data.prompts, "source") else set(read_prompts(data.prompts))
-    shared = [prompt for prompt in prompts if prompt in trained]
+    trained = [] if OmegaConf.is_missing(data.prompts, "source") else read_prompts(data.prompts)
+    keys = {prompt_key(prompt) for prompt in trained}
+    shared = [prompt for prompt in prompts if prompt_key(prompt) in keys]
     if shared:
         raise ConfigError(
             f"data.evaluation_prompts contains {len(shared)} of the training prompts, such as {shared[0]!r}.",
@@ -165,7 +170,7 @@ def rollout_settings(config: Any, shard_size: int, critic: Critic | None = None)
         shard_size: responses sampled and written together.
         critic: a trained critic, which knows what `as_trained` stands for.
     """
-    from mavis.decoding.settings import check_settings, trained_temperature, trained_top_k
+    from mavis.decoding.settings import AS_TRAINED, check_settings, trained_length, trained_temperature, trained_top_k
     from mavis.rollouts import RolloutSettings
 
     decoding = plain(config.decoding)
@@ -173,6 +178,8 @@ def rollout_settings(config: Any, shard_size: int, critic: Critic | None = None)
         check_settings(None, None, decoding["top_k"], decoding["temperature"])
         decoding["top_k"] = trained_top_k(decoding["top_k"], critic)
         decoding["temperature"] = trained_temperature(decoding["temperature"], critic)
+        if decoding["max_new_tokens"] == AS_TRAINED:
+            decoding["max_new_tokens"] = trained_length(critic)
     return RolloutSettings(**decoding, shard_size=shard_size, seed=config.seed)
 
 

@@ -17,6 +17,12 @@ def print_line(text: str) -> None:
         print(text)
 
 
+def print_note(text: str) -> None:
+    """Print a line about what a command does to standard error, as `print_line` does."""
+    if join_processes().is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as a table, as `print_line` does.
 

@@ -48,8 +48,11 @@ def continuations(
         B × samples texts, prompt and response together; those of one prompt are adjacent.
     """
     from mavis.decoding import generate
+    from mavis.decoding.settings import AS_TRAINED, trained_length
+    from mavis.policies import encode_prompts
 
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    length = decoding.max_new_tokens
+    inputs = encode_prompts(tokenizer, prompts)
     device = states_device(policy)
     output = generate(
         policy,
@@ -60,7 +63,7 @@ def continuations(
         target_kl=target_kl,
         top_k=decoding.top_k,
         temperature=decoding.temperature,
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=trained_length(critic) if length == AS_TRAINED else length,
         num_return_sequences=samples,
         do_sample=not greedy,
     )

@@ -47,8 +47,8 @@ class Calibration:
         top_k: the number of candidates; None for all tokens.
         temperature: T of the measured responses.
         floor: mean KL of the policy truncated to its candidates without a tilt, in nats per response, ≥ 0.
-        lengths: S lengths in tokens, ascending, up to which the KL of longer responses was measured as well; empty if it
-            was not.
+        lengths: S lengths in tokens, ascending, up to which the KL of longer responses was measured as well; empty if
+            it was not.
         kl_at_lengths: for each of these lengths, its `kl`.
         floor_at_lengths: for each of these lengths, its `floor`.
 

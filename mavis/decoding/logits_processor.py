@@ -68,7 +68,7 @@ class MavisTilt(LogitsProcessor):
             takes the one attached to the policy that is generating in this thread.
         beta: tilt strength in 1 / reward, ≥ 0, one number or one per prompt; the *inverse* of the β of DPO and RLHF
             papers. None takes the critic's calibrated default.
-        target_kl: KL budget in nats per sequence, > 0, from which the critic's calibration derives beta.
+        target_kl: KL budget in nats per response, > 0, from which the critic's calibration derives beta.
         top_k: number of candidates K, 1 ≤ K ≤ V; None makes every token a candidate, `as_trained` takes the number that
             the critic was trained with, or every token if it does not record one.
         temperature: T > 0 that `generate` will divide by afterwards; `as_trained` takes the critic's, or 1.

@@ -78,7 +78,7 @@ def check_settings(
     if beta is not None:
         strength_rows(beta)  # type: ignore[arg-type]
     if target_kl is not None:
-        hint = "2.0 nats per sequence are a moderate budget."
+        hint = "2.0 nats per response is a moderate budget."
         check_number(DecodingError, hint, low=0, strict=True, target_kl=target_kl)
     if top_k not in (None, AS_TRAINED):
         hint = "None makes every token a candidate, 'as_trained' takes the critic's number."

@@ -12,6 +12,7 @@ from mavis.evaluation.efficiency import RewardLimit, TargetEfficiency
 from mavis.evaluation.pareto import ParetoFront
 from mavis.evaluation.sweep_row import SweepRow
 from mavis.evaluation.value_calibration import ValueCalibration
+from mavis.policies import Prompt
 
 _MIN_EFFECTIVE_SAMPLE_SIZE = 50.0  # as in `optimal_reward_at`
 
@@ -43,7 +44,7 @@ class EvaluationReport:
     """
 
     objectives: list[str]
-    prompts: list[str]
+    prompts: list[Prompt]
     settings: dict[str, Any]
     normalisation: dict[str, dict[str, float]]
     rows: list[SweepRow]

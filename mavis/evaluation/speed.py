@@ -13,11 +13,13 @@ from torch import Tensor
 from mavis.critics.head_critic import HeadCritic
 from mavis.decoding import MavisTilt
 from mavis.evaluation.settings import EvaluationSettings
+from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.encoding import encode_prompts
 
 
 def measure_speed(
-    policy: Any, tokenizer: Any, critic: HeadCritic, prompts: Sequence[str], settings: EvaluationSettings
+    policy: Any, tokenizer: Any, critic: HeadCritic, prompts: Sequence[Prompt], settings: EvaluationSettings
 ) -> dict[str, Any]:
     """Compare tilted with plain decoding on the evaluation prompts.
 
@@ -33,8 +35,7 @@ def measure_speed(
     """
     if settings.speed_repeats < 1:
         return {}
-    texts = [prompts[i % len(prompts)] for i in range(settings.speed_batch)]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    encoded = encode_prompts(tokenizer, [prompts[i % len(prompts)] for i in range(settings.speed_batch)])
     device = states_device(policy)
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
     equal = [1 / len(critic.objectives)] * len(critic.objectives)

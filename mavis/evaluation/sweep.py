@@ -22,6 +22,7 @@ from mavis.evaluation.sweep_rollouts import gather_columns, reference_rollouts, 
 from mavis.evaluation.sweep_row import RowBuilder
 from mavis.evaluation.value_calibration import value_calibration
 from mavis.math.simplex import simplex_grid
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.rewards import Objective
 from mavis.rollouts.checks import check_objectives
@@ -32,7 +33,7 @@ def evaluate(
     tokenizer: Any,
     critic: HeadCritic,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: EvaluationSettings,
     *,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.evaluation.settings import EvaluationSettings
+from mavis.policies import Prompt
 from mavis.rewards import Objective
 from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.sampling import RolloutSettings
@@ -25,7 +26,7 @@ def reference_rollouts(
     policy: Any,
     tokenizer: Any,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: EvaluationSettings,
     *,
@@ -57,7 +58,7 @@ def truncated_rollouts(
     policy: Any,
     tokenizer: Any,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: EvaluationSettings,
 ) -> Iterator[Any]:
@@ -86,7 +87,7 @@ def tilted_rollouts(
     tokenizer: Any,
     critic: HeadCritic,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     grid: Tensor,
     folder: str | os.PathLike[str],
     settings: EvaluationSettings,

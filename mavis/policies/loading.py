@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mavis.errors import PolicyError, first_sentence
 from mavis.policies import embedded
+from mavis.policies.chat import turn_end_ids
+from mavis.policies.generation_config import end_token_ids
 from mavis.utils.files import restore_folder
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def load_policy(
 ) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, ready for tilted generation.
 
-    A tokenizer without a padding token pads with its end token. Weights are read from safetensors only.
+    A tokenizer without a padding token pads with its end token. The end of a turn in its chat template ends a response
+    too. Weights are read from safetensors only.
 
     Args:
         path: a folder or a model id on the hub; None for the embedded policy, which takes no other option.
@@ -82,5 +85,7 @@ def load_policy(
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    if turn_ends := turn_end_ids(tokenizer):  # the configuration of some chat models names the end of a text alone
+        policy.generation_config.eos_token_id = sorted(end_token_ids(policy) | turn_ends)
     policy = policy if spread else policy.to(device)
     return policy.eval().requires_grad_(False), tokenizer

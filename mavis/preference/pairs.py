@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,10 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
+from mavis.data import Pair
 from mavis.errors import DataError, ObjectiveError, PreferenceError, closest
 from mavis.rewards import Objective, score
 from mavis.utils.files import atomic_file
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two responses to a prompt of which the user chose one.
-
-    Args:
-        prompt: that both responses answer.
-        chosen: the response that the user prefers, without the prompt.
-        rejected: the other response.
-
-    Examples:
-        >>> from mavis.preference import Pair
-        >>> Pair("Once", " upon a time.", " more.").swapped().chosen
-        ' more.'
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-    def swapped(self) -> Pair:
-        """Return the pair of a user who chose the other response."""
-        return Pair(self.prompt, self.rejected, self.chosen)
 
 
 def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective], critic: Critic) -> Tensor:

@@ -16,6 +16,7 @@ from mavis.critics import Critic
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import PreferenceError
 from mavis.math.simplex import simplex_grid
+from mavis.policies.chat import Prompt, prompt_key
 from mavis.preference.pairs import Pair, critic_objectives
 from mavis.rewards import Objective
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
@@ -46,7 +47,7 @@ def candidate_pairs(
     tokenizer: Any,
     critic: Critic,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: RolloutSettings,
     *,
@@ -69,7 +70,7 @@ def candidate_pairs(
         folder: where the responses are stored; a repeated call reads them from there.
         settings: how to sample.
         beta: strength of the tilt in 1 / reward; None takes `target_kl`, or the critic's calibrated default.
-        target_kl: distance to the reference in nats per response, instead of beta.
+        target_kl: distance to the reference in nats per response of up to `settings.max_new_tokens`, instead of beta.
         divisions: d ≥ 1 of the simplex grid of weights; 2 gives each objective alone and every two in equal parts.
 
     Returns:
@@ -97,8 +98,8 @@ def candidate_pairs(
     """
     names = critic.objectives
     grid = torch.cat([torch.zeros(1, len(names), dtype=torch.float64), simplex_grid(len(names), divisions)])
-    lam = lambda_rows(grid, critic, beta, target_kl)
-    distinct = list(dict.fromkeys(prompts))
+    lam = lambda_rows(grid, critic, beta, target_kl, settings.max_new_tokens)
+    distinct = list({prompt_key(prompt): prompt for prompt in prompts}.values())
     rows = [prompt for prompt in distinct for _ in lam]
     plan = RolloutPlan(rows, lam.repeat(len(distinct), 1), torch.ones(len(rows), dtype=torch.float64))
     ordered = critic_objectives(critic, objectives)
@@ -117,8 +118,8 @@ def candidate_pairs(
             difference = rewards[first] - rewards[second]
             texts = frozenset({responses[first].strip(), responses[second].strip()})
             # Different weights may yield the same two responses, which should not be asked about twice.
-            if len(texts) == 2 and bool(difference.any()) and (rows[first], texts) not in seen:
-                seen.add((rows[first], texts))
+            if len(texts) == 2 and bool(difference.any()) and (prompt_key(rows[first]), texts) not in seen:
+                seen.add((prompt_key(rows[first]), texts))
                 pairs.append(Pair(rows[first], responses[first], responses[second]))
                 differences.append(difference)
     if not pairs:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mavis.errors import MavisError, ObjectiveError
+from mavis.policies import Prompt
 from mavis.rewards.identity import objective_identity, remember_identity
 
 _MAX_QUOTED = 60  # characters of a response in an error
@@ -22,9 +23,11 @@ _STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) for name in ("stdlib", 
 class Objective(Protocol):
     """Any callable that scores responses: one raw reward per response, more is better.
 
-    Called as `objective(prompts, responses)` with two sequences of B strings; the response is what the policy wrote
-    after the prompt. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,). Equal texts must have equal
-    rewards, whatever else is scored in the same call; `check_batch_independence` tries it once per run.
+    Called as `objective(prompts, responses)` with two sequences of B: a prompt is what the user gave, a text or a
+    conversation (`mavis.policies.last_user_turn` returns what the user said last), and the response is the text that
+    the policy wrote after it. Returns B finite numbers: a list, a numpy array (B,) or a tensor (B,). Equal prompts and
+    responses must have equal rewards, whatever else is scored in the same call; `check_batch_independence` tries
+    it once per run.
 
     Examples:
         A function will do:
@@ -38,7 +41,7 @@ class Objective(Protocol):
     """
 
     def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], /
+        self, prompts: Sequence[Any], responses: Sequence[str], /
     ) -> Sequence[float] | np.ndarray | torch.Tensor: ...
 
 
@@ -74,7 +77,7 @@ class Signed:
         return [self.sign * reward for reward in self.objective(prompts, responses)]
 
 
-def score(objectives: Mapping[str, Objective], prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+def score(objectives: Mapping[str, Objective], prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
     """Score every response by every objective, and check the rewards.
 
         rewards[b, m] = R_m(prompts[b], responses[b])

@@ -1,8 +1,8 @@
 """Rollouts: sampled responses with their weights, β, per-step KL and rewards."""
 
+from mavis.data import draw_prompts, load_prompts
 from mavis.rollouts.collect import collect, load_shards
 from mavis.rollouts.plan import RolloutPlan
-from mavis.rollouts.prompts import draw_prompts, load_prompts
 from mavis.rollouts.sampler import SampledResponses, Sampler
 from mavis.rollouts.sampling import RolloutSettings
 

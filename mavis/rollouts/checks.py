@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mavis.critics import Critic
 from mavis.errors import ConfigError, DataError
+from mavis.policies import Prompt
 from mavis.rewards import Objective
 from mavis.rewards.protocol import check_callable
 
@@ -30,7 +31,7 @@ def check_objectives(critic: Critic, objectives: Mapping[str, Objective]) -> Non
         check_callable(name, objective)
 
 
-def check_prompts(prompts: Sequence[str], hint: str = "pass a list of texts.") -> None:
+def check_prompts(prompts: Sequence[Prompt], hint: str = "pass a list of texts.") -> None:
     """Check that prompts are a sequence of at least one text, not a single text.
 
     Args:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mavis.policies.chat import Prompt
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """The responses to sample, one per row.
 
     Args:
-        prompts: N texts.
+        prompts: N texts or conversations.
         weights: (N, M) float64.
         betas: (N,) float64, in 1 / reward.
 
@@ -27,12 +29,12 @@ class RolloutPlan:
         [2, 1]
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     weights: Tensor
     betas: Tensor
 
     @classmethod
-    def reference(cls, prompts: Sequence[str], objectives: int) -> RolloutPlan:
+    def reference(cls, prompts: Sequence[Prompt], objectives: int) -> RolloutPlan:
         """Plan one response of the reference policy per prompt."""
         rows = len(prompts)
         return cls(

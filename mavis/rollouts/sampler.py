@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mavis.critics import Critic
 from mavis.decoding import MavisTilt
+from mavis.policies.chat import Prompt
 from mavis.rollouts.sampling import RolloutSettings, sample
 
 
@@ -75,7 +76,7 @@ class Sampler(Protocol):
         self,
         policy: Any,
         tokenizer: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: RolloutSettings,
         seed: int,
         *,
@@ -88,7 +89,7 @@ class Sampler(Protocol):
         Args:
             policy: the reference policy.
             tokenizer: its tokenizer.
-            prompts: B texts.
+            prompts: B texts or conversations.
             settings: the length, the temperature, and the candidates of tilted rows.
             seed: of this batch; the random state of the process is left alone.
             top_k: without a critic, the number of candidates that the reference is truncated to; None keeps every
@@ -119,7 +120,7 @@ class GenerateSampler:
         self,
         policy: Any,
         tokenizer: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: RolloutSettings,
         seed: int,
         *,

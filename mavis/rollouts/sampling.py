@@ -11,7 +11,9 @@ import torch
 
 from mavis.critics import TrainedDecoding
 from mavis.errors import ConfigError, check_number, check_whole
+from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.encoding import encode_prompts
 from mavis.policies.fingerprint import embedding_shape, output_embedding
 from mavis.policies.generation_config import end_token_ids, neutral_generation_config
 
@@ -73,7 +75,7 @@ class RolloutSettings:
 def sample(
     policy: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: RolloutSettings,
     seed: int,
     *,
@@ -85,7 +87,7 @@ def sample(
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        prompts: B texts.
+        prompts: B texts or conversations.
         settings: of which the length and the temperature are used.
         seed: of this batch; the random state of the process is left alone.
         top_k: the number of candidates that `generate` truncates to; None keeps every token that the processor keeps.
@@ -95,7 +97,7 @@ def sample(
         The token ids of the prompts, without padding, and of the responses, up to and including the first end token:
         choosing to stop is a step like any other.
     """
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    inputs = encode_prompts(tokenizer, prompts)
     device = states_device(policy)
     ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
     config, _ = neutral_generation_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})

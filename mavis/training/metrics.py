@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mavis.critics import Critic
+from mavis.policies import Prompt
 from mavis.policies.names import policy_name
 from mavis.training.run_folder import Progress
 from mavis.utils.mappings import flatten
@@ -57,7 +58,7 @@ class MetricLogger:
         self._log(values, (iteration + 1) * self._epochs)
 
 
-def record_training(critic: Critic, policy: Any, prompts: Sequence[str], settings: Any) -> None:
+def record_training(critic: Critic, policy: Any, prompts: Sequence[Prompt], settings: Any) -> None:
     """Record in a critic's model card the training that starts now, in place of an earlier one.
 
     Args:

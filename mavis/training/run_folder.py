@@ -13,6 +13,7 @@ from mavis.critics import Critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup
 from mavis.errors import CriticError, DataError
+from mavis.policies import Prompt
 from mavis.rollouts import RolloutPlan
 from mavis.training.accelerate_session import check_accelerate
 from mavis.utils.files import matches_manifest, read_json, restore_folder, write_json
@@ -26,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 def open_run(
     folder: Path,
     critic: HeadCritic,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: Any,
     processes: ProcessGroup,
     **more: Any,

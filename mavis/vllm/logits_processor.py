@@ -18,10 +18,11 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor as Logit
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from mavis.critics import Critic
 from mavis.errors import CriticError, DecodingError
 from mavis.vllm.batch import TiltedBatch, TiltedRow
 from mavis.vllm.recurrent_memory import PreemptedMemories
-from mavis.vllm.request_arguments import asks_for_tilt, parse_tilt
+from mavis.vllm.request_arguments import Tilt, asks_for_tilt, parse_tilt
 from mavis.vllm.served_critic import critic_folder, describe_for_engine, load_served_critic, needs_every_token
 
 _captured = threading.local()
@@ -99,7 +100,7 @@ class MavisLogitsProcessor(LogitsProcessor):
             engine = _calling_engine()
             folder = critic_folder(engine.additional_config if engine is not None else None)
             critic = describe_for_engine(folder, engine.instance_id if engine is not None else "")
-            parse_tilt(sampling_params.extra_args, sampling_params.temperature, critic)
+            _tilt_of(sampling_params, critic)
 
     def is_argmax_invariant(self) -> bool:
         """Return False: a tilt can change which token is the most likely."""
@@ -153,7 +154,7 @@ class MavisLogitsProcessor(LogitsProcessor):
             return None
         with warnings.catch_warnings():  # `validate_params` has already warned
             warnings.simplefilter("ignore")
-            tilt = parse_tilt(params.extra_args, params.temperature, self._critic)
+            tilt = _tilt_of(params, self._critic)
         if tilt is None:
             return None
         # The engine keeps a request's parameters exactly as long as the request can return.
@@ -204,3 +205,8 @@ def _calling_engine() -> Any:
         if isinstance(config, VllmConfig):
             return config
     return None
+
+
+def _tilt_of(params: SamplingParams, critic: Critic) -> Tilt | None:
+    """Parse the tilt of a request from its sampling parameters."""
+    return parse_tilt(params.extra_args, params.temperature, critic, params.max_tokens)

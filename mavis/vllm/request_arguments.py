@@ -44,7 +44,9 @@ def asks_for_tilt(extra_args: Mapping[str, Any] | None) -> bool:
     return any(name.startswith(PREFIX) and value is not None for name, value in (extra_args or {}).items())
 
 
-def parse_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic: Critic) -> Tilt | None:
+def parse_tilt(
+    extra_args: Mapping[str, Any] | None, temperature: float, critic: Critic, max_new_tokens: int | None = None
+) -> Tilt | None:
     """Parse the tilt that a request asks for; the arguments mean what they mean to `MavisTilt`.
 
     Args:
@@ -54,6 +56,7 @@ def parse_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic:
             token; 40 by default. Other arguments are ignored.
         temperature: T of the request, 0 for greedy decoding.
         critic: provides the objectives, the calibration and the range of λ; see `Critic.describe`.
+        max_new_tokens: the request's `max_tokens`, over which a KL budget is spent; None is the calibrated length.
 
     Returns:
         The tilt, or None if the request asks for none or λ is 0, which is the plain policy.
@@ -99,7 +102,7 @@ def parse_tilt(extra_args: Mapping[str, Any] | None, temperature: float, critic:
     except MavisError as error:
         raise RequestError(f"{WEIGHTS}: {error.message}", error.hint) from error
     try:
-        rows = lambda_rows(weights, critic, beta, target_kl)
+        rows = lambda_rows(weights, critic, beta, target_kl, max_new_tokens)
     except MavisError as error:
         raise RequestError(f"{strength}: {error.message}", error.hint) from error
     critic.warn_outside_trained_range(rows)

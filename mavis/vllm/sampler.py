@@ -20,7 +20,9 @@ from torch import Tensor
 from mavis.critics import Critic
 from mavis.distributed import join_processes
 from mavis.errors import ConfigError, MavisError, MissingPackageError, first_sentence
+from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.encoding import prompt_ids
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.generation_config import end_token_ids
 from mavis.rollouts.sampler import SampledResponses
@@ -108,7 +110,7 @@ class VllmSampler:
         self,
         policy: Any,
         tokenizer: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: RolloutSettings,
         seed: int,
         *,
@@ -119,9 +121,9 @@ class VllmSampler:
         """Draw one response to each prompt; see `Sampler.draw`. The KL is left to the caller's replay."""
         from vllm import SamplingParams
 
-        prompt_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+        ids = prompt_ids(tokenizer, prompts)
         ends = sorted(end_token_ids(policy))
-        longest = max(map(len, prompt_ids)) + settings.max_new_tokens
+        longest = max(map(len, ids)) + settings.max_new_tokens
         engine = self._engine_for(policy, tokenizer, critic, longest, settings.shard_size)
         limit = int(engine.model_config.max_model_len)
         if longest > limit:  # the engine would silently truncate such a response
@@ -130,7 +132,7 @@ class VllmSampler:
                 f"tokens, but the engine's max_model_len is {limit}.",
                 "use a smaller max_new_tokens, or a larger max_model_len.",
             )
-        rows: list[list[float] | None] = lam.tolist() if lam is not None else [None] * len(prompt_ids)
+        rows: list[list[float] | None] = lam.tolist() if lam is not None else [None] * len(ids)
         params = [
             SamplingParams(
                 max_tokens=settings.max_new_tokens,
@@ -144,8 +146,8 @@ class VllmSampler:
             )
             for row, weights in enumerate(rows)
         ]
-        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompt_ids], params, use_tqdm=False)
-        return SampledResponses(prompt_ids, [list(output.outputs[0].token_ids) for output in outputs])
+        outputs = engine.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        return SampledResponses(ids, [list(output.outputs[0].token_ids) for output in outputs])
 
     def release(self) -> None:
         """Stop the engine and free its memory; the next draw starts another."""

@@ -39,4 +39,4 @@ def test_demo_leaves_what_the_readme_says_and_names_a_command_that_works(
     assert done.stdout.count("Once upon a time") >= 3
     following = re.search(r"^  (mavis generate .*)$", done.stdout, flags=re.MULTILINE)
     assert following is not None, done.stdout
-    assert "Once upon a time" in run_mavis([*shlex.split(following[1])[1:], "decoding.max_new_tokens=8"])
+    assert "Once upon a time" in run_mavis([*shlex.split(following[1])[1:], "decoding.max_new_tokens=16"])

@@ -43,7 +43,7 @@ SMALL = {
         "evaluation.target_kls=[0.001]",
     ),
     "distill": ("distillation.rollouts=32", "distillation.fit.epochs=1", "decoding.max_new_tokens=8"),
-    "generate": ("decoding.max_new_tokens=8",),
+    "generate": ("decoding.max_new_tokens=32",),
     "elicit": ("decoding.max_new_tokens=8", "prompts=2"),
     "align": (
         "alignment.steps=2",

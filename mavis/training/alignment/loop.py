@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mavis.data import draw_prompts
 from mavis.decoding.weights import Weights, weight_rows
 from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyError, WeightsError, first_sentence
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.rewards import Objective, score
 from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.policy_kl import response_kl
-from mavis.rollouts.prompts import draw_prompts
 from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
 from mavis.training.run_folder import Progress, read_report
@@ -34,11 +35,11 @@ def align(
     tokenizer: Any,
     objectives: Mapping[str, Objective],
     weights: Weights,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: AlignSettings,
     *,
-    evaluation_prompts: Sequence[str] | None = None,
+    evaluation_prompts: Sequence[Prompt] | None = None,
     progress: Progress | None = None,
 ) -> AlignReport:
     """Fine-tune a copy of a policy for a weighted sum of objectives, regularised by its KL to the policy.
@@ -155,8 +156,8 @@ def _manifest(
     policy: Any,
     objectives: Mapping[str, Objective],
     row: Tensor,
-    prompts: Sequence[str],
-    evaluation_prompts: Sequence[str] | None,
+    prompts: Sequence[Prompt],
+    evaluation_prompts: Sequence[Prompt] | None,
     settings: AlignSettings,
 ) -> dict[str, Any]:
     """Describe a run by plain data, so that only the same call resumes it."""
@@ -188,7 +189,7 @@ def _sample(
     report_progress: Progress,
     model: Any,
     stage: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     rows: int,
     *,
     seed: int,
@@ -246,8 +247,8 @@ def _normalisation(raw: Tensor, objectives: Sequence[str]) -> tuple[Tensor, Tens
 def _check(
     policy: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
-    evaluation_prompts: Sequence[str] | None,
+    prompts: Sequence[Prompt],
+    evaluation_prompts: Sequence[Prompt] | None,
     settings: AlignSettings,
 ) -> None:
     if not prompts or (evaluation_prompts is not None and not evaluation_prompts):

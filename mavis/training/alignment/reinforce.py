@@ -28,6 +28,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mavis.errors import DataError, first_sentence
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.save import save_policy
 from mavis.rollouts.collect import response_texts
@@ -43,7 +44,7 @@ Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 def reinforce(
     policy: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     reward: Reward,
     folder: Path,
     settings: AlignSettings,

@@ -15,6 +15,7 @@ from mavis.critics.group import as_critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
 from mavis.errors import ConfigError
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
@@ -37,7 +38,7 @@ def distill(
     teachers: Critic | Sequence[Critic],
     policy: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: DistillSettings,
     *,
@@ -146,7 +147,7 @@ def _record(
     teacher: Critic,
     policy: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: Path,
     settings: DistillSettings,
     processes: ProcessGroup,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mavis.critics import Calibration, Critic
 from mavis.critics.calibration import calibration_directions
+from mavis.policies import Prompt, prompt_ids
 from mavis.rewards import Objective
 from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
@@ -30,7 +31,7 @@ def calibrate(
     tokenizer: Any,
     critic: Critic,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: RolloutSettings,
     *,
@@ -140,7 +141,7 @@ def calibrate(
     )
 
 
-def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[int]:
+def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
     """Return the lengths at which KL is measured: multiples of the trained one, as far as the context allows.
 
     Args:
@@ -153,7 +154,7 @@ def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[str], max_
         Ascending numbers of tokens.
     """
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    room = context - max(map(len, tokenizer(list(set(prompts)))["input_ids"])) if context else math.inf
+    room = context - max(map(len, prompt_ids(tokenizer, prompts))) if context else math.inf
     lengths = {max(1, int(max_new_tokens * multiple)) for multiple in LENGTHS}
     return sorted({length for length in lengths if length <= room} | {max_new_tokens})
 

@@ -10,6 +10,7 @@ from typing import Any
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import join_processes
 from mavis.errors import ConfigError
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.rewards import Objective
 from mavis.rollouts.checks import check_objectives, check_prompts
@@ -27,7 +28,7 @@ def improve(
     tokenizer: Any,
     critic: HeadCritic,
     objectives: Mapping[str, Objective],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
     settings: ImprovementSettings,
     *,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mavis.policies import Prompt
 from mavis.rollouts import RolloutPlan, RolloutSettings, draw_prompts, load_shards
 from mavis.training.improvement.settings import ImprovementSettings
 
@@ -25,7 +26,7 @@ def sampling_of(iteration: int, settings: ImprovementSettings) -> RolloutSetting
 
 
 def plan_iteration(
-    iteration: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings
+    iteration: int, prompts: Sequence[Prompt], objectives: int, settings: ImprovementSettings
 ) -> RolloutPlan:
     """Plan the rollouts of an iteration: prompts in a fresh order, each with the policy that answers it.
 
@@ -42,7 +43,12 @@ def plan_iteration(
 
 
 def relabelled_shards(
-    folder: Path, iteration: int, earlier: int, prompts: Sequence[str], objectives: int, settings: ImprovementSettings
+    folder: Path,
+    iteration: int,
+    earlier: int,
+    prompts: Sequence[Prompt],
+    objectives: int,
+    settings: ImprovementSettings,
 ) -> list[Any]:
     """Load the rollouts of an earlier iteration, each relabelled with a policy of this one.
 

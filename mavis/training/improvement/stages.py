@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
+from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
@@ -75,7 +76,7 @@ class ImprovementStages:
     tokenizer: Any
     critic: HeadCritic
     objectives: Mapping[str, Objective]
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     folder: Path
     settings: ImprovementSettings
     sampler: Sampler
@@ -91,7 +92,7 @@ class ImprovementStages:
         tokenizer: Any,
         critic: HeadCritic,
         objectives: Mapping[str, Objective],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         folder: Path,
         settings: ImprovementSettings,
         *,

@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 import pytest
 
-from mavis.errors import DataError
-from mavis.rollouts import draw_prompts, load_prompts
+from mavis.data import draw_prompts, load_prompts
+from mavis.errors import DataError, PromptError
 
 ROWS = ["Once upon a time", "Tom said, “Hi”", "  An indented day"]
 
@@ -114,7 +114,7 @@ def test_no_prompt_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_empty_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    with pytest.raises(DataError, match="prompts come from '-', which holds no prompt"):
+    with pytest.raises(DataError, match="prompts come from standard input, which holds no prompt"):
         load_prompts("-")
 
 
@@ -153,7 +153,7 @@ def test_an_unknown_column_is_an_error_that_knows_the_right_one(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": ROWS, "answer": ROWS}, "has 2 columns of text: prompt, answer"),
+        ({"question": ROWS, "answer": ROWS}, "has 2 columns of text: question, answer"),
         ({"score": [1.0, 2.0, 3.0]}, "has 0 columns of text"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_row_without_a_text_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_list_of_something_else_is_an_error() -> None:
-    with pytest.raises(DataError, match="prompts holds 3, expected text"):
+    with pytest.raises(DataError, match="row 1 of the list is 3, expected a text or a conversation"):
         load_prompts(["a", 3])  # type: ignore[list-item]
 
 
@@ -216,3 +216,106 @@ def test_windows_line_breaks_and_a_byte_order_mark_are_no_part_of_a_prompt(
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
     assert load_prompts(str(tmp_path / "prompts.txt")) == load_prompts("-") == ["one", "two"]
+
+
+# Conversations
+
+HI = [{"role": "user", "content": "Hi!"}]
+REPLY = {"role": "assistant", "content": "Hello."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+def test_conversations_are_read_from_a_column_of_prompts(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path, kind, {"id": ["q0", "q1"], "prompt": [HI, [SYSTEM, *HI]]})
+    assert load_prompts(source) == [HI, [SYSTEM, *HI]]
+
+
+def test_the_reply_at_the_end_of_messages_is_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path, "jsonl", {"id": ["q0", "q1"], "messages": [[*HI, REPLY], [*HI, REPLY, *HI]]})
+    assert load_prompts(source) == [HI, [*HI, REPLY, *HI]]
+
+
+def test_the_prompt_of_preference_pairs_is_what_precedes_the_reply(tmp_path: Path) -> None:
+    dialogue = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    columns = {"chosen": [f"{dialogue} Because."], "rejected": [f"{dialogue} No."]}
+    assert load_prompts(write(tmp_path, "jsonl", columns)) == [[*HI, REPLY, {"role": "user", "content": "Why?"}]]
+
+
+def test_a_dialogue_is_a_conversation_unless_texts_are_wanted() -> None:
+    dialogue = "\n\nHuman: Hi!\n\nAssistant:"
+    assert load_prompts([dialogue]) == [HI]
+    assert load_prompts([dialogue], chat=False) == [dialogue]
+
+
+def test_a_line_can_be_a_turn_of_the_user(tmp_path: Path) -> None:
+    source = write(tmp_path, "txt", {"": ["Hi!", "Why?"]})
+    assert load_prompts(source, chat=True) == [HI, [{"role": "user", "content": "Why?"}]]
+    assert load_prompts(source, chat=True, system="Be brief.")[0] == [SYSTEM, *HI]
+
+
+def test_the_source_says_what_it_was_taken_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    load_prompts(write(tmp_path, "jsonl", {"messages": [[*HI, REPLY]]}), report=said.append)
+    load_prompts([HI, "Why?"], report=said.append)
+    load_prompts(["Once"], report=said.append)
+    assert said[0].endswith("prompts.jsonl': conversations in column 'messages' without the replies")
+    assert said[1:] == [
+        "2 prompts from the list: conversations, 1 of them a single turn of the user",
+        "1 prompts from the list: texts",
+    ]
+
+
+def test_unusable_conversations_of_a_file_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    empty, unknown = [{"role": "user", "content": " "}], [{"role": "critic", "content": "Hm."}]
+    source = write(tmp_path, "jsonl", {"prompt": [HI, empty, unknown, [*HI, REPLY]]})
+    with pytest.warns(UserWarning, match=r"3 of 4 rows are left out, the first because row 1 of .* has content ' '"):
+        assert load_prompts(source) == [HI]
+    with pytest.raises(PromptError, match="row 0 of the list, message 0 has content ' '"):
+        load_prompts([empty])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": [HI], "chat": False}, "chat is False, but row 0 of the list is a conversation"),
+        ({"source": [HI], "first_words": 2}, "first_words is 2, but the prompts are conversations"),
+        ({"source": ["Hi!"], "system": "Be brief."}, "system is 'Be brief.', but the prompts are texts"),
+        ({"source": ["Hi!"], "column": "prompt"}, "column is 'prompt', but the list has no columns"),
+        ({"source": [[*HI, REPLY]]}, "row 0 of the list does not end with a turn of the user"),
+    ],
+)
+def test_what_contradicts_the_rows_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_prompts(**arguments)
+
+
+def test_cells_of_a_csv_file_are_texts_as_they_stand(tmp_path: Path) -> None:
+    content = 'prompt,score\nNA,1\nnull,2\n007,3\n"a, ""b""\nc",4\nnan,\n'
+    (tmp_path / "prompts.csv").write_text(content, encoding="utf-8")
+    assert load_prompts(str(tmp_path / "prompts.csv")) == ["NA", "null", "007", 'a, "b"\nc', "nan"]
+
+
+def test_a_ragged_csv_file_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,score\na,1\nb, c,2\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 3 has 3 cells, expected 2"):
+        load_prompts(str(tmp_path / "prompts.csv"))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "folder"])
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path, kind, {"text": ROWS})
+    with pytest.raises(DataError, match=r"split is 'test', but .* (has no splits|without splits)"):
+        load_prompts(source, split="test")
+    assert load_prompts(source, split="train") == ROWS
+
+
+def test_the_only_split_of_a_dataset_needs_no_name(tmp_path: Path) -> None:
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ROWS})}).save_to_disk(str(tmp_path / "one"))
+    assert load_prompts(str(tmp_path / "one")) == ROWS
+
+
+def test_an_error_of_the_library_shows_its_cause(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text": "a"}\n{"text": ')
+    with pytest.raises(DataError, match="cannot read: .*: .*JSON"):
+        load_prompts(str(tmp_path / "broken.jsonl"))

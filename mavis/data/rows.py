@@ -1,0 +1,195 @@
+"""The rows of a source: a list, a text file, a table, a folder written by `save_to_disk`, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mavis.errors import DataError, closest, first_sentence
+
+_JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+FILE_TYPES = (".txt", ".csv", ".parquet", *_JSON)
+"""The kinds of file that are read."""
+
+_KINDS = f"a file ({', '.join(FILE_TYPES)}), a folder from save_to_disk, or a hub name"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source by column.
+
+    Args:
+        name: of the source, for messages.
+        columns: of equal length, by name; a list or a text file has one, whose name is empty.
+    """
+
+    name: str
+    columns: dict[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def texts(self) -> list[str]:
+        """Return the names of the columns whose values are texts."""
+        return [name for name, values in self.columns.items() if _first_type(values) is str]
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return a column.
+
+        Raises:
+            DataError: if there is no such column.
+        """
+        if name not in self.columns:
+            raise DataError(f"column is {name!r}, which {self.name} does not have.", closest(name, self.columns))
+        return self.columns[name]
+
+
+def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
+    """Read the rows of a source.
+
+    Lines end at line breaks alone, a byte order mark is no part of the text, and the cells of a CSV file are texts as
+    they stand: "NA" and "007" too.
+
+    Args:
+        source: rows as a list; `-` for standard input or a `.txt` file, one row a line; a `.csv`, `.json`, `.jsonl` or
+            `.parquet` file, the middle two also gzipped; a folder written by `save_to_disk`; else the name of a dataset
+            on the hub.
+        split: of a dataset that has several; None takes `train`, or the only one.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: if the source is missing or unreadable, or has no such split.
+
+    Examples:
+        >>> from mavis.data.rows import read_rows
+        >>> read_rows(["Once upon a time", "The dog"]).columns
+        {'': ['Once upon a time', 'The dog']}
+    """
+    if not isinstance(source, str):
+        return Rows("the list", {"": list(source)})
+    path = Path(source).expanduser()
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if source != "-" and suffix in FILE_TYPES and not path.is_file():
+        raise DataError(f"source is {source!r}, which does not exist.", "check the path.")
+    if source == "-" or path.is_file():
+        if split not in (None, "train"):
+            raise DataError(f"split is {split!r}, but {source!r} is a file, which has no splits.", "leave split out.")
+        if source == "-":
+            return Rows("standard input", {"": split_lines(sys.stdin.read())})
+        return Rows(repr(source), _file_columns(source, path, suffix))
+    dataset = _dataset(source, path, split)
+    return Rows(repr(source), {name: dataset[name] for name in dataset.column_names})
+
+
+def read_text(path: Path, source: str) -> str:
+    """Read a UTF-8 file, gzipped or not, without a byte order mark; line breaks become `\\n`.
+
+    Args:
+        path: of the file.
+        source: what an error calls it.
+
+    Raises:
+        DataError: if it cannot be read, or is not UTF-8 text.
+    """
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"source is {source!r}, which is not UTF-8 text.", "save it as UTF-8.") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"source is {source!r}, which cannot be read: {first_sentence(error)}.", "check it.") from error
+    return text.replace("\r\n", "\n")
+
+
+def split_lines(text: str) -> list[str]:
+    """Split a text at its line breaks alone: `splitlines` would also split at form feeds, U+2028 and the like."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+
+
+def _file_columns(source: str, path: Path, suffix: str) -> dict[str, Sequence[Any]]:
+    if suffix == ".txt":
+        return {"": split_lines(read_text(path, source))}
+    if suffix == ".csv":
+        return _csv_columns(source, path)
+    if suffix not in FILE_TYPES:
+        raise DataError(f"source is {source!r}, which is of an unsupported type.", f"known: {', '.join(FILE_TYPES)}.")
+    import datasets
+
+    builder = "json" if suffix in _JSON else "parquet"
+    with _ReadErrors(source):
+        dataset = datasets.load_dataset(builder, data_files=str(path), split="train")
+    return {name: dataset[name] for name in dataset.column_names}
+
+
+def _csv_columns(source: str, path: Path) -> dict[str, Sequence[Any]]:
+    """Read a CSV file; the library's reader would take cells such as NA or 007 for something else than text."""
+    reader = csv.reader(io.StringIO(read_text(path, source)), strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise DataError(
+            f"source is {source!r}, which is not CSV: {error} in line {reader.line_num}.", "quote it."
+        ) from error
+    if not rows:
+        raise DataError(f"source is {source!r}, which is empty.", "begin it with a line of column names.")
+    names = rows[0][1]
+    for line, row in rows:
+        if len(row) != len(names):
+            raise DataError(
+                f"source is {source!r}, where line {line} has {len(row)} cells, expected {len(names)}.",
+                "quote cells that contain commas.",
+            )
+    return {name: [row[index] for _, row in rows[1:]] for index, name in enumerate(names)}
+
+
+def _dataset(source: str, path: Path, split: str | None) -> Any:
+    import datasets
+
+    is_saved = path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
+    with _ReadErrors(source):
+        loaded = (
+            datasets.load_from_disk(str(path)) if is_saved else datasets.load_dataset(source, split=split or "train")
+        )
+    if isinstance(loaded, datasets.DatasetDict):
+        name = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
+        if name not in loaded:
+            raise DataError(f"split is {name!r}, which {source!r} does not have.", closest(name, loaded))
+        return loaded[name]
+    if is_saved and split not in (None, "train"):
+        raise DataError(f"split is {split!r}, but {source!r} is one dataset without splits.", "leave split out.")
+    return loaded
+
+
+class _ReadErrors:
+    """Turns the errors of the datasets library, of many kinds, into one that says what the cause is."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        causes: list[str] = []
+        cause: BaseException | None = error
+        while cause is not None:  # "an error occurred while generating the dataset" says nothing; its cause does
+            causes.append(first_sentence(cause))
+            cause = cause.__cause__
+        raise DataError(
+            f"source is {self.source!r}, which the datasets library cannot read: {': '.join(dict.fromkeys(causes))}.",
+            f"give {_KINDS}.",
+        ) from error
+
+
+def _first_type(values: Sequence[Any]) -> type:
+    return next((type(value) for value in values if value is not None), type(None))

@@ -1,0 +1,61 @@
+"""Token ids of prompts: rendered, with one BOS token, padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mavis.policies.chat import Prompt, is_conversation, render_prompt
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_message: bool = False) -> list[list[int]]:
+    """Encode prompts, each by itself.
+
+    A text gets the special tokens that the tokenizer adds, but no second BOS token if it begins with one. A
+    conversation has those of the chat template.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: B texts or conversations.
+        continue_final_message: see `render_prompt`.
+
+    Returns:
+        B lists of token ids.
+
+    Raises:
+        PromptError: see `render_prompt`.
+
+    Examples:
+        >>> import mavis
+        >>> from mavis.policies import prompt_ids
+        >>> _, tokenizer = mavis.embedded.load()
+        >>> prompt_ids(tokenizer, ["Once"]) == prompt_ids(tokenizer, ["<s>Once"])
+        True
+    """
+    rendered = [render_prompt(tokenizer, prompt, continue_final_message=continue_final_message) for prompt in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+    for as_chat in (False, True):
+        rows = [row for row, prompt in enumerate(prompts) if is_conversation(prompt) is as_chat]
+        if rows:
+            encoded = tokenizer([rendered[row] for row in rows], add_special_tokens=not as_chat)["input_ids"]
+            for row, found in zip(rows, encoded, strict=True):
+                ids[row] = list(found)
+    bos = tokenizer.bos_token_id
+    return [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_message: bool = False) -> Any:
+    """Encode prompts as one batch, padded on the left; see `prompt_ids`.
+
+    Returns:
+        A `BatchEncoding` of input_ids (B, L) and attention_mask (B, L), both int64.
+
+    Examples:
+        >>> import mavis
+        >>> from mavis.policies import encode_prompts
+        >>> _, tokenizer = mavis.embedded.load()
+        >>> encode_prompts(tokenizer, ["Once upon a time", "One"])["attention_mask"].tolist()
+        [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    """
+    ids = prompt_ids(tokenizer, prompts, continue_final_message=continue_final_message)
+    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
