@@ -22,6 +22,9 @@ MAX_FILES_OF_CRITICS = 12
 
 TESTED_ELSEWHERE = {
     "cli/align.py": "cli/test_commands.py",
+    "data/layouts.py": "data/test_pairs.py",
+    "data/rows.py": "data/test_prompts.py",
+    "policies/encoding.py": "policies/test_chat.py",
     "cli/build.py": "cli/test_commands.py",
     "cli/conf_dir.py": "test_package.py",
     "cli/console.py": "cli/test_commands.py",

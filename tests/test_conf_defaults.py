@@ -82,6 +82,7 @@ SHARED = [
         "evaluate",
         keys={"": "evaluation", **sampling("evaluation")},
         different={
+            "sampling.max_new_tokens": AS_TRAINED,
             "sampling.top_k": AS_TRAINED,
             "sampling.temperature": AS_TRAINED,
             "sampling.shard_size": "a sweep has many more responses than an iteration, and larger batches are faster",
@@ -94,6 +95,7 @@ SHARED = [
         "elicit",
         keys={"": "decoding", "shard_size": "shard_size", "seed": "seed"},
         different={
+            "max_new_tokens": AS_TRAINED,
             "top_k": AS_TRAINED,
             "temperature": AS_TRAINED,
             "shard_size": "twelve prompts under a few weights are fewer responses",
@@ -144,7 +146,11 @@ SHARED = [
             "train",
             "data=file",
             keys={"": f"data.{name}"},
-            absent={"repeated": "duplicates are only useful for mavis generate, which sets it"},
+            absent={
+                "repeated": "duplicates are only useful for mavis generate, which sets it",
+                "report": "commands print it",
+            },
+            different={"chat": "follows data.chat", "system": "follows data.system"},
         )
         for name in ("prompts", "evaluation_prompts")
     ),

@@ -157,7 +157,7 @@ policy, tokenizer = mavis.embedded.load()
 critic = mavis.Critic.from_pretrained(mavis.embedded.critic_path())
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 torch.manual_seed(0)
-output = mavis.generate(policy, inputs, critic=critic, weights={"positive": 1.0}, target_kl=2.0, max_new_tokens=8)
+output = mavis.generate(policy, inputs, critic=critic, weights={"positive": 1.0}, target_kl=2.0, max_new_tokens=32)
 print(mavis.__file__, conf_dir(), sorted(config.objectives), output.shape[1] - inputs.input_ids.shape[1], sep="\\n")
 """
     file, conf, objectives, tokens = run([str(environment / "python"), "-c", code], tmp_path).splitlines()

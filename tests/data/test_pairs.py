@@ -70,9 +70,7 @@ def test_what_is_no_pair_is_counted_and_the_first_is_named(message: str) -> None
     good: dict[str, Any] = {"prompt": "Hi!", "chosen": "Hello.", "rejected": "No."}
     if "prompt" not in UNUSABLE[message]:
         good = {"chosen": f"{ASKED} Hello.", "rejected": f"{ASKED} No."}
-    with pytest.warns(
-        UserWarning, match=f"1 of 2 pairs are left out, the first because .*{message}"
-    ):
+    with pytest.warns(UserWarning, match=f"1 of 2 pairs are left out, the first because .*{message}"):
         assert len(load_pairs([good, UNUSABLE[message]])) == 1
     with pytest.raises(PromptError, match=message):
         load_pairs([UNUSABLE[message]])

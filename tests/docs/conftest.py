@@ -17,6 +17,7 @@ import torch
 
 from mavis.cli import main
 from mavis.policies import embedded
+from tests.docs.pages import ROOT
 
 ANSWERS = "1\n2\n0\n1\n1\n2\n"
 """What the user types when `mavis elicit` asks."""
@@ -28,6 +29,10 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     shutil.copytree(embedded.critic_path(), tmp_path / "outputs" / "demo" / "critic")
     (tmp_path / "my-model").symlink_to(embedded.path())
+    shutil.copytree(embedded.path(), tmp_path / "my-chat-model", ignore=shutil.ignore_patterns("critic", "*.py"))
+    template = ROOT / "tests" / "policies" / "chat_templates" / "zephyr.jinja"
+    shutil.copy(template, tmp_path / "my-chat-model" / "chat_template.jinja")
+    (tmp_path / "questions.txt").write_text("Who are you?\nWhere is the cat?\nWhy?\n", encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("The cat\nA dog\nOnce there was\n", encoding="utf-8")
     with restored_process(tmp_path):
         yield tmp_path
