@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from mavis.policies.devices import states_device
 if TYPE_CHECKING:
     from mavis.critics import Critic
     from mavis.decoding.weights import Weights
+    from mavis.policies import Prompt
 
 
 def continuations(
     policy: Any,
     tokenizer: Any,
     critic: Critic,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     decoding: Any,
     *,
     weights: Weights,
@@ -91,13 +92,14 @@ def _check(config: Any) -> None:
         )
 
 
-def _read_prompts(config: Any) -> list[str]:
+def _read_prompts(config: Any) -> list[Prompt]:
     from mavis.rollouts import load_prompts
 
-    prompts = [str(config.prompt)] if config.prompt is not None else load_prompts(config.prompt_file, repeated=True)
-    if not prompts[0].strip():
+    if config.prompt is None:
+        return load_prompts(config.prompt_file, repeated=True)
+    if not str(config.prompt).strip():
         raise ConfigError("prompt is empty.", "give at least one word to continue.")
-    return prompts
+    return [str(config.prompt)]
 
 
 def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]:

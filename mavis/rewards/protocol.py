@@ -158,7 +158,7 @@ def check_callable(name: str, objective: Any) -> None:
         ) from None
 
 
-def _call(name: str, objective: Objective, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+def _call(name: str, objective: Objective, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
     """Call an objective with lists of its own; what it raises becomes the cause of an ObjectiveError."""
     try:
         identity = objective_identity(objective)

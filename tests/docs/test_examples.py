@@ -13,7 +13,7 @@ from tests.docs.pages import DOCS, ROOT
 
 EXAMPLES = ROOT / "examples"
 SMALL = {
-    "steer.py": "--max-new-tokens 8 --responses 2",
+    "steer.py": "--max-new-tokens 40 --responses 2",
     "train_your_own.py": "--rollouts 128 --iterations 1 --max-new-tokens 16 --output outputs/animals",
     "compare_policies.py": "--samples 4 --reference-samples 64 --kl 0.05 --max-new-tokens 8 --output outputs/all",
 }
