@@ -182,7 +182,7 @@ def _call(name: str, objective: Objective, prompts: Sequence[Prompt], responses:
 
 
 def _failing_response(
-    error: Exception, objective: Objective, prompts: Sequence[str], responses: Sequence[str]
+    error: Exception, objective: Objective, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> int | None:
     """Find the first response that raises the same error alone; None if none does, or the batch was too large."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):  # about the machine, not the response

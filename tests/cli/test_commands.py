@@ -450,7 +450,7 @@ def test_a_mistake_in_the_vectors_is_one_line(mavis: Any, trained: Path, vector:
         (["prompt=a", "prompt_file=b"], "expected exactly one of them"),
         (["prompt="], "prompt is empty"),
         (["prompt=???"], "prompt is not given"),
-        (["prompt_file=-"], "'-', which holds no prompt"),
+        (["prompt_file=-"], "standard input, which holds no prompt"),
         (["prompt_file=empty.txt"], "'empty.txt', which holds no prompt"),
         (["prompt_file=missing.txt"], "'missing.txt', which does not exist"),
         (["prompt_file=missing"], "prompt_file is 'missing', which does not exist"),
