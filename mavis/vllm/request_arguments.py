@@ -78,7 +78,10 @@ def parse_tilt(
     given = {name: value for name, value in extra_args.items() if name.startswith(PREFIX) and value is not None}
     for name in given:
         if name not in _KNOWN:
-            raise RequestError(f"{name} is not a tilt argument.", closest(name, _KNOWN))
+            raise RequestError(
+                f"{name if name.isprintable() and len(name) < 100 else _short_repr(name)} is not a tilt argument.",
+                closest(name[:100], _KNOWN),
+            )
     if WEIGHTS not in given:
         raise RequestError(
             f"{WEIGHTS} is missing, but {', '.join(given)} is given.",
@@ -149,7 +152,8 @@ def _parse_weights(given: Any) -> dict[str, float] | list[float]:
             )
         if name in weights:
             raise RequestError(
-                f"{WEIGHTS} is {_short_repr(given)}, which names {name!r} twice.", "name every objective once."
+                f"{WEIGHTS} is {_short_repr(given)}, which names {_short_repr(name)} twice.",
+                "name every objective once.",
             )
         weights[name] = value
     return weights

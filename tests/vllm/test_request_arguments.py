@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from mavis.critics import Calibration, Critic, TrainedDecoding
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import DecodingError, MavisError, RequestError
+from mavis.policies import embedded
 from mavis.vllm.request_arguments import asks_for_tilt, parse_tilt
 
 
@@ -205,3 +208,49 @@ def test_a_folder_without_weights_has_no_description(
     (tmp_path / "critic" / "model.safetensors").unlink()
     with pytest.raises(MavisError, match="has no model.safetensors"):
         Critic.describe(tmp_path / "critic")
+
+
+HOSTILE: list[Any] = [
+    *(True, False, 0, -1, 1, 2**63, 10**400, -(10**400), 1.5, -0.0, math.nan, math.inf, -math.inf, 1e308, 5e-324),
+    *(
+        "",
+        " ",
+        "a",
+        "positive=1",
+        "positive=1,positive=2",
+        "positive=nan",
+        "positive=1e999",
+        "=1",
+        "positive==1",
+        ",,,",
+    ),
+    *("positive=1e308,dialogue=1e308", "\x1b[31m=1", "positive=1\x00", "\u202e=1", "\ud800=1", "positive=0x10", "{}"),
+    *("a" * 10**6, "positive=" + "9" * 10**5, "," * 10**6, ("\x1b=1," * 2)),
+    *([], {}, [1], [1, 2], [1, 2, 3], [1.0, None], ["1", "2"], [[1, 2]], [math.nan, 1], [1e308, 1e308], [10**400, 1]),
+    *({"positive": None}, {1: 2}, {"x\x1b[2J": 1}, {"positive": math.nan}, {"positive": 10**400}, {"": 1}),
+    *(b"abc", {1, 2}, object(), 1j, [1] * 10**5, {str(i): 1.0 for i in range(10**4)}),
+]
+NAMES = [
+    *("mavis_weights", "mavis_beta", "mavis_target_kl", "mavis_top_k", "mavis_", "mavis_weights ", "mavis_\x1b[31m"),
+    *("mavis_" + "a" * 10**5, "mavis_\ud800", "other", "Mavis_weights"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:lambda = beta", "ignore:beta is not given")
+def test_hostile_arguments_are_refused_in_one_short_printable_line() -> None:
+    critic = Critic.from_pretrained(embedded.critic_path())
+    draw, refused = random.Random(0), 0
+    pairs: list[dict[str, Any]] = [{name: value} for name in NAMES for value in HOSTILE]
+    pairs += [{"mavis_weights": "positive=1", **pair} for pair in pairs]
+    pairs += [{draw.choice(NAMES): draw.choice(HOSTILE) for _ in range(4)} for _ in range(1000)]
+    for arguments in pairs:
+        temperature = draw.choice([0.0, 1.0, 1e-6, 2.0, 1e30, math.nan, math.inf, -1.0])
+        try:
+            tilt = parse_tilt(arguments, temperature, critic)
+        except RequestError as error:
+            message, refused = str(error), refused + 1
+            if len(message) > 2000 or not message.isprintable():
+                raise AssertionError(message[:500]) from error
+        else:
+            assert tilt is None or (bool(tilt.lam.isfinite().all()) and tilt.temperature > 0)
+    assert refused > 1000
