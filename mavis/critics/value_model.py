@@ -20,6 +20,7 @@ from mavis.critics.trunk.lora import add_lora, merge_lora
 from mavis.critics.trunk.reader import PrefixReader
 from mavis.errors import CriticError, check_whole, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.names import check_source
 from mavis.policies.protocol import CausalLM
 from mavis.policies.token_embeddings import token_embeddings
 
@@ -333,6 +334,7 @@ def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code:
         CriticError: if it cannot be loaded.
     """
     name = _resolve(source)
+    check_source(name, argument, CriticError)
     try:
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code

@@ -10,6 +10,7 @@ from mavis.errors import PolicyError, first_sentence
 from mavis.policies import embedded
 from mavis.policies.chat import turn_end_ids
 from mavis.policies.generation_config import end_token_ids
+from mavis.policies.names import check_source
 from mavis.utils.files import restore_folder
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def load_policy(
     given = os.fspath(path)
     folder = Path(given).expanduser()
     restore_folder(folder)
-    if not folder.exists() and (folder.is_absolute() or given.startswith((".", "~"))):
-        raise PolicyError(f"policy.path is {given!r}, which does not exist.", "name a folder or a model id.")
+    check_source(given, "policy.path", PolicyError, revision)
     source = str(folder) if folder.exists() else given
     spread = str(device) in DEVICE_MAPS
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}

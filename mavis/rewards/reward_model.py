@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mavis.errors import ObjectiveError, check_whole
+from mavis.policies.names import check_source
 from mavis.rewards.identity import file_digest
 from mavis.rewards.protocol import check_sign
 from mavis.rewards.reward_texts import check_template, check_token_ids, check_vocabulary, fill_template
@@ -217,14 +218,9 @@ class RewardModel:
     def _check_folder(self) -> None:
         """Refuse a folder that is missing or holds only pickled weights, before any request to the network."""
         folder = Path(self.model)
-        looks_like_hub_id = self.model.count("/") <= 1 and not self.model.startswith((".", "/"))
+        check_source(self.model, "model", ObjectiveError, self.revision)
         if not folder.is_dir():
-            if looks_like_hub_id:
-                return
-            raise ObjectiveError(
-                f"reward model {self.model!r} names a folder that does not exist.",
-                "correct the path, or give a hub id such as 'owner/name'.",
-            )
+            return
         if not any(folder.glob("*.safetensors")):
             raise ObjectiveError(
                 f"reward model {self.model!r} holds no *.safetensors, and pickled weights are not read.",

@@ -62,7 +62,7 @@ def test_missing_padding_token_is_replaced_by_the_end_token(
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
 def test_missing_folder_is_refused(path: str) -> None:
-    with pytest.raises(PolicyError, match=f"policy.path is '{path}', which does not exist. Hint: name a folder"):
+    with pytest.raises(PolicyError, match=f"policy.path is '{path}', which does not exist. Hint: correct the path"):
         load_policy(path)
 
 

@@ -128,7 +128,7 @@ def refused(folder: Any, **options: Any) -> str:
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path / "nowhere")
-    assert message.startswith(f"reward model '{tmp_path}/nowhere' names a folder that does not exist. Hint: ")
+    assert message.startswith(f"model is '{tmp_path}/nowhere', which does not exist. Hint: ")
 
 
 def test_a_folder_without_a_model_is_refused(make_folder: Any) -> None:

@@ -16,7 +16,7 @@ from mavis.critics.io.hub import download_critic
 from mavis.critics.trained_decoding import TrainedDecoding
 from mavis.errors import CriticError, DataError, MissingPackageError, closest
 from mavis.policies.fingerprint import Fingerprint
-from mavis.policies.names import is_hub_id
+from mavis.policies.names import check_source, is_hub_id
 from mavis.utils.files import describe_pickles, read_json, restore_folder
 from mavis.utils.tensors import load_tensors
 
@@ -32,6 +32,7 @@ def load_critic(folder: str | os.PathLike[str], kinds: Kinds, revision: str | No
     path = Path(folder)
     restore_folder(path)
     if isinstance(folder, str) and is_hub_id(folder):
+        check_source(folder, "folder", CriticError, revision)
         path = download_critic(folder, [CONFIG, WEIGHTS], revision)
     _describe(path, kinds)  # before anything is allocated that the weights do not need
     critic = _build(path, kinds)
