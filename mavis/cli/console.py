@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mavis.distributed import join_processes
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _PIPE_WIDTH = 160  # rich would cut cells at 80 columns where there is no terminal
+
+
+def terminal_text(text: str) -> str:
+    """Show control characters, with which a text could rewrite a terminal, as escapes; files get the text as it is.
+
+    Args:
+        text: such as a response.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print_line(text: str) -> None:
     """Print a line; of several processes only the main one does."""
     if join_processes().is_main:
-        print(text)
+        print(terminal_text(text))
 
 
 def print_note(text: str) -> None:
@@ -35,7 +48,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    console = Console(markup=False) if sys.stdout.isatty() else Console(width=_PIPE_WIDTH, markup=False)
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, no_wrap=True, justify="right" if isinstance(rows[0][name], int | float) else "left")
@@ -51,4 +64,4 @@ def _format_cell(value: Any) -> str:
         return ", ".join(f"{name} {number:.3g}" for name, number in value.items() if number)
     if isinstance(value, float):
         return f"{0.0 if abs(value) < 1e-6 else value:.3g}"  # rounding errors around 0 read as 0
-    return str(value)
+    return terminal_text(str(value))

@@ -13,7 +13,7 @@ from mavis.cli.build import (
     read_prompts,
     rollout_settings,
 )
-from mavis.cli.console import print_table
+from mavis.cli.console import print_table, terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError, DataError
 from mavis.utils.files import write_json
@@ -92,7 +92,7 @@ def _sample_pairs(config: Any, critic: Critic, objectives: dict[str, Objective],
 def _read_choice(pair: Pair) -> int | None:
     """Show two responses and read which one is preferred; 0 for neither, None to stop."""
     for number, response in enumerate((pair.chosen, pair.rejected), 1):
-        print(f"--- {number}\n{pair.prompt}{response}")
+        print(f"--- {number}\n{terminal_text(f'{pair.prompt}{response}')}")
     while True:
         try:
             answer = input(_PROMPT).strip().lower()

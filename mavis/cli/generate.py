@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mavis.cli.build import load_policy, plain
+from mavis.cli.console import terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError
 from mavis.policies.devices import states_device
@@ -146,10 +147,10 @@ def _run(config: Any) -> None:
             greedy=config.greedy,
         )
     if len(texts) == 1:
-        print(texts[0])
+        print(terminal_text(texts[0]))
         return
     for index, text in enumerate(texts):  # texts can span lines, so each gets a heading
-        print(f"--- prompt {index // config.samples + 1}, sample {index % config.samples + 1}\n{text}")
+        print(f"--- prompt {index // config.samples + 1}, sample {index % config.samples + 1}\n{terminal_text(text)}")
 
 
 def main() -> None:
