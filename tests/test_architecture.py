@@ -65,7 +65,6 @@ TESTED_ELSEWHERE = {
     "policies/embeddings.py": "critics/test_hidden_state.py",
     "policies/fingerprint.py": "critics/test_hidden_state.py",
     "policies/forward_pass.py": "critics/test_recurrent.py",
-    "policies/generation_config.py": "decoding/test_generation.py",
     "policies/loading.py": "cli/test_commands.py",
     "policies/names.py": "critics/io/test_model_card.py",
     "policies/save.py": "recipes/test_embedded_policy.py",

@@ -37,8 +37,9 @@ def generate(
 
         π(a|s) ∝ π_ref(a|s)^{1/T} · exp(Σ_m β w_m Q_m(s, a)),   a ∈ top-k of π_ref(·|s)
 
-    Temperature, top-k, top-p and penalties in the policy's own `generation_config` are ignored unless they are passed
-    to this call.
+    Temperature, top-k, top-p, penalties, beams, limits of time and forms of output in the policy's own
+    `generation_config` are ignored unless they are passed to this call. A `generation_config` that is passed sets
+    beams, limits and output, but neither temperature nor filters nor penalties: pass these by name.
 
     Args:
         policy: a causal LM that can `generate`.
@@ -60,7 +61,8 @@ def generate(
 
     Raises:
         CriticError: if no critic is given or attached, or it is attached to another policy.
-        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are not tensors or are padded on the right.
+        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are not tensors or are padded on the right,
+            and for a policy whose `generation_config` bans, forces or watermarks tokens unasked.
 
     Examples:
         >>> import mavis

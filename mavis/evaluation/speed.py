@@ -16,6 +16,7 @@ from mavis.evaluation.settings import EvaluationSettings
 from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.encoding import encode_prompts
+from mavis.policies.generation_config import neutral_generation_config
 
 
 def measure_speed(
@@ -95,16 +96,12 @@ def compare_speed(
 
     def seconds(set_up: Callable[[], MavisTilt | None]) -> float:
         tilt = set_up()
+        length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        # The policy's own config could ask for beams or a time limit.
+        config, _ = neutral_generation_config(policy, getattr(tilt, "temperature", 1.0), length)
 
         def run() -> None:
-            policy.generate(
-                **inputs,
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                logits_processor=tilt if tilt is not None else [],
-            )
+            policy.generate(**inputs, generation_config=config, logits_processor=tilt if tilt is not None else [])
 
         return tokens / tokens_per_second(run, tokens, device)
 

@@ -1,29 +1,103 @@
-"""Generation configs under which samples come from the tilted distribution and nothing else."""
+"""Generation configs under which samples come from the tilted distribution and nothing else.
+
+Every field of transformers' `GenerationConfig` is in one of five classes: what Mavis sets itself, neutral (set aside
+by a value without effect), the same for sampling only, allowed, and refused. `generate` fills a field that is None from
+the policy's own config again, so a field whose only neutral value is None has to be refused.
+"""
 
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
+
+from transformers import GenerationConfig
 
 from mavis.errors import ConfigError, DecodingError
 from mavis.policies.protocol import CausalLM
 
-# Settings of a model's generation_config that change the scores beside the tilt, with the value that has no effect.
-# `generate` fills None from that config again, so the neutral value has to be explicit.
-_NEUTRAL_PENALTIES: dict[str, Any] = {
+SET = frozenset({"do_sample", "temperature", "top_k"})
+"""Fields that Mavis sets itself."""
+
+NEUTRAL_PENALTIES: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "guidance_scale": 1.0,
     "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "penalty_alpha": 0.0,
 }
-_NEUTRAL_SAMPLING: dict[str, Any] = {
+"""Fields that change the scores, with the value that has no effect; also set aside in a caller's own config."""
+
+NEUTRAL_SAMPLING: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
+"""The same for fields that matter in sampling only, after the logits processors."""
+
+NEUTRAL_SEARCH: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "max_time": float("inf"),
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "token_healing": False,
+    "use_mtp": False,
+    "is_assistant": False,
+    "low_memory": False,
+}
+"""Fields that decide how responses are searched for, cut and returned; a caller's own config may set them."""
+
+ALLOWED = frozenset(
+    {
+        *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+        *("max_length", "max_new_tokens"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+        *("compile_config", "disable_compile", "continuous_batching_config"),
+        # These change nothing unless the caller asks for assisted decoding.
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"),
+        "transformers_version",
+    }
+)
+"""Fields of a policy's own config that may stay as they are."""
+
+REFUSED = frozenset(
+    {
+        *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
+        *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+        *("constraints", "force_words_ids", "stop_strings", "top_h", "watermarking_config", "dola_layers"),
+        *("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "speculation_type"),
+    }
+)
+"""Fields that only None disables; a policy's own config must not set them."""
+
+
+@cache
+def _refused() -> list[str]:
+    """List the refused fields, with those of a newer transformers that nobody has classified."""
+    known = SET | NEUTRAL_PENALTIES.keys() | NEUTRAL_SAMPLING.keys() | NEUTRAL_SEARCH.keys() | ALLOWED
+    return sorted(REFUSED | {name for name in vars(GenerationConfig()) if not name.startswith("_")} - known)
+
+
+def _value(config: Any, name: str) -> Any:
+    """Return the value of a field, or None if it is missing or an empty list."""
+    value = getattr(config, name, None)
+    return None if value == [] else value
 
 
 def neutral_generation_config(
@@ -32,33 +106,46 @@ def neutral_generation_config(
     """Build a generation config that leaves a tilted distribution alone.
 
     Args:
-        policy: a causal LM; the penalties and filters of its `generation_config` are disabled.
+        policy: a causal LM; what its `generation_config` says of penalties, filters, beams, limits and outputs is set
+            aside.
         temperature: T that `generate` divides the scores by.
-        arguments: the caller's arguments of `generate`; `do_sample` is filled in.
+        arguments: the caller's arguments of `generate`, which count; `do_sample` is filled in. A `generation_config`
+            among them counts for all but the distribution.
 
     Returns:
         The config, and the arguments that are not part of it.
 
     Raises:
-        DecodingError: if the policy's own config has a setting that cannot be disabled.
+        DecodingError: if the policy's own config has a setting that cannot be set aside, and the caller has not chosen
+            another.
     """
     inherited = policy.generation_config
-    if getattr(inherited, "top_h", None) is not None:  # has no neutral value, and None would be filled in again
-        raise DecodingError(
-            f"policy.generation_config.top_h is {inherited.top_h}, which would cut the tilted distribution.",
-            "set policy.generation_config.top_h = None.",
-        )
     given = arguments.pop("generation_config", None)
+    for name in _refused():
+        value = _value(inherited, name)
+        if value is not None and arguments.get(name) is None and _value(given, name) is None:
+            raise DecodingError(
+                f"policy.generation_config.{name} is {value!r}, so responses would not come from the tilted "
+                "distribution.",
+                f"set policy.generation_config.{name} = None, or pass {name} to mavis.generate if it is wanted.",
+            )
     config = copy.deepcopy(given if given is not None else inherited)
     sampling = arguments.setdefault("do_sample", True if given is None or given.do_sample is None else given.do_sample)
-    neutral = _NEUTRAL_PENALTIES | (_NEUTRAL_SAMPLING if sampling else {})
+    neutral = NEUTRAL_PENALTIES | NEUTRAL_SEARCH | (NEUTRAL_SAMPLING if sampling else {})
     for name, value in neutral.items():
-        if getattr(config, name, None) is not None or getattr(inherited, name, None) is not None:
+        chosen = name in NEUTRAL_SEARCH and getattr(given, name, None) is not None
+        if not chosen and (getattr(config, name, None) is not None or getattr(inherited, name, None) is not None):
             setattr(config, name, value)
     if sampling:
         config.top_k, config.temperature = 0, temperature
     others = config.update(**arguments)
     return config, others
+
+
+def special_tokens_config(policy: CausalLM) -> Any:
+    """Build a generation config that keeps the special tokens of the policy's own and nothing else."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    return GenerationConfig(**{name: getattr(policy.generation_config, name, None) for name in names})
 
 
 def end_token_ids(policy: Any) -> set[int]:
@@ -67,30 +154,17 @@ def end_token_ids(policy: Any) -> set[int]:
     return set() if end is None else set(end) if isinstance(end, list | tuple) else {int(end)}
 
 
-# Settings of a policy's generation_config whose effect on the scores is not reproduced when responses are replayed.
-_NOT_REPLAYED = (
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-    "sequence_bias",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "min_length",
-    "min_new_tokens",
-)
-
-
 def check_replayable(policy: CausalLM) -> None:
     """Check that a policy samples from its own distribution, so that replaying a response reproduces its scores.
 
     Raises:
-        ConfigError: if its generation_config changes the scores.
+        ConfigError: if its generation_config changes the scores or the responses, and cannot be set aside.
     """
-    for name in _NOT_REPLAYED:
-        value = getattr(policy.generation_config, name, None)
-        if value not in (None, 0, []):
+    for name in _refused():
+        value = _value(policy.generation_config, name)
+        if value is not None:
             raise ConfigError(
                 f"policy.generation_config.{name} is {value!r}, so its samples do not come from its own distribution.",
-                f"set policy.generation_config.{name} = None while the critic is trained and evaluated.",
+                f"set policy.generation_config.{name} = None, or remove {name} from the policy's "
+                "generation_config.json, while the critic is trained and evaluated.",
             )

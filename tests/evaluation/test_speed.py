@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mavis.evaluation import speed
 from mavis.evaluation.speed import compare_speed
@@ -28,6 +29,7 @@ class Policy:
 
     def __init__(self, clock: Clock, seconds: list[float]) -> None:
         self.clock, self.seconds, self.calls = clock, iter(seconds), []
+        self.generation_config = GenerationConfig(num_beams=4, max_time=0.1, top_p=0.5)
 
     def generate(self, **arguments: Any) -> None:
         self.calls.append(arguments)
@@ -59,8 +61,10 @@ def test_every_method_samples_the_same_number_of_tokens(clock: Clock) -> None:
     compare_speed(policy, INPUTS, {"a": lambda: None, "b": lambda: None}, new_tokens=7, repeats=1)
     assert len(policy.calls) == 10
     for call in policy.calls:
-        assert (call["min_new_tokens"], call["max_new_tokens"]) == (7, 7)
-        assert (call["do_sample"], call["top_k"]) == (True, 0)
+        config = call["generation_config"]
+        assert (config.min_new_tokens, config.max_new_tokens) == (7, 7)
+        assert (config.do_sample, config.top_k, config.top_p) == (True, 0, 1.0)
+        assert (config.num_beams, config.max_time) == (1, float("inf"))
         assert call["input_ids"] is INPUTS["input_ids"]
 
 

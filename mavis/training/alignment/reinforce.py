@@ -30,6 +30,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from mavis.errors import DataError, first_sentence
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.encoding import prompt_ids
+from mavis.policies.generation_config import special_tokens_config
 from mavis.policies.save import save_policy
 from mavis.rollouts.collect import response_texts
 from mavis.training.alignment.settings import AlignSettings
@@ -73,11 +75,12 @@ def reinforce(
     if state["step"] == settings.steps:
         return float(state["seconds"])
     trained = copy.deepcopy(policy)
+    # What TRL leaves open, `generate` would fill from the policy's own config.
+    trained.generation_config = special_tokens_config(policy)
     own_tokenizer = copy.deepcopy(tokenizer)  # TRL adds a padding token to tokenizers without one
 
     def scored(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        prompt_ids = own_tokenizer(prompts)["input_ids"]
-        return reward(prompts, response_texts(own_tokenizer, prompt_ids, completion_ids))
+        return reward(prompts, response_texts(own_tokenizer, prompt_ids(own_tokenizer, prompts), completion_ids))
 
     trainer: Any = RLOOTrainer
     config: Any = RLOOConfig
@@ -98,7 +101,9 @@ def reinforce(
             trained.config._name_or_path = str(folder / "reference")
             # In half precision most updates would be rounded away.
             trained.float().requires_grad_(True)
-        run = trainer(
+        run = _with_our_prompts(
+            trainer
+        )(
             trained,
             scored,
             config(
@@ -188,6 +193,16 @@ def restore_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
         parameters[name].copy_(weight)
+
+
+def _with_our_prompts(trainer: Any) -> Any:
+    """Let a trainer of TRL encode prompts as rollouts do, with one BOS token."""
+
+    class Trainer(trainer):
+        def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            return prompt_ids(self.processing_class, prompts), None, {}
+
+    return Trainer
 
 
 def _lora(settings: AlignSettings) -> LoraConfig:
