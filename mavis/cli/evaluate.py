@@ -127,8 +127,11 @@ def _run(config: Any) -> None:
     critic = Critic.from_pretrained(config.checkpoint)
     assert isinstance(critic, HeadCritic)
     policy, tokenizer = load_policy(config.policy)
+    is_finished = (folder / "report.json").is_file()
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
     if report is not None:
+        if is_finished:
+            print(f"rollouts of the finished run in {folder} reused", file=sys.stderr)
         update_model_card(critic, config.checkpoint)
         for path in write_report(folder, report):
             print(path)

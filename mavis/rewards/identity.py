@@ -31,8 +31,8 @@ def objective_identity(objective: Any) -> str:
 
     A function is identified by its code, without comments and docstring, by its closure, its defaults, and by the
     functions and values of its module that it uses; an object by its class and its attributes. Code of installed
-    packages counts by its name. An attribute `version` replaces the code: change it when the rewards change. A method
-    `identity` that returns plain data replaces everything else, as in `RewardModel`.
+    packages counts by its name. An attribute `version` replaces name and code: change it when the rewards change. A
+    method `identity` that returns plain data replaces everything else, as in `RewardModel`.
 
     What an objective stores while it scores, such as a cache, does not change its identity within a process.
 
@@ -40,7 +40,7 @@ def objective_identity(objective: Any) -> str:
         objective: to identify.
 
     Returns:
-        A name with a hash, the same in every process.
+        A hash, the same in every process.
 
     Examples:
         >>> from mavis.rewards import Brevity, objective_identity
@@ -77,7 +77,7 @@ def is_as_in_first_release(objective: Any) -> bool:
 
 
 def _digest(objective: Any) -> str:
-    return f"{_name(objective)} {_hash(_Describer().describe(objective))[:16]}"
+    return _hash(_Describer().describe(objective))[:16]
 
 
 def _hash(description: Any) -> str:
@@ -129,7 +129,7 @@ class _Describer:
             return ["wrapper", self.describe(value.__wrapped__, depth)]
         attributes = {} if _is_installed(type(value)) and not _is_mavis(type(value)) else _attributes(value)
         version = None if _is_mavis(type(value)) else _version(value)
-        code = self._describe_code(type(value), depth) if version is None else [_name(value), version]
+        code = self._describe_code(type(value), depth) if version is None else ["version", version]
         return ["object", code, self.describe(attributes, depth)]
 
     def _each(self, values: Any, depth: int) -> list[Any]:
@@ -141,7 +141,7 @@ class _Describer:
             self.versions.append(getattr(code, "version", 1))
             return ["mavis", _name(code), self.versions[-1]]
         if (version := _version(code)) is not None:
-            return ["version", _name(code), version]
+            return ["version", version]
         if _is_installed(code):
             return ["installed", code.__module__, _name(code)]
         return self._describe_class(code, depth) if isinstance(code, type) else self._describe_function(code, depth)

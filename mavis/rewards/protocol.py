@@ -114,8 +114,14 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[Prompt], respon
     rewards = np.empty((len(responses), len(objectives)), dtype=np.float64)
     for column, (name, objective) in enumerate(objectives.items()):
         check_callable(name, objective)
-        if len(responses):
-            rewards[:, column] = _finite_floats(_call(name, objective, prompts, responses), responses, name)
+        if not len(responses):
+            continue
+        identity = objective_identity(objective)
+        try:
+            returned = _call(name, objective, prompts, responses)
+        finally:
+            remember_identity(objective, identity)  # which a cache in it does not change
+        rewards[:, column] = _finite_floats(returned, responses, name)
     return rewards
 
 
@@ -161,10 +167,7 @@ def check_callable(name: str, objective: Any) -> None:
 def _call(name: str, objective: Objective, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
     """Call an objective with lists of its own; what it raises becomes the cause of an ObjectiveError."""
     try:
-        identity = objective_identity(objective)
-        returned = objective(list(prompts), list(responses))
-        remember_identity(objective, identity)  # which a cache in it does not change
-        return returned
+        return objective(list(prompts), list(responses))
     except MavisError as error:
         error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
         raise

@@ -21,12 +21,12 @@ from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.policies.generation_config import check_replayable
 from mavis.rewards import Objective, check_batch_independence, score
+from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
 from mavis.rollouts.plan import RolloutPlan
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, sampler_identity
 from mavis.rollouts.sampling import RolloutSettings, response_texts, shard_seed
 from mavis.rollouts.shards import read_shard, store_missing, write_shard
-from mavis.utils.files import matches_manifest, write_json
 from mavis.utils.locks import locked_folder
 
 
@@ -71,7 +71,8 @@ def collect(
 
     Raises:
         ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
-        DataError: if the folder holds rollouts of another plan or shards that cannot be read, or is in use by another
+        DataError: if the folder holds rollouts of another plan, rewards of objectives that have changed since, or
+            shards that cannot be read, or is in use by another
             run.
         ObjectiveError: if an objective fails, returns something other than one finite number per response, or scores
             responses of the first shard differently in another batch.
@@ -105,8 +106,10 @@ def collect(
     }
     processes.check_agreement("plan of rollouts", manifest)
     with locked_folder(target, processes.is_main):
-        if processes.is_main and not matches_manifest(target / "plan.json", manifest, "rollouts with different"):
-            write_json(target / "plan.json", manifest)
+        if processes.is_main and not matches_scored_manifest(
+            target / "plan.json", manifest, objectives, "rollouts with different"
+        ):
+            write_scored_manifest(target / "plan.json", manifest, objectives)
         processes.barrier()
         processes.check_shared_path(target / "plan.json")
         shards = plan.shards(settings.shard_size)

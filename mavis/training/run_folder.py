@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,11 @@ from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup
 from mavis.errors import CriticError, DataError
 from mavis.policies import Prompt
+from mavis.rewards import Objective
 from mavis.rollouts import RolloutPlan
+from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
 from mavis.training.accelerate_session import check_accelerate
-from mavis.utils.files import matches_manifest, read_json, restore_folder, write_json
+from mavis.utils.files import read_json, restore_folder, write_json
 
 Report = TypeVar("Report", bound=Any)
 
@@ -30,6 +33,8 @@ def open_run(
     prompts: Sequence[Prompt],
     settings: Any,
     processes: ProcessGroup,
+    *,
+    objectives: Mapping[str, Objective],
     **more: Any,
 ) -> None:
     """Open the folder of a run: write its manifest and the initial critic, or load these if the run is resumed.
@@ -42,10 +47,12 @@ def open_run(
         prompts: to sample from.
         settings: a dataclass.
         processes: the group.
+        objectives: whose rewards the run stores, by name; empty if it stores none.
         more: further entries of the manifest, plain data by name.
 
     Raises:
-        DataError: if the folder belongs to a different run; names the entries of the manifest that differ.
+        DataError: if the folder belongs to a different run; names the entries of the manifest that differ, or the
+            objectives that have changed.
         ConfigError: if Accelerate is configured for something that a fit does not support.
         ProcessError: if the processes run different things, or one has stopped.
     """
@@ -60,10 +67,12 @@ def open_run(
     }
     processes.check_agreement("run", manifest)
     restore_folder(folder / "start")
-    resumed = processes.is_main and matches_manifest(folder / "run.json", manifest, "a run with different")
+    resumed = processes.is_main and matches_scored_manifest(
+        folder / "run.json", manifest, objectives, "a run with different"
+    )
     if processes.is_main and not (resumed and (folder / "start").is_dir()):
         critic.save_pretrained(folder / "start")
-        write_json(folder / "run.json", manifest)
+        write_scored_manifest(folder / "run.json", manifest, objectives)
     processes.barrier()
     processes.check_shared_path(folder / "run.json")
     load_weights(critic, folder / "start")
@@ -136,6 +145,11 @@ def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: P
         return report
     load_weights(critic, folder / "critic")
     return read_report(folder / "report.json", type(report))
+
+
+def report_reuse(folder: Path) -> None:
+    """Say on standard error that a finished run is reused: a repeated call takes no time and changes nothing."""
+    print(f"finished run in {folder} reused", file=sys.stderr)
 
 
 def load_weights(critic: HeadCritic, folder: Path) -> None:

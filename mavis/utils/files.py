@@ -247,7 +247,7 @@ def matches_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any], 
         return False
     found = read_json(path)
     if found != manifest:
-        if not _has_results(path.parent):
+        if not has_results(path.parent):
             return False
         raise DataError(
             f"folder {str(path.parent)!r} holds {holds} {', '.join(_differing_keys(found, manifest))}.",
@@ -256,7 +256,7 @@ def matches_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any], 
     return True
 
 
-def _has_results(folder: Path) -> bool:
+def has_results(folder: Path) -> bool:
     """Whether a run has finished anything in its folder: a shard of rollouts, a checkpoint or a report."""
     return any(
         entry.name.startswith("shard-") or entry.name in ("checkpoint", "report.json") for entry in folder.rglob("*")

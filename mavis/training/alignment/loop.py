@@ -22,11 +22,12 @@ from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.rewards import Objective, score
 from mavis.rollouts.collect import RolloutPlan, collect
+from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
 from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
-from mavis.training.run_folder import Progress, read_report
-from mavis.utils.files import matches_manifest, write_json
+from mavis.training.run_folder import Progress, read_report, report_reuse
+from mavis.utils.files import write_json
 from mavis.utils.locks import locked_folder
 
 
@@ -98,12 +99,13 @@ def align(
     _check(policy, tokenizer, prompts, evaluation_prompts, settings)
     manifest = _manifest(policy, objectives, row, prompts, evaluation_prompts, settings)
     with locked_folder(run):
-        resumed = matches_manifest(run / "run.json", manifest, "an alignment with different")
+        resumed = matches_scored_manifest(run / "run.json", manifest, objectives, "an alignment with different")
         if resumed and (run / "report.json").is_file():
+            report_reuse(run)
             return read_report(run / "report.json", AlignReport)
         training = _import_training()
         if not resumed:
-            write_json(run / "run.json", manifest)
+            write_scored_manifest(run / "run.json", manifest, objectives)
 
         sample = partial(_sample, tokenizer, objectives, run, settings, report_progress)
         raw, _ = sample(policy, "reference rollouts", prompts, settings.reference_samples, seed=0)

@@ -29,7 +29,7 @@ from mavis.training.distillation.settings import DistillReport, DistillSettings
 from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out, fit_regression
 from mavis.training.rollout_tensors import ShardedRollouts, concatenate_rollouts, shard_indices
-from mavis.training.run_folder import Progress, load_finished, open_run, save_finished
+from mavis.training.run_folder import Progress, load_finished, open_run, report_reuse, save_finished
 from mavis.utils.locks import locked_folder
 
 
@@ -111,7 +111,7 @@ def distill(
     processes = join_processes(states_device(policy))
     run, report_progress = Path(folder), (progress if processes.is_main else None) or (lambda stage, done, total: None)
     with locked_folder(run, processes.is_main):
-        open_run(run, student, prompts, settings, processes, teachers=critic_digest(teacher))
+        open_run(run, student, prompts, settings, processes, objectives={}, teachers=critic_digest(teacher))
         record_training(student, policy, prompts, settings)
         logger = MetricLogger(log if processes.is_main else None, settings.fit.epochs)
         student.to(states_device(policy))
@@ -120,6 +120,8 @@ def distill(
         student.decoding = replace(settings.sampling.trained_decoding(), top_k=settings.candidates)
         report = load_finished(run, student, DistillReport, processes)
         if report is not None:
+            if processes.is_main:
+                report_reuse(run)
             logger.errors(report.losses)
         else:
             student.reward_mean.copy_(teacher.reward_mean)

@@ -29,7 +29,7 @@ from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out
 from mavis.training.rollout_tensors import ShardedRollouts, concatenate_sharded
-from mavis.training.run_folder import Progress, load_finished, open_run, save_finished
+from mavis.training.run_folder import Progress, load_finished, open_run, report_reuse, save_finished
 
 Shards = Sequence[Any]
 """Datasets of rollouts, as `collect` yields them."""
@@ -108,7 +108,9 @@ class ImprovementStages:
         critic.fingerprint = Fingerprint.of(policy)
         device = states_device(policy)
         processes = join_processes(device)
-        open_run(folder, critic, prompts, settings, processes, **sampler_identity(sampler))
+        open_run(folder, critic, prompts, settings, processes, objectives=objectives, **sampler_identity(sampler))
+        if processes.is_main and (folder / "critic").is_dir():
+            report_reuse(folder)
         record_training(critic, policy, prompts, settings)
         critic.to(device)
         critic.calibration = None  # an earlier calibration does not hold for the new heads

@@ -1,0 +1,82 @@
+"""Rewards of objectives that have changed since are never mixed with new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mavis.errors import DataError
+from mavis.rewards import Brevity, Objective, Positive
+from mavis.rollouts import RolloutPlan, RolloutSettings, collect
+from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
+from mavis.utils.files import read_json, write_json
+
+MANIFEST = {"plan": "abc", "objectives": ["mine", "brevity"]}
+
+
+def counting(mark: str) -> Objective:
+    return lambda prompts, responses: [float(response.count(mark)) for response in responses]
+
+
+def matches(path: Path, mine: Objective, manifest: dict[str, Any] = MANIFEST, brevity: Objective | None = None) -> bool:
+    objectives = {"mine": mine, "brevity": brevity or Brevity()}
+    return matches_scored_manifest(path, manifest, objectives, "rollouts with different")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The manifest of a folder with a shard."""
+    (tmp_path / "shard-00000").mkdir()
+    write_scored_manifest(tmp_path / "plan.json", MANIFEST, {"mine": counting("!"), "brevity": Brevity()})
+    return tmp_path / "plan.json"
+
+
+def test_the_same_objectives_match(path: Path) -> None:
+    assert matches(path, counting("!"))
+    assert not matches(path.with_name("nothing.json"), counting("!"))
+
+
+def test_an_objective_that_has_changed_is_named(path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        matches(path, counting("?"))
+    assert caught.value.message == (
+        f"folder {str(path.parent)!r} holds rewards of other objectives: 'mine' has changed since, in its code, its "
+        "options or its files."
+    )
+    with pytest.raises(DataError, match="holds rewards of other objectives: 'brevity' has changed since"):
+        matches(path, counting("!"), brevity=Brevity(scale=3))
+
+
+def test_other_differences_come_first(path: Path) -> None:
+    with pytest.raises(DataError, match="holds rollouts with different plan"):
+        matches(path, counting("?"), MANIFEST | {"plan": "def"})
+
+
+def test_a_run_without_results_may_change(path: Path) -> None:
+    (path.parent / "shard-00000").rmdir()
+    assert not matches(path, counting("?"))
+
+
+def test_a_manifest_of_the_first_release_matches_objectives_that_score_as_then(path: Path) -> None:
+    write_json(path, MANIFEST)
+    assert matches(path, counting("!"), brevity=Positive())
+    with pytest.raises(DataError, match="'brevity' has changed since"):
+        matches(path, counting("!"))
+
+
+def test_a_resumed_collection_refuses_an_objective_that_has_changed(
+    tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    def run(objective: Callable[[Sequence[str], Sequence[str]], Any]) -> Any:
+        plan = RolloutPlan.reference(["the dog", "she said"], 1)
+        settings = RolloutSettings(max_new_tokens=4)
+        return list(collect(tiny_policy, tiny_tokenizer, {"mine": objective}, plan, tmp_path, settings))
+
+    first = run(counting("a"))
+    assert [shard.to_dict() for shard in run(counting("a"))] == [shard.to_dict() for shard in first]
+    with pytest.raises(DataError, match="'mine' has changed since"):
+        run(counting("e"))
+    assert list(read_json(tmp_path / "plan.json")["scoring"]) == ["mine"]
