@@ -34,6 +34,10 @@ class Attachable:
         self._capture: StateCapture | None = None
         self._temporary_users = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle has: everything but the attachment to a policy."""
+        return self.__dict__ | {"_capture": None, "_temporary_users": 0}
+
     def attach(self, policy: CausalLM) -> Attachment:
         """Read the hidden states of a policy from now on, by hooks on its forward pass.
 

@@ -169,6 +169,9 @@ class HiddenStateCritic(HeadCritic):
         super().detach()
         self._sequence_memories = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_sequence_memories": None}
+
     def _inputs(self, prefix_ids: Tensor) -> Tensor:
         normed = self._normed(self._states(prefix_ids))
         if self.memory is None:

@@ -264,6 +264,9 @@ class ValueModelCritic(HeadCritic):
         super().detach()
         self._reader = self._policy_cache = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_reader": None, "_policy_cache": None}
+
     def _on_attach(self, policy: CausalLM) -> None:
         super()._on_attach(policy)
         self._reader, self._policy_cache = PrefixReader(self.eval().trunk), threading.local()

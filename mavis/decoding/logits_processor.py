@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,6 +185,13 @@ class MavisTilt(LogitsProcessor):
         if is_untilted is not None:
             logprobs = torch.where(is_untilted, precise, logprobs)
         return logprobs.to(scores.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle has: everything but the records of generations; its critic is detached."""
+        return self.__dict__ | {"_thread": None, "_latest_trace": None, "_batch_lambda": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _thread=threading.local())
 
     # `generate` iterates over its logits_processor, so a single processor acts as a list of one.
     def __len__(self) -> int:

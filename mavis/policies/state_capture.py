@@ -50,15 +50,15 @@ class StateCapture:
         # Wrappers (PEFT's, a compiled module) delegate `generate` to the model inside, whose passes are captured.
         model = next((inner for inner in policy.modules() if isinstance(inner, GenerationMixin)), policy)
         self.policy = weakref.ref(policy)
-        # A deep copy of the policy takes the hooks along, and its passes are not this policy's.
+        # A shallow copy of the policy, or a layer that two policies share, calls the hooks for passes of its own.
         self._model, self._embedding = weakref.ref(model), weakref.ref(embedding)
         self.owner = owner  # a strong reference: the hooks of a critic that is gone could not be removed
         self._thread = threading.local()
         self._hooks: list[Any] = []
         # A compiler would record what a hook finds, but each pass has its own thread and its own callers.
         self._hooks += [
-            model.register_forward_pre_hook(_untraced(self._policy_forward_hook), with_kwargs=True),
-            embedding.register_forward_pre_hook(_untraced(self._output_embedding_hook)),
+            model.register_forward_pre_hook(_Hook(self._policy_forward_hook), with_kwargs=True),
+            embedding.register_forward_pre_hook(_Hook(self._output_embedding_hook)),
         ]
         _attached.setdefault(policy, []).append(self)
 
@@ -268,11 +268,25 @@ def captures_around(policy: Any) -> list[StateCapture]:
     return [capture for captures in found for capture in captures]
 
 
-def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """Exclude a hook from compiled graphs; with `fullgraph=True` the compiler reports the reason."""
-    reason = "a critic reads the hidden states of every pass: compile with fullgraph=False, or detach the critic"
-    untraced: Callable[..., None] = torch.compiler.disable(hook, reason=reason)
-    return untraced
+class _Hook:
+    """Excludes a hook from compiled graphs, and stays behind when a module is copied or pickled with its hooks."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        reason = "a critic reads the hidden states of every pass: compile with fullgraph=False, or detach the critic"
+        self._hook: Callable[..., None] = torch.compiler.disable(hook, reason=reason)
+
+    def __call__(self, *args: Any) -> None:
+        self._hook(*args)
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a copy of a module has in place of a hook."""
+
+    def __call__(self, *args: Any) -> None:
+        """Do nothing."""
 
 
 _attached: weakref.WeakKeyDictionary[Any, list[StateCapture]] = weakref.WeakKeyDictionary()
