@@ -431,6 +431,17 @@ def test_interrupted_by_an_objective_it_resumes_without_resampling_finished_shar
     assert scored == [16, 8, 8, 16, 16, 8, 8, 16, 8, *calibration]
 
 
+def test_a_finished_run_says_that_it_is_reused_and_refuses_a_changed_objective(
+    start: Any, new_critic: Any, tiny_objectives: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(start(new_critic("good"), tmp_path, objectives={"good": tiny_objectives["good"]}))
+    assert "reused" not in capsys.readouterr().err
+    list(start(new_critic("good"), tmp_path, objectives={"good": tiny_objectives["good"]}))
+    assert f"finished run in {tmp_path} reused\n" in capsys.readouterr().err
+    with pytest.raises(DataError, match="holds rewards of other objectives: 'good' has changed since"):
+        list(start(new_critic("good"), tmp_path, objectives={"good": lambda p, r: [float(len(text)) for text in r]}))
+
+
 def test_a_finished_run_is_loaded_without_calling_the_policy(
     start: Any, new_critic: Any, tiny_policy: Any, uninterrupted: Any
 ) -> None:
