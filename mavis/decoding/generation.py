@@ -113,6 +113,7 @@ def generate(
         max_new_tokens=_response_length(config, arguments),
         entropy_gate=entropy_gate,
     )
+    tilt.checks_generate = False  # what this call names may act after the tilt
     processors = LogitsProcessorList([*(others if others is not None else []), tilt])
     with chosen.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **remaining)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mavis.decoding.settings import (
     AsTrained,
     check_calibration,
     check_settings,
+    disagreement,
     trained_temperature,
     trained_top_k,
 )
@@ -26,7 +28,7 @@ from mavis.decoding.weights import Weights, check_prompt_groups, lambda_rows
 from mavis.errors import CriticError, DecodingError, WeightsError
 from mavis.math.kl import step_kl
 from mavis.math.tilt import tilted_logprobs, top_candidates
-from mavis.policies.call_stack import assistance
+from mavis.policies.call_stack import assistance, running_generation_config, user_stacklevel
 from mavis.policies.generation_config import end_token_ids
 
 
@@ -59,7 +61,8 @@ class MavisTilt(LogitsProcessor):
 
     Rows whose λ is 0 pass through untouched. Other rows come back as T · log π over the candidates and −inf elsewhere,
     so that `generate`'s own division by T gives π, and a beam's score is log π. Pass it to `generate` alone, in a list
-    or in a `LogitsProcessorList`, together with `top_k=0` and the same `temperature`; `mavis.generate` sets both sides.
+    or in a `LogitsProcessorList`, together with `top_k=0` and the same `temperature`; it warns once if `generate`
+    changes the tilted distribution afterwards. `mavis.generate` sets both sides.
 
     Args:
         weights: a mapping from objective to weight, M numbers, a tensor (M,) or (R, M), or one mapping per prompt. With
@@ -117,6 +120,8 @@ class MavisTilt(LogitsProcessor):
         self._beta, self._target_kl, self._max_new_tokens = beta, target_kl, max_new_tokens
         self._top_k, self._temperature, self.record_kl = top_k, temperature, record_kl
         self.entropy_gate = entropy_gate
+        self.checks_generate = True
+        """Whether to warn once if `generate` changes the tilted distribution afterwards."""
         self._resolved: _ResolvedSettings | None = None
         self._batch_lambda: _BatchLambda | None = None
         self._thread = threading.local()
@@ -154,6 +159,8 @@ class MavisTilt(LogitsProcessor):
         top_k, temperature = resolved.top_k, resolved.temperature
         batch = self._lambda_of_batch(critic, scores)
         trace = self._trace(critic, input_ids)
+        if self.checks_generate and input_ids is trace.prompt_ids and batch.lam is not None:
+            self._check_generate(resolved, scores.shape[1], batch)
         if self.record_kl or self.entropy_gate is not None:
             trace.update_ended(input_ids, end_token_ids(critic.attached_policy))
         if batch.lam is None:
@@ -278,6 +285,15 @@ class MavisTilt(LogitsProcessor):
         )
         self._batch_lambda = kept
         return kept
+
+    def _check_generate(self, resolved: _ResolvedSettings, vocabulary: int, batch: _BatchLambda) -> None:
+        config = running_generation_config()
+        some_pass_through = batch.is_untilted is not None or self.entropy_gate is not None
+        candidates = vocabulary if resolved.top_k is None or some_pass_through else resolved.top_k
+        problem = disagreement(config, candidates, resolved.temperature) if config is not None else None
+        if problem is not None:
+            self.checks_generate = False
+            warnings.warn(problem, UserWarning, stacklevel=user_stacklevel())
 
     def _trace(self, critic: Critic, input_ids: Tensor) -> GenerationTrace:
         """Return the trace of the current generation; at the first step start one and check how rows are grouped."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from mavis.critics import Calibration, Critic, CriticGroup, TrainedDecoding
 from mavis.decoding.weights import strength_rows
@@ -126,4 +127,50 @@ def check_calibration(
         raise DecodingError(f"target_kl is {target_kl:g}; {problem}", hint)
     warnings.warn(
         f"beta is not given; {problem} The default may be too strong: {hint}", UserWarning, stacklevel=stacklevel
+    )
+
+
+_CUTS: tuple[tuple[str, float], ...] = (
+    ("top_p", 1.0),
+    ("min_p", 0.0),
+    ("typical_p", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("top_h", math.inf),
+)
+"""What `generate` cuts a sampled distribution by after its logits processors, with the value that has no effect."""
+
+
+def disagreement(config: Any, candidates: int, temperature: float) -> str | None:
+    """Describe what `generate` does to the distribution after the tilt.
+
+    Args:
+        config: the generation config in force, with every default filled in.
+        candidates: the number of tokens that the tilt leaves, at most.
+        temperature: T of the tilt.
+
+    Returns:
+        What and how to avoid it, or None if samples come from the tilted distribution.
+    """
+    found, mended = [], []
+    if config.do_sample:
+        if (config.temperature or 1.0) != temperature:
+            found.append(f"divides by temperature={config.temperature:g}, but the tilt has temperature={temperature:g}")
+            mended.append(f"temperature={temperature:g}")
+        cuts = {name: getattr(config, name, None) for name, neutral in _CUTS}
+        cuts = {name: cuts[name] for name, neutral in _CUTS if cuts[name] not in (None, neutral)}
+        if config.top_k and config.top_k < candidates:
+            cuts = {"top_k": config.top_k} | cuts
+        if cuts:
+            found.append(f"cuts the tilted distribution by {', '.join(f'{name}={cuts[name]:g}' for name in cuts)}")
+            neutral = {"top_k": "0", "top_h": "None"} | {name: f"{value:g}" for name, value in _CUTS if name != "top_h"}
+            mended += [f"{name}={neutral[name]}" for name in cuts]
+    if getattr(config, "watermarking_config", None) is not None:
+        found.append("adds a watermark to the tilted distribution")
+        mended.append("watermarking_config=None")
+    if not found:
+        return None
+    return (
+        f"after the tilt, generate {' and '.join(found)}. Hint: pass {', '.join(mended)} to generate, or use "
+        "mavis.generate, which sets both sides."
     )

@@ -1,4 +1,4 @@
-"""Recognising assisted decoding and other logits processors by the call stack.
+"""Recognising how a policy generates by the call stack: assistance, other processors, the generation config.
 
 The ids of a draft can look like those of a decoding step, and on an accelerator the host cannot see them without
 waiting; the calling function is known immediately and for certain.
@@ -7,9 +7,10 @@ waiting; the calling function is known immediately and for certain.
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal
 
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 
@@ -39,3 +40,25 @@ def inside_processor() -> bool:
         ):
             return True
     return False
+
+
+def running_generation_config() -> Any | None:
+    """Return the config of the innermost `generate` on the call stack, with every default filled in, or None."""
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        config = frame.f_locals.get("generation_config")
+        if isinstance(config, GenerationConfig) and isinstance(frame.f_locals.get("self"), GenerationMixin):
+            return config
+    return None
+
+
+def user_stacklevel() -> int:
+    """Return the `stacklevel` at which a warning of the calling function points to the user's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _package(frame) in ("mavis", "transformers", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

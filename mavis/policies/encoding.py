@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import BatchEncoding
+
 from mavis.policies.chat import Prompt, is_conversation, render_prompt
 
 
@@ -47,6 +49,8 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_mess
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_message: bool = False) -> Any:
     """Encode prompts as one batch, padded on the left; see `prompt_ids`.
 
+    A tokenizer without a padding token will do.
+
     Returns:
         A `BatchEncoding` of input_ids (B, L) and attention_mask (B, L), both int64.
 
@@ -58,4 +62,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_
         [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
     """
     ids = prompt_ids(tokenizer, prompts, continue_final_message=continue_final_message)
+    if tokenizer.pad_token_id is None:  # padding is masked, so that any token will do
+        padding = tokenizer.eos_token_id or 0
+        longest = max(map(len, ids))
+        rows = {
+            "input_ids": [[padding] * (longest - len(row)) + row for row in ids],
+            "attention_mask": [[0] * (longest - len(row)) + [1] * len(row) for row in ids],
+        }
+        return BatchEncoding(rows, tensor_type="pt")
     return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mavis
 from mavis.errors import PromptError
@@ -206,3 +208,13 @@ def test_a_template_without_an_end_of_turn_has_none(tokenizer: Any) -> None:
     assert turn_end_ids(tokenizer) == set()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert turn_end_ids(tokenizer) == set()
+
+
+def test_a_tokenizer_without_a_padding_token_encodes_a_batch(tokenizer: Any) -> None:
+    expected = encode_prompts(tokenizer, ["Once upon a time", "Once"])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    encoded = encode_prompts(tokenizer, ["Once upon a time", "Once"])
+    mask = expected["attention_mask"]
+    assert torch.equal(encoded["attention_mask"], mask)
+    assert torch.equal(encoded["input_ids"] * mask, expected["input_ids"] * mask)
