@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -166,6 +167,33 @@ class Calibration:
                 "choose a smaller target, or pass beta instead.",
             )
         return beta
+
+    def beta_at_length(self, weights: Tensor, target_kl: float, max_new_tokens: int) -> float:
+        """Compute the β that spends a KL budget over responses of up to another length; see `beta` and `at_length`.
+
+        Responses that are shorter than the measured ones may be too short to spend the budget. They get the largest
+        measured β, with a warning.
+
+        Args:
+            weights: (M,) finite, not all zero.
+            target_kl: κ > 0 in nats per response, including the floor.
+            max_new_tokens: n ≥ 1.
+
+        Raises:
+            CriticError: as `beta` does.
+        """
+        measured, max_beta = self.at_length(max_new_tokens), self._max_beta(weights)
+        if max_new_tokens < self.max_new_tokens:
+            self.beta(weights, target_kl)  # refuses a budget that longer responses could not spend either
+            if measured._beta(weights, target_kl - measured.floor) > max_beta:
+                warnings.warn(
+                    f"target_kl is {target_kl:g}, but {max_new_tokens} tokens are too few to spend it at the "
+                    f"calibrated strengths; the largest of them, beta {max_beta:.3g}, is used.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return max_beta
+        return measured.beta(weights, target_kl)
 
     def default_beta(self, weights: Tensor) -> float:
         """Compute the β that spends `DEFAULT_KL` above the floor at given weights, at most the largest measured one.

@@ -152,8 +152,8 @@ def lambda_rows(
         if target_kl is None:
             beta_of = critic.calibration.default_beta
         else:
-            measured = critic.calibration if max_new_tokens is None else critic.calibration.at_length(max_new_tokens)
-            beta_of = partial(measured.beta, target_kl=target_kl)
+            length = critic.calibration.max_new_tokens if max_new_tokens is None else max_new_tokens
+            beta_of = partial(critic.calibration.beta_at_length, target_kl=target_kl, max_new_tokens=length)
         strength = torch.tensor([beta_of(row) if bool(row.any()) else 0.0 for row in rows], dtype=torch.float64)
     if len(rows) > 1 and len(strength) > 1 and len(rows) != len(strength):
         raise WeightsError(

