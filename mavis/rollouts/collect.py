@@ -20,6 +20,7 @@ from mavis.distributed import join_processes
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.policies.generation_config import check_replayable
+from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective, check_batch_independence, score
 from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
 from mavis.rollouts.plan import RolloutPlan
@@ -70,7 +71,9 @@ def collect(
         one row per response; kl has one entry per response token.
 
     Raises:
-        ConfigError: if the policy has fewer tokens than `top_k`, or its own configuration bans or forces tokens.
+        ConfigError: if the policy has fewer tokens than `top_k`, its own configuration bans or forces tokens, or the
+            longest prompt and response have more positions than it has learnt.
+        PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         DataError: if the folder holds rollouts of another plan, rewards of objectives that have changed since, or
             shards that cannot be read, or is in use by another
             run.
@@ -95,6 +98,8 @@ def collect(
     settings.check(policy)
     sampler.check(policy, critic)
     check_replayable(policy)
+    most = critic.max_positions if critic is not None else None
+    check_prompts_fit(policy, tokenizer, plan.prompts, settings.max_new_tokens, most)
     manifest = {
         "plan": plan.digest(),
         "settings": asdict(settings),

@@ -103,6 +103,8 @@ def sample(
     config, _ = neutral_generation_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})
     if top_k is not None:
         config.top_k = top_k
+    if tokenizer.pad_token_id is not None:  # the policy's own may have no embedding
+        config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = policy.generate(

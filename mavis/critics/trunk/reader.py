@@ -16,6 +16,7 @@ from mavis.critics.trunk.compatibility import Windows, check_supported, detect_w
 from mavis.critics.trunk.fused import FusedTrunk, is_plain_linear
 from mavis.critics.trunk.kv_cache import PADDING, KeptPrefixes, StepMask
 from mavis.errors import PAD_ON_THE_LEFT, CriticError, DecodingError
+from mavis.policies.limits import learnt_positions
 
 _MAX_CANDIDATES_PER_PASS = 512
 """The candidates' part of the attention mask grows with the square of their number."""
@@ -44,7 +45,7 @@ class PrefixReader:
         self._trunk: Any = trunk
         self._thread = threading.local()
         self._embedding: Any = trunk.get_input_embeddings()
-        self._max_positions = _learnt_positions(trunk)
+        self._max_positions = learnt_positions(trunk)
         self._attention = ""
         self._windows: Windows = {}
         self._refresh_lock = threading.Lock()
@@ -268,10 +269,3 @@ def _transpose_in_memory(trunk: nn.Module) -> None:
     for weight in [module.weight for module in trunk.modules() if is_plain_linear(module)]:
         if weight.device.type == "cpu" and weight.is_contiguous() and not weight.is_inference():
             weight.data = weight.data.t().contiguous().t()
-
-
-def _learnt_positions(trunk: Any) -> int | None:
-    """Return the size of a trunk's table of position embeddings, or None if it has none."""
-    embedding, size = trunk.get_input_embeddings(), getattr(trunk.config, "max_position_embeddings", None)
-    tables = [module for module in trunk.modules() if isinstance(module, nn.Embedding) and module is not embedding]
-    return size if size and any(size <= table.num_embeddings <= size + 2 for table in tables) else None

@@ -20,6 +20,7 @@ from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyE
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective, score
 from mavis.rollouts.collect import RolloutPlan, collect
 from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
@@ -72,7 +73,9 @@ def align(
     Raises:
         MissingPackageError: if TRL or PEFT is not installed.
         WeightsError: if the weights are not one finite number per objective, or all 0.
-        PolicyError: if the policy cannot be trained: it is quantised or carries adapters already.
+        PolicyError: if the policy cannot be trained: it is quantised or carries adapters already; or if the tokenizer
+            writes tokens that the policy has no embedding of.
+        ConfigError: if the longest prompt and response have more positions than the policy has learnt.
         DataError: if the folder belongs to another run, or there is no prompt.
         ObjectiveError: if an objective never varies, or returns something other than one finite number per response.
 
@@ -261,6 +264,8 @@ def _check(
         raise PolicyError("policy is quantised, so its weights cannot be trained.", "train adapters: lora_rank=16.")
     if tokenizer.eos_token_id is None:
         raise PolicyError("the tokenizer has no end token, so no response would end.", "set tokenizer.eos_token.")
+    both = [*prompts, *(evaluation_prompts or [])]
+    check_prompts_fit(policy, tokenizer, both, settings.max_new_tokens)
     if states_device(policy).type == "cuda" and torch.cuda.device_count() > 1:
         raise PolicyError(
             f"{torch.cuda.device_count()} accelerators are visible, but a policy is aligned on one.",

@@ -18,6 +18,7 @@ from mavis.errors import ConfigError
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.limits import check_prompts_fit
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rollouts import RolloutPlan, draw_prompts
 from mavis.rollouts.checks import check_prompts
@@ -75,8 +76,10 @@ def distill(
         The report.
 
     Raises:
-        ConfigError: if the objectives differ, a critic is conditioned, the student reads every candidate, or the policy
-            has fewer tokens than `candidates`.
+        ConfigError: if the objectives differ, a critic is conditioned, the student reads every candidate, the policy
+            has fewer tokens than `candidates`, or the longest prompt and response have more positions than it or a
+            value model has learnt.
+        PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         CriticError: if the teachers cannot be combined, or a critic is for another shape of policy.
         DataError: if there are no prompts, the folder belongs to a run with other settings, or a shard cannot be read.
         TrainingError: if a teacher's values or the student's error are not finite.
@@ -106,6 +109,9 @@ def distill(
     _check(student, teacher)
     check_prompts(prompts)
     settings.check(policy)
+    positions = [most for critic in (student, teacher) if (most := critic.max_positions) is not None]
+    length = settings.sampling.max_new_tokens
+    check_prompts_fit(policy, tokenizer, prompts, length, min(positions, default=None))
     student.fingerprint.check(policy)
     student.fingerprint = Fingerprint.of(policy)
     processes = join_processes(states_device(policy))

@@ -92,7 +92,7 @@ def calibrate(
         weights=directions[[d for d, _, _ in grid]],
         betas=torch.tensor([b for _, b, _ in grid], dtype=torch.float64),
     )
-    lengths = calibrated_lengths(policy, tokenizer, plan.prompts, settings.max_new_tokens)
+    lengths = calibrated_lengths(policy, tokenizer, plan.prompts, settings.max_new_tokens, critic.max_positions)
     longest = replace(settings, max_new_tokens=lengths[-1])
     tilted_kl: list[list[float]] = []
     truncation_kl: list[list[float]] = []
@@ -141,7 +141,13 @@ def calibrate(
     )
 
 
-def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
+def calibrated_lengths(
+    policy: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    critic_positions: int | None = None,
+) -> list[int]:
     """Return the lengths at which KL is measured: multiples of the trained one, as far as the context allows.
 
     Args:
@@ -149,12 +155,14 @@ def calibrated_lengths(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], m
         tokenizer: its tokenizer.
         prompts: that are sampled from.
         max_new_tokens: the trained length, which is always included.
+        critic_positions: how many positions the critic can read; None for any number.
 
     Returns:
         Ascending numbers of tokens.
     """
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    room = context - max(map(len, prompt_ids(tokenizer, prompts))) if context else math.inf
+    most = min((size for size in (context, critic_positions) if size), default=math.inf)
+    room = most - max(map(len, prompt_ids(tokenizer, prompts))) if most < math.inf else math.inf
     lengths = {max(1, int(max_new_tokens * multiple)) for multiple in LENGTHS}
     return sorted({length for length in lengths if length <= room} | {max_new_tokens})
 

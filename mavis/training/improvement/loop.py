@@ -12,6 +12,7 @@ from mavis.distributed import join_processes
 from mavis.errors import ConfigError
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective
 from mavis.rollouts.checks import check_objectives, check_prompts
 from mavis.rollouts.sampler import GENERATE_SAMPLER, Sampler
@@ -74,7 +75,9 @@ def improve(
         One report per iteration, including iterations that an earlier call finished.
 
     Raises:
-        ConfigError: if the objectives or the composition are not the critic's, or the processes cannot work together.
+        ConfigError: if the objectives or the composition are not the critic's, the processes cannot work together, or
+            the longest prompt and response have more positions than the policy has learnt.
+        PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         ProcessError: if the processes run different things, do not share the folder, or one has stopped.
         DataError: if the folder belongs to a run with other settings, or another run is using it.
         CriticError: if the critic is for another shape of policy, or an objective never varies.
@@ -109,6 +112,7 @@ def improve(
         )
     check_objectives(critic, objectives)
     check_prompts(prompts)
+    check_prompts_fit(policy, tokenizer, prompts, settings.sampling.max_new_tokens, critic.max_positions)
     with locked_folder(Path(folder), join_processes(states_device(policy)).is_main):
         stages = ImprovementStages.start(
             policy,
