@@ -47,7 +47,9 @@ def write_gguf(path: Path, policy: Any, words: list[str]) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_merges(["t h"])
-    writer.add_token_types([gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(words) - len(SPECIAL)))
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(words) - len(SPECIAL))
+    )
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
