@@ -8,12 +8,15 @@ from typing import Any, Final, Literal
 
 from mavis.critics import Calibration, Critic, CriticGroup, TrainedDecoding
 from mavis.decoding.weights import strength_rows
-from mavis.errors import DecodingError, check_number, check_whole
+from mavis.errors import DecodingError, MavisError, check_number, check_whole
 
 AsTrained = Literal["as_trained"]
 
 AS_TRAINED: Final = "as_trained"
 """The candidates or the temperature that the critic was trained with."""
+
+
+LEAST_TEMPERATURE = 1e-20
 
 
 def trained_top_k(top_k: int | AsTrained | None, critic: Critic) -> int | None:
@@ -61,6 +64,25 @@ def _trained(name: str, critic: Critic) -> TrainedDecoding:
     return next(iter(values.values()), TrainedDecoding())
 
 
+def check_temperature(error: type[MavisError], temperature: object, hint: str) -> None:
+    """Check that scores divided by a temperature stay within single precision.
+
+    Args:
+        error: the class to raise.
+        temperature: T.
+        hint: for what is no number > 0.
+
+    Raises:
+        MavisError: of class `error`.
+    """
+    check_number(error, hint, low=0, strict=True, temperature=temperature)
+    if float(temperature) < LEAST_TEMPERATURE:  # type: ignore[arg-type]
+        raise error(
+            f"temperature is {temperature!r}, expected at least {LEAST_TEMPERATURE:g}.",
+            "1e-3 already is nearly greedy; do_sample=False is greedy decoding.",
+        )
+
+
 def check_settings(
     beta: object,
     target_kl: float | None,
@@ -85,8 +107,9 @@ def check_settings(
         hint = "None makes every token a candidate, 'as_trained' takes the critic's number."
         check_whole(DecodingError, hint, top_k=top_k)
     if temperature != AS_TRAINED:
-        hint = "1.0 leaves the policy as it is, 'as_trained' takes the critic's temperature."
-        check_number(DecodingError, hint, low=0, strict=True, temperature=temperature)
+        check_temperature(
+            DecodingError, temperature, "1.0 leaves the policy as it is, 'as_trained' takes the critic's."
+        )
     if entropy_gate is not None:
         hint = "0.1 nats skip the steps that are nearly certain, None tilts every step."
         check_number(DecodingError, hint, low=0, entropy_gate=entropy_gate)

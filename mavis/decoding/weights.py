@@ -15,6 +15,10 @@ from mavis.errors import DecodingError, WeightsError, closest
 Weights = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | Sequence[Sequence[float]] | Tensor
 
 
+LARGEST_LAMBDA = 1e30
+"""The largest |λ|, so that its products with values stay within single precision."""
+
+
 def weight_rows(weights: Weights, objectives: Sequence[str], *, whose: str = "the critic") -> Tensor:
     """Convert preference weights to rows of numbers in the order of the objectives.
 
@@ -161,8 +165,12 @@ def lambda_rows(
             "give one of each per prompt, or one for all.",
         )
     lam = strength[:, None] * rows
-    if not bool(lam.isfinite().all()):  # two finite numbers whose product is not
-        raise WeightsError("beta · weights overflows.", "use smaller weights or a smaller beta.")
+    largest = float(lam.abs().max())
+    if not largest <= LARGEST_LAMBDA:
+        raise WeightsError(
+            f"beta · weights is {largest:g} in size, expected at most {LARGEST_LAMBDA:g}.",
+            "use smaller weights or a smaller beta; far smaller ones already leave the best token alone.",
+        )
     return lam
 
 

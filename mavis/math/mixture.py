@@ -26,7 +26,7 @@ def kl_unit(lam: Tensor) -> Tensor:
         tensor([2.2500])
     """
     size = lam.abs().sum(-1, keepdim=True)
-    return size.square() / (1 + size)
+    return size * (size / (1 + size))  # the square would overflow
 
 
 def tilt_coefficients(lam: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mavis.critics import TrainedDecoding
-from mavis.errors import ConfigError, check_number, check_whole
+from mavis.decoding.settings import check_temperature
+from mavis.errors import ConfigError, check_whole
 from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.encoding import encode_prompts
@@ -51,8 +52,7 @@ class RolloutSettings:
         check_whole(ConfigError, "the defaults are 64 and 256.", **sizes)
         if self.top_k is not None:
             check_whole(ConfigError, _EVERY_TOKEN, top_k=self.top_k)
-        hint = "1.0 leaves the policy as it is."
-        check_number(ConfigError, hint, low=0, strict=True, temperature=self.temperature)
+        check_temperature(ConfigError, self.temperature, "1.0 leaves the policy as it is.")
 
     def trained_decoding(self) -> TrainedDecoding:
         """Return the settings that a critic trained on these rollouts stores."""
