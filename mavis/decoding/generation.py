@@ -79,11 +79,11 @@ def generate(
         ...         weights={objective: 1.0},
         ...         target_kl=2.0,
         ...         do_sample=False,
-        ...         max_new_tokens=24,
+        ...         max_new_tokens=22,
         ...     )
         ...     print(tokenizer.decode(ids[0], skip_special_tokens=True))
-        The little girl was very curious. She asked her mom, "What is that?" Her mom said, "It's a big,
-        The little girl was very happy. She loved to play with her toys and play with her friends. One day, she went to the
+        The little girl was very curious. She asked her mom, "What is that?" Her mom said, "It's a
+        The little girl was very happy. She loved to play with her toys and play with her friends. One day, she went
     """
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if not isinstance(inputs, Mapping | Tensor):
