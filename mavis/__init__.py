@@ -1,12 +1,13 @@
 """Value-guided decoding: steer any causal LM between objectives at decoding time.
 
 A critic holds one small value head per objective; `MavisTilt` weighs them and tilts the policy's distribution over its
-top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree; `improve` trains a
-critic, `distill` makes one of several and `evaluate` measures it.
+top-k candidates at every step; `generate` sets the tilt and the policy's `generate` to agree; `respond` goes from
+prompts and conversations to texts; `improve` trains a critic, `distill` makes one of several and `evaluate` measures
+it.
 """
 
 from mavis.critics import Critic, CriticGroup, HiddenStateCritic, ValueModelCritic, import_official
-from mavis.decoding import MavisTilt, generate
+from mavis.decoding import MavisTilt, generate, respond
 from mavis.errors import MavisError
 from mavis.evaluation import evaluate
 from mavis.policies import embedded
@@ -27,4 +28,5 @@ __all__ = [
     "generate",
     "import_official",
     "improve",
+    "respond",
 ]

@@ -17,7 +17,7 @@ from mavis.cli.build import (
     read_prompts,
 )
 from mavis.cli.evaluate import evaluate
-from mavis.cli.generate import continuations
+from mavis.cli.generate import responses
 from mavis.cli.hydra_app import hydra_app, prepare_process
 from mavis.cli.train import train
 from mavis.utils.files import write_json
@@ -74,8 +74,8 @@ def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Criti
     print(f"\n{config.story!r}, continued under {under} at {shown}:")
     for weights in choices:
         torch.manual_seed(config.seed)
-        texts = continuations(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
-        print(f"\n{weights}\n  {texts[0]}")
+        found = responses(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
+        print(f"\n{weights}\n  {config.story}{found[0][0].text}")
     command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
     print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 

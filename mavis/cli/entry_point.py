@@ -17,6 +17,7 @@ COMMANDS = {
     "distill": "distill several critics into one",
     "evaluate": "sweep weights and β, and compare with the optimal reward at each KL",
     "generate": "continue prompts under preference weights",
+    "chat": "talk to a chat model under preference weights that you change as you go",
     "elicit": "infer a user's preference weights from choices between two responses",
     "align": "fine-tune a copy of a policy for an objective under a KL penalty",
     "report": "gather the runs of a sweep into one table and one plot",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,15 +13,15 @@ from mavis.cli.build import load_policy, plain
 from mavis.cli.console import terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError
-from mavis.policies.devices import states_device
 
 if TYPE_CHECKING:
     from mavis.critics import Critic
+    from mavis.decoding import Response
     from mavis.decoding.weights import Weights
     from mavis.policies import Prompt
 
 
-def continuations(
+def responses(
     policy: Any,
     tokenizer: Any,
     critic: Critic,
@@ -31,49 +33,43 @@ def continuations(
     target_kl: float | None,
     samples: int = 1,
     greedy: bool = False,
-) -> list[str]:
-    """Continue each prompt `samples` times.
+) -> list[list[Response]]:
+    """Respond to each prompt `samples` times; see `mavis.respond`.
 
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
         critic: steers the policy.
-        prompts: B texts.
+        prompts: B texts or conversations.
         decoding: a `decoding` group: `max_new_tokens`, `top_k` and `temperature`.
-        weights: see `mavis.generate`.
-        beta: see `mavis.generate`.
-        target_kl: see `mavis.generate`.
+        weights: see `mavis.respond`.
+        beta: see `mavis.respond`.
+        target_kl: see `mavis.respond`.
         samples: responses per prompt.
         greedy: whether to choose the most likely token at every step instead of sampling.
 
     Returns:
-        B × samples texts, prompt and response together; those of one prompt are adjacent.
+        B lists of `samples` responses.
     """
-    from mavis.decoding import generate
-    from mavis.decoding.settings import AS_TRAINED, trained_length
-    from mavis.policies import encode_prompts
+    from mavis.decoding import respond
 
-    length = decoding.max_new_tokens
-    inputs = encode_prompts(tokenizer, prompts)
-    device = states_device(policy)
-    output = generate(
+    return respond(
         policy,
-        {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")},
+        tokenizer,
+        prompts,
         critic=critic,
         weights=weights,
         beta=beta,
         target_kl=target_kl,
-        top_k=decoding.top_k,
-        temperature=decoding.temperature,
-        max_new_tokens=trained_length(critic) if length == AS_TRAINED else length,
-        num_return_sequences=samples,
-        do_sample=not greedy,
+        samples=samples,
+        greedy=greedy,
+        **plain(decoding),
     )
-    texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return texts
 
 
 def _check(config: Any) -> None:
+    if config.format not in ("text", "json"):
+        raise ConfigError(f"format is {config.format!r}, expected text or json.", "json prints one object a line.")
     if (config.prompt is None) == (config.prompt_file is None):
         raise ConfigError(
             f"prompt is {config.prompt!r} and prompt_file is {config.prompt_file!r}; expected exactly one of them.",
@@ -94,13 +90,14 @@ def _check(config: Any) -> None:
 
 
 def _read_prompts(config: Any) -> list[Prompt]:
-    from mavis.rollouts import load_prompts
+    from mavis.data import load_prompts
 
+    shared = {"chat": config.chat, "system": config.system}
     if config.prompt is None:
-        return load_prompts(config.prompt_file, repeated=True)
+        return load_prompts(config.prompt_file, repeated=True, **shared)
     if not str(config.prompt).strip():
-        raise ConfigError("prompt is empty.", "give at least one word to continue.")
-    return [str(config.prompt)]
+        raise ConfigError("prompt is empty.", "give at least one word.")
+    return load_prompts([str(config.prompt)], **shared)
 
 
 def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]:
@@ -134,7 +131,7 @@ def _run(config: Any) -> None:
         weights = [1 / len(critic.objectives)] * len(critic.objectives)
     policy, tokenizer = load_policy(config.policy)
     with _with_vectors(policy, plain(config.vectors)):
-        texts = continuations(
+        found = responses(
             policy,
             tokenizer,
             critic,
@@ -146,11 +143,31 @@ def _run(config: Any) -> None:
             samples=config.samples,
             greedy=config.greedy,
         )
-    if len(texts) == 1:
-        print(terminal_text(texts[0]))
-        return
-    for index, text in enumerate(texts):  # texts can span lines, so each gets a heading
-        print(f"--- prompt {index // config.samples + 1}, sample {index % config.samples + 1}\n{terminal_text(text)}")
+    (_print_json if config.format == "json" else _print_texts)(prompts, found)
+
+
+def _print_texts(prompts: Sequence[Prompt], found: Sequence[Sequence[Response]]) -> None:
+    """Print continued texts with their prompts, and answers without."""
+    single = len(found) == len(found[0]) == 1
+    for number, (prompt, answers) in enumerate(zip(prompts, found, strict=True), start=1):
+        for sample, response in enumerate(answers, start=1):
+            if not single:  # texts can span lines, so each gets a heading
+                print(f"--- prompt {number}, sample {sample}")
+            print(terminal_text(f"{prompt}{response.text}" if isinstance(prompt, str) else response.text))
+
+
+def _print_json(prompts: Sequence[Prompt], found: Sequence[Sequence[Response]]) -> None:
+    """Print one JSON object a line for each response."""
+    for prompt, answers in zip(prompts, found, strict=True):
+        for response in answers:
+            row = {
+                "prompt": prompt,
+                "response": response.text,
+                "finished": response.finished,
+                "kl": round(response.spent, 6),
+                "kl_per_token": [round(step, 6) for step in response.kl],
+            }
+            print(json.dumps(row, ensure_ascii=sys.stdout.isatty()))
 
 
 def main() -> None:

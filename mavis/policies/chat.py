@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mavis.errors import PromptError
+from mavis.policies.generation_config import end_token_ids
 
 Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "..."}`."""
@@ -188,6 +190,33 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
         return set()
     after = tokenizer(rendered.rsplit(marker, 1)[1].lstrip(), add_special_tokens=False)["input_ids"][:1]
     return set(after) & set(tokenizer.all_special_ids)
+
+
+def warn_unsuitable(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], *, stacklevel: int = 2) -> None:
+    """Warn where prompts do not suit a policy: bare texts for a chat model, or turns that it would not end.
+
+    Args:
+        policy: a causal LM.
+        tokenizer: its tokenizer.
+        prompts: texts or conversations.
+        stacklevel: of the warnings.
+    """
+    turn_ends = turn_end_ids(tokenizer)
+    if not any(map(is_conversation, prompts)):
+        if turn_ends:
+            warnings.warn(
+                "prompts are texts, but the policy is a chat model: it continues them instead of answering. Pass "
+                "conversations, or set chat=true, to have its chat template rendered.",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+    elif not turn_ends & end_token_ids(policy) and turn_ends:
+        warnings.warn(
+            "policy.generation_config.eos_token_id lacks the token that ends a turn in the tokenizer's chat template, "
+            f"{sorted(turn_ends)}, so responses go on after their turn. Add it, or load by mavis.policies.load_policy.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _plain_message(message: Any, name: str) -> dict[str, str]:

@@ -71,3 +71,33 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_
         }
         return BatchEncoding(rows, tensor_type="pt")
     return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+
+
+def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
+    """Decode responses in context: decoded alone, a response can lose its leading space.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: B lists of token ids.
+        responses: B lists of token ids, each to the prompt at the same index.
+
+    Returns:
+        B texts, without special tokens.
+    """
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    whole = tokenizer.batch_decode(
+        [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], skip_special_tokens=True
+    )
+    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        text[len(start) :] if text.startswith(start) else other
+        for start, text, other in zip(before, whole, alone, strict=True)
+    ]
+
+
+def until_end(ids: list[int], end_ids: set[int]) -> list[int]:
+    """Return token ids up to and including the first end token; all of them if there is none."""
+    for position, token in enumerate(ids):
+        if token in end_ids:
+            return ids[: position + 1]
+    return ids

@@ -17,7 +17,9 @@ from mavis.critics import Critic, CriticGroup
 from mavis.critics.head_critic import HeadCritic
 from mavis.critics.io.load import RENAMED_TENSORS
 from mavis.distributed import join_processes
+from mavis.policies.chat import warn_unsuitable
 from mavis.policies.devices import states_device
+from mavis.policies.encoding import response_texts
 from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embedding
 from mavis.policies.generation_config import check_replayable
 from mavis.policies.limits import check_prompts_fit
@@ -26,7 +28,7 @@ from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manife
 from mavis.rollouts.plan import RolloutPlan
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, sampler_identity
-from mavis.rollouts.sampling import RolloutSettings, response_texts, shard_seed
+from mavis.rollouts.sampling import RolloutSettings, shard_seed
 from mavis.rollouts.shards import read_shard, store_missing, write_shard
 from mavis.utils.locks import locked_folder
 
@@ -98,6 +100,7 @@ def collect(
     settings.check(policy)
     sampler.check(policy, critic)
     check_replayable(policy)
+    warn_unsuitable(policy, tokenizer, plan.prompts)
     most = critic.max_positions if critic is not None else None
     check_prompts_fit(policy, tokenizer, plan.prompts, settings.max_new_tokens, most)
     manifest = {

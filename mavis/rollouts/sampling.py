@@ -14,7 +14,7 @@ from mavis.decoding.settings import check_temperature
 from mavis.errors import ConfigError, check_whole
 from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
-from mavis.policies.encoding import encode_prompts
+from mavis.policies.encoding import encode_prompts, until_end
 from mavis.policies.fingerprint import embedding_shape, output_embedding
 from mavis.policies.generation_config import end_token_ids, neutral_generation_config
 
@@ -117,38 +117,9 @@ def sample(
     is_token = inputs["attention_mask"].bool()
     prompt_ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], is_token, strict=True)]
     end_ids = end_token_ids(policy)
-    return prompt_ids, [_until_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
-
-
-def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
-    """Decode responses in context: decoded alone, a response can lose its leading space.
-
-    Args:
-        tokenizer: of the policy.
-        prompts: B lists of token ids.
-        responses: B lists of token ids, each to the prompt at the same index.
-
-    Returns:
-        B texts, without special tokens.
-    """
-    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    whole = tokenizer.batch_decode(
-        [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], skip_special_tokens=True
-    )
-    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [
-        text[len(start) :] if text.startswith(start) else other
-        for start, text, other in zip(before, whole, alone, strict=True)
-    ]
+    return prompt_ids, [until_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def shard_seed(seed: int, digest: str, index: int) -> int:
     """Derive the seed of one shard of a plan."""
     return int(hashlib.sha256(f"{seed}/{digest}/{index}".encode()).hexdigest()[:15], 16)
-
-
-def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return ids[: position + 1]
-    return ids

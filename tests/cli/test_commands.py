@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from mavis.cli.build import describe_prompts
 from mavis.cli.evaluate import update_model_card
 from mavis.critics import Critic, ValueModelCritic
+from mavis.decoding import Response
 from mavis.vectors import AlignmentVector
 
 GENERATE = ("policy=tiny", "decoding.max_new_tokens=4", "beta=2")
@@ -373,7 +374,10 @@ def test_a_prompt_with_grammar_in_it_reaches_the_policy_unchanged(
     import mavis.cli.generate as command
 
     met: list[list[str]] = []
-    monkeypatch.setattr(command, "continuations", lambda p, t, c, prompts, d, **_: met.append(prompts) or prompts)
+    nothing = Response("", [], finished=False, kl=[])
+    monkeypatch.setattr(
+        command, "responses", lambda p, t, c, prompts, d, **_: met.append(prompts) or [[nothing] for _ in prompts]
+    )
     (tmp_path / "prompts.txt").write_text(f"{AWKWARD}\n\nthe dog\n", encoding="utf-8")
     base = ("generate", *GENERATE, f"checkpoint={trained}")
     by_name = mavis(*base, f"prompt={AWKWARD}")

@@ -30,10 +30,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from mavis.errors import DataError, first_sentence
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
-from mavis.policies.encoding import prompt_ids
+from mavis.policies.encoding import prompt_ids, response_texts
 from mavis.policies.generation_config import special_tokens_config
 from mavis.policies.save import save_policy
-from mavis.rollouts.collect import response_texts
 from mavis.training.alignment.settings import AlignSettings
 from mavis.training.optimizer_state import optimizer_tensors, restore_optimizers
 from mavis.utils.files import atomic_folder, read_json, restore_folder, write_json
