@@ -133,16 +133,10 @@ class Chat:
         if self.latest is None:
             raise ConfigError("/show has nothing to show yet.", "write a message first.")
         steps = sorted(enumerate(self.latest.kl), key=lambda step: -step[1])[:_SHOWN_TOKENS]
+        tokens = [repr(self.tokenizer.decode(token)) for token in self.latest.token_ids]
         print_table(
-            f"{self.latest.spent:.2f} nats spent on {len(self.latest.kl)} tokens; most of it where these were chosen",
-            [
-                {
-                    "position": position,
-                    "token": repr(self.tokenizer.decode(self.latest.token_ids[position])),
-                    "nats": nats,
-                }
-                for position, nats in sorted(steps)
-            ],
+            f"{self.latest.spent:.2f} nats spent on {len(tokens)} tokens; most of it where these were chosen",
+            [{"position": at, "token": tokens[at], "nats": nats} for at, nats in sorted(steps)],
         )
 
     def _reset(self, argument: str) -> None:
