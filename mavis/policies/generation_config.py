@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
 
-from mavis.errors import ConfigError, DecodingError
+from mavis.errors import ConfigError, DecodingError, PolicyError, first_sentence
 from mavis.policies.protocol import CausalLM
 
 SET = frozenset({"do_sample", "temperature", "top_k"})
@@ -168,3 +169,20 @@ def check_replayable(policy: CausalLM) -> None:
                 f"set policy.generation_config.{name} = None, or remove {name} from the policy's "
                 "generation_config.json, while the critic is trained and evaluated.",
             )
+
+
+def check_savable(policy: CausalLM) -> None:
+    """Check that a policy's generation config can be saved, before a training whose result would be saved with it.
+
+    Raises:
+        PolicyError: if transformers refuses to save it.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            policy.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        reasons = " ".join(line.strip(" -") for line in str(error).splitlines() if line.lstrip().startswith("-"))
+        raise PolicyError(
+            f"policy.generation_config cannot be saved: {reasons or first_sentence(error)}",
+            "set policy.generation_config.do_sample = True, or unset what only sampling uses.",
+        ) from error

@@ -20,6 +20,7 @@ from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyE
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.generation_config import check_savable
 from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective, score
 from mavis.rollouts.collect import RolloutPlan, collect
@@ -262,6 +263,7 @@ def _check(
         raise PolicyError("policy carries adapters already.", "merge them first: policy.merge_and_unload().")
     if not settings.lora_rank and not all(p.is_floating_point() for p in policy.parameters()):
         raise PolicyError("policy is quantised, so its weights cannot be trained.", "train adapters: lora_rank=16.")
+    check_savable(policy)
     if tokenizer.eos_token_id is None:
         raise PolicyError("the tokenizer has no end token, so no response would end.", "set tokenizer.eos_token.")
     both = [*prompts, *(evaluation_prompts or [])]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from mavis.training import AlignSettings
+from mavis.errors import PolicyError
+from mavis.training import AlignSettings, align
 from mavis.training.alignment.reinforce import reinforce
 
 PROMPTS = ["once upon a time", "the dog", "she said", "he was"]
@@ -68,3 +69,13 @@ def test_conversations_are_read_as_the_chat_template_writes_them(
     plain = trained(tmp_path / "plain", tiny_policy, tokenizer, [f"<s> {prompt}" for prompt in PROMPTS])
     asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert same(trained(tmp_path / "asked", tiny_policy, tokenizer, asked), plain)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_at_once(
+    tiny_policy: Any, tiny_tokenizer: Any, tiny_objectives: Any, tmp_path: Path
+) -> None:
+    policy = copy.deepcopy(tiny_policy)
+    policy.generation_config.temperature = 0.7
+    with pytest.raises(PolicyError, match=r"cannot be saved: `temperature`.*Hint: set .*do_sample = True"):
+        align(policy, tiny_tokenizer, tiny_objectives, [1.0, 0.0], PROMPTS, tmp_path / "run", SETTINGS)
+    assert not (tmp_path / "run").exists()
