@@ -12,7 +12,7 @@ from mavis.math.frontier import (
 from mavis.math.kl import step_kl
 from mavis.math.mixture import kl_unit, tilt_coefficients
 from mavis.math.position_hash import position_multipliers
-from mavis.math.returns import reverse_cumsum_exclusive, soft_returns
+from mavis.math.returns import reverse_cumsum_exclusive, soft_returns, whole_response_returns
 from mavis.math.simplex import simplex_grid
 from mavis.math.tilt import tilted_logprobs, top_candidates
 
@@ -35,4 +35,5 @@ __all__ = [
     "tilt_coefficients",
     "tilted_logprobs",
     "top_candidates",
+    "whole_response_returns",
 ]

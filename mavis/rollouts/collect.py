@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embe
 from mavis.policies.generation_config import check_replayable
 from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective, check_batch_independence, score
-from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
+from mavis.rollouts.manifest import matches_scored_manifest, settings_manifest, write_scored_manifest
 from mavis.rollouts.plan import RolloutPlan
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
 from mavis.rollouts.sampler import GENERATE_SAMPLER, SampledResponses, Sampler, sampler_identity
@@ -70,7 +69,7 @@ def collect(
 
     Yields:
         `datasets.Dataset` with columns prompt, response, prompt_ids, response_ids, weights, beta, kl and rewards (raw);
-        one row per response; kl has one entry per response token.
+        one row per response; kl has one entry per response token. Where the sampler records it, also log_ratio.
 
     Raises:
         ConfigError: if the policy has fewer tokens than `top_k`, its own configuration bans or forces tokens, or the
@@ -105,7 +104,7 @@ def collect(
     check_prompts_fit(policy, tokenizer, plan.prompts, settings.max_new_tokens, most)
     manifest = {
         "plan": plan.digest(),
-        "settings": asdict(settings),
+        "settings": settings_manifest(settings),
         "objectives": list(objectives),
         "policy": Fingerprint.of(policy).to_json(),
         "critic": critic_digest(critic),
@@ -215,7 +214,7 @@ def _sample(
         policy, tokenizer, shard.prompts, settings, seed, top_k=reference_top_k, critic=critic, lam=lam
     )
     kl = drawn.kl if drawn.kl is not None else _replayed_kl(policy, drawn, settings, reference_top_k, critic, lam)
-    return {
+    columns: dict[str, list[Any]] = {
         "prompt": list(shard.prompts),
         "response": response_texts(tokenizer, drawn.prompt_ids, drawn.response_ids),
         "prompt_ids": drawn.prompt_ids,
@@ -224,6 +223,7 @@ def _sample(
         "beta": shard.betas.tolist(),
         "kl": [row[: len(response)] for row, response in zip(kl.tolist(), drawn.response_ids, strict=True)],
     }
+    return columns if drawn.log_ratio is None else columns | {"log_ratio": drawn.log_ratio.tolist()}
 
 
 def _replayed_kl(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from mavis.rewards.identity import is_as_in_first_release
 from mavis.utils.files import has_results, matches_manifest, read_json, write_json
 
 _KEY = "scoring"
+
+_ADDED_SETTINGS = {"kl_label": "to_come", "min_new_tokens": 0}
+"""Settings that version 0.1 did not have, with the values that do what it did."""
+
+
+def settings_manifest(settings: Any) -> dict[str, Any]:
+    """Return what identifies settings in a manifest, such that runs which version 0.1 started can resume.
+
+    Args:
+        settings: a dataclass.
+    """
+
+    def without_added(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if name not in _ADDED_SETTINGS or value != _ADDED_SETTINGS[name]}
+
+    return asdict(settings, dict_factory=without_added)
 
 
 def matches_scored_manifest(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mavis.critics import Critic
 from mavis.decoding import MavisTilt
 from mavis.policies.chat import Prompt
+from mavis.rollouts.log_ratio import LogRatioRecorder
 from mavis.rollouts.sampling import RolloutSettings, sample
 
 
@@ -23,16 +24,18 @@ class SampledResponses:
         response_ids: token ids of the responses, up to the first end token and with it.
         kl: (B, T) float32, KL(π ‖ π_ref) of each step in nats, T that of the longest response; None if the sampler does
             not know it, so that the responses have to be replayed.
+        log_ratio: (B,) float64, log π − log π_ref of each response in nats; None if it was not recorded.
 
     Examples:
         >>> from mavis.rollouts import SampledResponses
         >>> SampledResponses(prompt_ids=[[1, 5]], response_ids=[[7, 2]])
-        SampledResponses(prompt_ids=[[1, 5]], response_ids=[[7, 2]], kl=None)
+        SampledResponses(prompt_ids=[[1, 5]], response_ids=[[7, 2]], kl=None, log_ratio=None)
     """
 
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
     kl: Tensor | None = None
+    log_ratio: Tensor | None = None
 
 
 class Sampler(Protocol):
@@ -106,9 +109,16 @@ def sampler_identity(sampler: Sampler) -> dict[str, str]:
 
 
 class GenerateSampler:
-    """Draws with the policy's own `generate`, and records the KL of a tilt meanwhile."""
+    """Draws with the policy's own `generate`, and records the KL of a tilt meanwhile.
+
+    Args:
+        log_ratios: whether to record the log-ratio of each tilted response as well.
+    """
 
     name = "generate"
+
+    def __init__(self, *, log_ratios: bool = False) -> None:
+        self.log_ratios = log_ratios
 
     def release(self) -> None:
         """Do nothing: no resources are held."""
@@ -133,9 +143,12 @@ class GenerateSampler:
             return SampledResponses(*sample(policy, tokenizer, prompts, settings, seed, top_k=top_k))
         assert lam is not None
         tilt = MavisTilt(lam, critic, beta=1.0, top_k=settings.top_k, temperature=settings.temperature, record_kl=True)
+        recorder = LogRatioRecorder(settings.temperature) if self.log_ratios else None
+        processors = recorder.around(tilt) if recorder is not None else [tilt]
         with critic.attached_to(policy):
-            ids = sample(policy, tokenizer, prompts, settings, seed, processor=tilt)
-        return SampledResponses(*ids, kl=tilt.kl)
+            ids = sample(policy, tokenizer, prompts, settings, seed, processors=processors)
+        log_ratio = recorder.totals(ids[1]) if recorder is not None else None
+        return SampledResponses(*ids, kl=tilt.kl, log_ratio=log_ratio)
 
 
 GENERATE_SAMPLER = GenerateSampler()

@@ -80,7 +80,7 @@ def sample(
     seed: int,
     *,
     top_k: int | None = None,
-    processor: Any = None,
+    processors: Sequence[Any] = (),
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Sample one response to each prompt, all in one batch.
 
@@ -91,7 +91,7 @@ def sample(
         settings: of which the length and the temperature are used.
         seed: of this batch; the random state of the process is left alone.
         top_k: the number of candidates that `generate` truncates to; None keeps every token that the processor keeps.
-        processor: a logits processor that is called at every step.
+        processors: logits processors that are called at every step.
 
     Returns:
         The token ids of the prompts, without padding, and of the responses, up to and including the first end token:
@@ -112,7 +112,7 @@ def sample(
             attention_mask=mask,
             generation_config=config,
             synced_gpus=False,  # each process samples its own shards, even where the weights of a fit are sharded
-            logits_processor=[processor] if processor is not None else [],
+            logits_processor=list(processors),
         )
     is_token = inputs["attention_mask"].bool()
     prompt_ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], is_token, strict=True)]

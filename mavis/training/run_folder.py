@@ -17,7 +17,7 @@ from mavis.errors import CriticError, DataError
 from mavis.policies import Prompt
 from mavis.rewards import Objective
 from mavis.rollouts import RolloutPlan
-from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
+from mavis.rollouts.manifest import matches_scored_manifest, settings_manifest, write_scored_manifest
 from mavis.training.accelerate_session import check_accelerate
 from mavis.utils.files import read_json, restore_folder, write_json
 
@@ -58,7 +58,7 @@ def open_run(
     """
     check_accelerate(torch.device(processes.device))  # before anything is sampled
     manifest = {
-        "settings": asdict(settings),
+        "settings": settings_manifest(settings),
         "objectives": list(critic.objectives),
         "critic": critic.settings(),
         "policy": critic.fingerprint.to_json(),

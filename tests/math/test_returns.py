@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mavis.math.returns import reverse_cumsum_exclusive, soft_returns
+from mavis.math.returns import reverse_cumsum_exclusive, soft_returns, whole_response_returns
 
 STEPS = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 0.0]])
 
@@ -43,6 +43,11 @@ def test_a_return_is_the_next_one_less_the_next_steps_kl() -> None:
     kl, zeta = torch.rand(4, 7, generator=torch.Generator().manual_seed(0)), 0.3
     returns = soft_returns(torch.ones(4, 2), kl, zeta)
     torch.testing.assert_close(returns[:, :-1], returns[:, 1:] - zeta * kl[:, 1:, None])
+
+
+def test_the_log_ratio_of_a_whole_response_lowers_the_return_of_all_its_actions_alike() -> None:
+    rewards, log_ratio = torch.tensor([[10.0, -1.0], [0.0, 2.0]]), torch.tensor([4.0, -2.0], dtype=torch.float64)
+    assert whole_response_returns(rewards, log_ratio, 0.5).tolist() == [[8.0, -3.0], [1.0, 3.0]]
 
 
 def test_inputs_stay_as_they_are() -> None:

@@ -11,9 +11,11 @@ import pytest
 from mavis.errors import DataError
 from mavis.rewards import Brevity, Objective, Positive
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
-from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manifest
+from mavis.rollouts.manifest import matches_scored_manifest, settings_manifest, write_scored_manifest
+from mavis.training import FitSettings, ImprovementSettings
 from mavis.utils.files import read_json, write_json
 
+MONTE_CARLO = FitSettings(target="monte_carlo")
 MANIFEST = {"plan": "abc", "objectives": ["mine", "brevity"]}
 
 
@@ -32,6 +34,15 @@ def path(tmp_path: Path) -> Path:
     (tmp_path / "shard-00000").mkdir()
     write_scored_manifest(tmp_path / "plan.json", MANIFEST, {"mine": counting("!"), "brevity": Brevity()})
     return tmp_path / "plan.json"
+
+
+def test_settings_that_the_first_release_did_not_have_are_named_only_where_they_do_something() -> None:
+    """So that runs which it started can resume."""
+    plain = settings_manifest(ImprovementSettings())
+    assert "kl_label" not in plain
+    assert "zeta" in plain
+    paper = ImprovementSettings("independent", reuse=False, zeta=0.02, kl_label="whole_response", fit=MONTE_CARLO)
+    assert settings_manifest(paper)["kl_label"] == "whole_response"
 
 
 def test_the_same_objectives_match(path: Path) -> None:

@@ -94,7 +94,7 @@ def record(
         seed = shard_seed(settings.seed, shard.digest(), index)
         with critic.attached_to(policy):
             prompt_ids, response_ids = sample(
-                policy, tokenizer, shard.prompts, settings, seed, top_k=settings.top_k, processor=recorder
+                policy, tokenizer, shard.prompts, settings, seed, top_k=settings.top_k, processors=[recorder]
             )
         recordings = recorder.recordings(Sequences.pack(prompt_ids, response_ids))
         with atomic_file(paths[index]) as temporary:

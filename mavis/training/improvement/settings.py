@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from mavis.critics.base import Composition
 from mavis.errors import ConfigError, check_number, check_whole
 from mavis.rollouts.sampling import RolloutSettings
 from mavis.training.improvement.fit import FitSettings
+
+KlLabel = Literal["to_come", "whole_response"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ImprovementSettings:
         beta: strength of the tilt that later iterations evaluate, > 0, in 1 / reward (the inverse of the β of DPO and
             RLHF papers); `conditioned` draws one for each rollout from a range around it.
         zeta: ζ ≥ 0, price of a nat in reward; None is 1/β. Unused by `conditioned`: a separate head learns the KL.
+        kl_label: what ζ is the price of: the exact KL still `to_come` after each token, or, as in the paper's code, the
+            log-ratio of the `whole_response` once the policy is tilted, see `mavis.math.whole_response_returns`. The
+            latter is for `independent` with the fit's target `monte_carlo`, and needs a ζ well below 1/β.
         min_beta: the smallest strength that `conditioned` draws, > 0; None is β/6. `independent` does not use it.
         max_beta: the largest strength; None is 8β/3. Strengths are log-uniform in this range.
         later_rate: factor on the fit's learning rate after iteration 0, > 0. By then the heads are nearly right, and
@@ -53,6 +59,7 @@ class ImprovementSettings:
     reuse: bool = True
     beta: float = 4.0
     zeta: float | None = None
+    kl_label: KlLabel = "to_come"
     min_beta: float | None = None
     max_beta: float | None = None
     later_rate: float = 0.3
@@ -74,6 +81,7 @@ class ImprovementSettings:
                 "reuse is True, but plain Monte Carlo returns are valid only for the policy that sampled them.",
                 "set reuse to False, or the fit's target to decomposition.",
             )
+        self._check_kl_label()
         unused = ("zeta",) if self.composition == "conditioned" else ("min_beta", "max_beta")
         for name in unused:
             if getattr(self, name) is not None:
@@ -86,6 +94,24 @@ class ImprovementSettings:
             raise ConfigError(
                 f"min_beta is {least} and max_beta {most}; expected 0 < min_beta ≤ max_beta.",
                 "the defaults are β/6 and 8β/3.",
+            )
+
+    def _check_kl_label(self) -> None:
+        if self.kl_label not in ("to_come", "whole_response"):
+            raise ConfigError(f"kl_label is {self.kl_label!r}.", "known: to_come, whole_response.")
+        if self.kl_label == "to_come":
+            return
+        if self.composition == "conditioned" or self.fit.target != "monte_carlo":
+            raise ConfigError(
+                f"kl_label is 'whole_response', but composition is {self.composition!r} and the fit's target "
+                f"{self.fit.target!r}.",
+                "choose independent and monte_carlo, or kl_label=to_come.",
+            )
+        if self.zeta is None or self.zeta >= 1 / self.beta:
+            raise ConfigError(
+                f"kl_label is 'whole_response' and zeta is {self.zeta}, expected a number below 1/beta = "
+                f"{1 / self.beta:g}.",
+                "the paper's code takes 0 to 0.03; at 1/beta this iteration does not converge.",
             )
 
     @property

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
+from mavis.errors import ConfigError
+from mavis.math.returns import whole_response_returns
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rewards import Objective
 from mavis.rollouts.collect import collect
-from mavis.rollouts.sampler import Sampler, sampler_identity
+from mavis.rollouts.sampler import GenerateSampler, Sampler, sampler_identity
 from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.features import Features, extract
 from mavis.training.improvement.fit import FitReport, fit
@@ -105,6 +107,13 @@ class ImprovementStages:
         settings.sampling.check(policy)
         critic.fingerprint.check(policy)
         sampler.check(policy, critic)
+        if settings.kl_label == "whole_response":
+            if not isinstance(sampler, GenerateSampler):
+                raise ConfigError(
+                    f"kl_label is 'whole_response', but the sampler {sampler.name!r} does not record log-ratios.",
+                    "use the sampler `generate`, or kl_label=to_come.",
+                )
+            sampler = GenerateSampler(log_ratios=True)
         critic.fingerprint = Fingerprint.of(policy)
         device = states_device(policy)
         processes = join_processes(device)
@@ -191,6 +200,8 @@ class ImprovementStages:
             for part, j in zip(parts, [iteration, *range(iteration)], strict=False)
         ]
         means, own = means_by_goal(self.critic, parts[0], settings.beta), len(parts[0])
+        if iteration and settings.kl_label == "whole_response":
+            parts[0] = self._with_priced_log_ratio(parts[0], shards)
         return ReplayedRollouts(concatenate_sharded(parts), torch.cat(held_out), own, means)
 
     def fit(self, iteration: int, replayed: ReplayedRollouts) -> FitReport:
@@ -202,7 +213,7 @@ class ImprovementStages:
             self.critic,
             replayed.features,
             self.embeddings,
-            settings.zeta or 0.0,
+            (settings.zeta or 0.0) if settings.kl_label == "to_come" else 0.0,
             replace(settings.fit, learning_rate=rate),
             seed=sampling_of(iteration, settings).seed,
             held_out=replayed.is_held_out,
@@ -252,6 +263,20 @@ class ImprovementStages:
         weights, betas = draw_policies(len(features), len(self.critic.objectives), self.settings, seed)
         lam = (betas[:, None] * weights).float()[features.local_indices]
         return replace(features, local_rollouts=replace(features.local_rollouts, lam=lam))
+
+    def _with_priced_log_ratio(self, features: ShardedRollouts[Features], shards: Shards) -> ShardedRollouts[Features]:
+        """Subtract the price of each response's log-ratio from its rewards, once for all of its steps."""
+        log_ratio = torch.tensor(
+            [
+                ratio
+                for shard in shards
+                for ratio, ids in zip(shard["log_ratio"], shard["response_ids"], strict=True)
+                if ids
+            ]
+        )[features.local_indices]
+        local = features.local_rollouts
+        priced = whole_response_returns(local.rewards, log_ratio, self.settings.zeta or 0.0)
+        return replace(features, local_rollouts=replace(local, rewards=priced))
 
     def _counted(self, sources: Sequence[Shards], stage: str) -> Iterator[Iterator[Any]]:
         """Iterate over the shards of every source, reporting progress over all of them."""
