@@ -83,3 +83,31 @@ def word_policy(seed: int = 0) -> LlamaForCausalLM:
         policy.lm_head.weight[2, 0] = 0.9
     policy.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return policy
+
+
+class Opaque(torch.Tensor):
+    """A quantised weight of a class of its own, as torchao's, which supports few operations."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("reshape", "view", "flatten", "float", "to", "__getitem__"):
+            raise NotImplementedError(f"{func} is not supported")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Dequantisable(Opaque):
+    """One that can be dequantised."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def with_weights_of(kind: type[Opaque]) -> Any:
+    """Build a tiny Llama whose linear layers have weights of a quantised class."""
+    policy = tiny_llama()
+    for module in policy.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.detach().as_subclass(kind)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            assert type(module.weight) is kind
+    return policy

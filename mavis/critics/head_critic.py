@@ -95,12 +95,14 @@ class HeadCritic(Critic):
     def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """See `Critic.tilt`."""
         with torch.no_grad():
-            return self.tilt_from_inputs(self._inputs(prefix_ids), candidate_ids, lam)
+            inputs = self._inputs(prefix_ids)
+            return self.tilt_from_inputs(inputs, *_moved(inputs.device, candidate_ids, lam))
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
         """See `Critic.values`."""
         with torch.no_grad():
-            return self.values_from_inputs(self._inputs(prefix_ids), candidate_ids, lam)
+            inputs = self._inputs(prefix_ids)
+            return self.values_from_inputs(inputs, *_moved(inputs.device, candidate_ids, lam))
 
     def tilt_from_inputs(self, inputs: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
         """Compute the tilt from the inputs of the heads.
@@ -196,6 +198,11 @@ class HeadCritic(Critic):
         if candidate_ids is None:
             return (heads @ self.token_table.T).transpose(1, 2)
         return torch.bmm(F.embedding(candidate_ids, self.token_table), heads.transpose(1, 2))
+
+
+def _moved(device: torch.device, candidate_ids: Tensor | None, lam: Any) -> tuple[Tensor | None, Any]:
+    """Move candidate ids and λ to the critic: `generate` keeps scores where the ids are, which may be elsewhere."""
+    return candidate_ids.to(device) if candidate_ids is not None else None, lam.to(device) if lam is not None else None
 
 
 def check_sizes(least: int = 1, **sizes: object) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mavis.critics.base import Composition
 from mavis.critics.head_critic import HeadCritic, check_sizes
 from mavis.critics.recurrent import RecurrentMemory, SequenceMemories
+from mavis.policies.embeddings import embedding_width
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.protocol import CausalLM
 from mavis.policies.token_embeddings import token_embeddings
@@ -116,8 +117,7 @@ class HiddenStateCritic(HeadCritic):
         fingerprint = Fingerprint.of(policy)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            width = policy.get_input_embeddings().weight.shape[1]
-            critic = cls(objectives, fingerprint, width, hidden, rank, memory, composition)
+            critic = cls(objectives, fingerprint, embedding_width(policy), hidden, rank, memory, composition)
         critic.refresh_token_table(token_embeddings(policy))
         return critic
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mavis.critics.group import CriticGroup
-from mavis.critics.value_model import ValueModelCritic, load_trunk
+from mavis.critics.trunk.backbone import load_trunk
+from mavis.critics.value_model import ValueModelCritic
 from mavis.errors import CriticError, DataError, check_number, closest, first_sentence
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.protocol import CausalLM

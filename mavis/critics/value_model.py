@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from mavis.critics.base import Composition
 from mavis.critics.head_critic import HeadCritic, check_sizes
+from mavis.critics.trunk.backbone import (
+    build_config,
+    check_tokenizer,
+    config_to_dict,
+    copy_weights,
+    load_trunk,
+    pad_vocabulary,
+)
 from mavis.critics.trunk.lora import add_lora, merge_lora
 from mavis.critics.trunk.reader import PrefixReader
-from mavis.errors import CriticError, check_whole, closest, first_sentence
+from mavis.errors import CriticError, check_whole, closest
+from mavis.policies.embeddings import embedding_width
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.limits import learnt_positions
-from mavis.policies.names import check_source
 from mavis.policies.protocol import CausalLM
 from mavis.policies.token_embeddings import token_embeddings
 
@@ -102,7 +108,7 @@ class ValueModelCritic(HeadCritic):
         if readout not in get_args(Readout):
             raise CriticError(f"readout is {readout!r}.", closest(str(readout), get_args(Readout)))
         check_sizes(rank=rank)
-        config = _build_config(backbone)
+        config = build_config(backbone)
         super().__init__(
             objectives,
             fingerprint,
@@ -152,7 +158,8 @@ class ValueModelCritic(HeadCritic):
             objectives: M distinct names.
             backbone: the trunk: a folder or hub id of any `AutoModel` decoder, a config for random weights, or None for
                 a copy of the policy without its output embedding.
-            tokenizer: of the policy; if given, a loaded backbone must have the same vocabulary.
+            tokenizer: of the policy; if given, a loaded backbone must have all of its tokens, and its vocabulary may be
+                padded to another size than the policy's.
             readout: `token` or `candidates`.
             hidden: width of each head; 0 for linear heads.
             rank: size of a token's vector in the `token` readout.
@@ -165,34 +172,39 @@ class ValueModelCritic(HeadCritic):
 
         Raises:
             PolicyError: if the policy has no output embedding.
-            CriticError: if the backbone cannot be loaded or has another vocabulary, or a size, the readout or the
-                composition is invalid.
+            CriticError: if the backbone cannot be loaded or has another vocabulary, the weights to copy are quantised,
+                offloaded or under adapters, or a size, the readout or the composition is invalid.
             MissingPackageError: if adapters are requested and peft is not installed.
         """
-        trunk: Any = None
+        fingerprint = Fingerprint.of(policy)
+        source: Any = None
         config: Any
-        if backbone is None:
-            trunk = policy.base_model
-            config = trunk.config
-            if any(weight.is_meta for weight in trunk.parameters()):
-                raise CriticError(
-                    "backbone is None, but the policy's weights are offloaded and cannot be copied.",
-                    "pass the folder or hub id that the policy was loaded from.",
-                )
-        elif isinstance(backbone, PreTrainedConfig):
+        if isinstance(backbone, PreTrainedConfig):
             config = backbone
+        elif backbone is None:
+            source = policy.base_model
+            config = source.config
         else:
-            trunk = load_trunk(backbone, "backbone", trust_remote_code)
-            config = trunk.config
-            _check_tokenizer(_resolve(backbone), tokenizer, trust_remote_code)
-        width = policy.get_input_embeddings().weight.shape[1]
+            source = load_trunk(backbone, "backbone", trust_remote_code)
+            if tokenizer is not None:
+                check_tokenizer(backbone, tokenizer, trust_remote_code)
+                pad_vocabulary(source, tokenizer, fingerprint.vocab_size)
+            config = source.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             critic = cls(
-                objectives, Fingerprint.of(policy), config.to_dict(), readout, width, hidden, rank, composition, norm
+                objectives,
+                fingerprint,
+                config.to_dict(),
+                readout,
+                embedding_width(policy),
+                hidden,
+                rank,
+                composition,
+                norm,
             )
-            if trunk is not None:
-                critic.trunk.load_state_dict(trunk.state_dict())
+            if source is not None:
+                copy_weights(source, critic.trunk, None if backbone is None else str(backbone))
             critic._add_lora(lora_rank)
         critic.refresh_token_table(token_embeddings(policy))
         return critic.eval()
@@ -223,7 +235,7 @@ class ValueModelCritic(HeadCritic):
             return super().tilt(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            repeated = lam.repeat_interleave(inputs.shape[1], dim=0)
+            repeated = lam.to(inputs.device).repeat_interleave(inputs.shape[1], dim=0)
             return self.tilt_from_inputs(inputs.flatten(0, 1), None, repeated).view(inputs.shape[:2])
 
     def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
@@ -232,7 +244,7 @@ class ValueModelCritic(HeadCritic):
             return super().values(prefix_ids, candidate_ids, lam)
         with torch.no_grad():
             inputs = self._candidate_inputs(prefix_ids, candidate_ids)
-            repeated = lam.repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
+            repeated = lam.to(inputs.device).repeat_interleave(inputs.shape[1], dim=0) if lam is not None else None
             return self.values_from_inputs(inputs.flatten(0, 1), None, repeated).view(*inputs.shape[:2], -1)
 
     @property
@@ -257,7 +269,7 @@ class ValueModelCritic(HeadCritic):
     def settings(self) -> dict[str, Any]:
         """See `Critic.settings`."""
         return super().settings() | {
-            "backbone": _config_to_dict(self.trunk.config),
+            "backbone": config_to_dict(self.trunk.config),
             "readout": self.readout,
             "embedding_size": self._embedding_size,
             "rank": self._rank,
@@ -307,69 +319,3 @@ class ValueModelCritic(HeadCritic):
         is_token, position = self._capture.is_token(prefix_ids), self._capture.position(prefix_ids)
         raise_if_unknown = self._capture.raise_if_unknown if position.starts_response is False else None
         return reader.read(prefix_ids, is_token, candidate_ids, raise_if_unknown=raise_if_unknown)
-
-
-def _build_config(backbone: Mapping[str, Any]) -> PreTrainedConfig:
-    plain = dict(backbone)
-    model_type = plain.pop("model_type", None)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(model_type, **plain)
-    except (ValueError, TypeError) as error:
-        raise CriticError(
-            f"backbone has model_type {model_type!r}, which transformers does not know.",
-            "choose a model that AutoModel can build without remote code.",
-        ) from error
-    config.dtype = torch.float32
-    return config
-
-
-def _config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
-    """Convert a config to JSON-compatible data, without its origin."""
-    content = config.to_diff_dict() | {"model_type": config.model_type}
-    plain = {name: value for name, value in content.items() if name not in ("_name_or_path", "transformers_version")}
-    as_json: dict[str, Any] = json.loads(json.dumps(plain))  # numeric keys, as of labels, become strings
-    return as_json
-
-
-def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code: bool = False) -> Any:
-    """Load a decoder without its output embedding, in float32 and from safetensors.
-
-    Args:
-        source: a folder or hub id.
-        argument: the name of the caller's argument, for errors.
-        trust_remote_code: whether to run Python code that it contains.
-
-    Raises:
-        CriticError: if it cannot be loaded.
-    """
-    name = _resolve(source)
-    check_source(name, argument, CriticError)
-    try:
-        return AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise CriticError(
-            f"{argument} is {name!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json and *.safetensors, or a hub id.",
-        ) from error
-
-
-def _resolve(source: str | os.PathLike[str]) -> str:
-    """Return an existing folder with `~` expanded, or else a hub id as it is."""
-    folder = Path(source).expanduser()
-    return str(folder) if folder.exists() else str(source)
-
-
-def _check_tokenizer(source: str, tokenizer: Any, trust_remote_code: bool) -> None:
-    if tokenizer is None:
-        return
-    try:
-        other = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return  # without a tokenizer there is nothing to compare
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise CriticError(
-            f"backbone is {source!r}, which has another vocabulary than the policy's tokenizer.",
-            "its token ids would mean other words; choose a backbone with the policy's own tokenizer.",
-        )

@@ -33,3 +33,27 @@ def embedding_shape(embedding: torch.nn.Module) -> tuple[int, int]:
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     return int(weight.shape[1]), int(weight.shape[0])
+
+
+def embedding_width(policy: Any) -> int:
+    """Return E, the width of a policy's input embedding."""
+    embedding = policy.get_input_embeddings()
+    width = getattr(embedding, "embedding_dim", None)  # quantised weights have other shapes
+    return width if isinstance(width, int) else int(embedding.weight.shape[1])
+
+
+def plain_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return a weight as a plain tensor: quantised ones of classes of their own are dequantised.
+
+    Returns:
+        The tensor, without gradients, or None if its class supports neither reading nor dequantising.
+    """
+    weight = weight.detach()
+    if type(weight) in (torch.Tensor, torch.nn.Parameter):
+        return weight
+    try:
+        plain = weight.dequantize() if type(weight).dequantize is not torch.Tensor.dequantize else weight
+        plain.reshape(-1)
+    except (NotImplementedError, RuntimeError):
+        return None
+    return plain

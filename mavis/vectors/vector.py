@@ -150,7 +150,7 @@ class AlignmentVector:
 
         A vector can be added to other policies as well, which transfers it.
         """
-        return tensors_of(policy, "policy").fingerprint == self.base
+        return self.base.matches(tensors_of(policy, "policy").fingerprint)
 
     def __add__(self, other: AlignmentVector) -> AlignmentVector:
         return weighted_sum([(1.0, self), (1.0, other)]) if isinstance(other, AlignmentVector) else NotImplemented

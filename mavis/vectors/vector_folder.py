@@ -45,7 +45,7 @@ def save_vector(vector: VectorContent, folder: str | os.PathLike[str], dtype: to
     config = {
         "format": _FORMAT,
         "kind": _KIND,
-        "base": vector.base.to_json(),
+        "base": vector.base.to_json_with_sample(),
         "layout": vector.layout.to_json(),
         "names": list(vector.tensors),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import mavis
-from mavis.critics.value_model import load_trunk
+from mavis.critics.trunk.backbone import load_trunk
 from mavis.errors import MavisError, PolicyError
 from mavis.policies import load_policy
 from mavis.policies.names import check_source

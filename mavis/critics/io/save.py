@@ -47,7 +47,7 @@ def save_description(critic: SavableCritic, folder: Path) -> None:
         "kind": critic.kind,
         "objectives": list(critic.objectives),
         "settings": settings,
-        "policy": critic.fingerprint.to_json(),
+        "policy": critic.fingerprint.to_json_with_sample(),
         "calibration": critic.calibration.to_json() if critic.calibration is not None else None,
         "decoding": critic.decoding.to_json() if critic.decoding is not None else None,
         "about": critic.about,
