@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from mavis.critics import Calibration, HiddenStateCritic
+from mavis.policies import prompt_ids
 from tests.vllm.conftest import build_critic
 from tests.vllm.in_vllm.conftest import by_transformers
 
@@ -28,6 +30,7 @@ import openai
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = ROOT / "docs" / "guides" / "vllm.md"
+TEMPLATE = ROOT / "tests" / "policies" / "chat_templates" / "zephyr.jinja"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ def address(critic: HiddenStateCritic, tmp_path_factory: pytest.TempPathFactory)
     # Serve from the environment that runs these tests, however it was made.
     ready = f"{sys.prefix}/.ready"
     command = ["make", "-o", ready, "serve", f"VLLM_VENV={sys.prefix}", f"CRITIC={folder / 'critic'}", f"PORT={port}"]
+    command.append(f"SERVE_ARGUMENTS=--chat-template {TEMPLATE}")
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -102,6 +106,33 @@ def test_concurrent_clients_each_get_their_own_weights(
         expected = by_transformers(policy, critic, prompt, ids, extra, 1.0)
         gaps = expected.max(dim=1).values - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert float(gaps.max()) <= 1e-4
+
+
+def test_conversations_are_answered_under_their_own_weights(
+    client: openai.OpenAI, critic: HiddenStateCritic, story: tuple[Any, Any]
+) -> None:
+    policy, tokenizer = story
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where is the dog?"}]
+    [prompt] = prompt_ids(tokenizer, [messages])
+
+    def ask(weights: str | None) -> tuple[list[int], list[int]]:
+        extra = {"mavis_weights": weights, "mavis_beta": 2.0} if weights else None
+        body: dict[str, Any] = {"return_token_ids": True} | ({"vllm_xargs": extra} if extra else {})
+        answer: Any = client.chat.completions.create(
+            model="embedded", messages=messages, temperature=0, max_tokens=24, extra_body=body
+        )
+        return answer.prompt_token_ids, answer.choices[0].token_ids
+
+    found = {weights: ask(weights) for weights in (None, "positive=1", "dialogue=1", "positive=0.5,dialogue=0.5")}
+    for weights, (asked, ids) in found.items():
+        assert asked == prompt  # rendered as everywhere else
+        extra = {"mavis_weights": weights, "mavis_beta": 2.0, "mavis_top_k": 0} if weights else None
+        expected = by_transformers(policy, critic, prompt, ids, extra, 1.0)
+        gaps = expected.max(dim=1).values - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert float(gaps.max()) <= 1e-4
+    assert len({tuple(ids) for _, ids in found.values()}) >= 3
 
 
 @pytest.mark.parametrize(
