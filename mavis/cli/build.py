@@ -55,12 +55,17 @@ def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[st
         ConfigError: if there is none, one is unknown, or one cannot be built.
     """
     from hydra.utils import instantiate
-    from omegaconf import MissingMandatoryValue
+    from omegaconf import MissingMandatoryValue, OmegaConf
 
     from mavis.rewards.protocol import check_callable
 
     _find_modules_of_working_directory()
     configured = config.get("objectives") or {}
+    if not OmegaConf.is_dict(configured) and not isinstance(configured, dict):
+        raise ConfigError(
+            f"objectives is {configured!r}, expected a mapping from names to objectives.",
+            "choose them by name, e.g. objective=[positive,dialogue].",
+        )
     selected = list(configured) if names is None else list(names)
     if not selected:
         raise ConfigError("objective is empty.", "choose at least one, e.g. objective=[positive,dialogue].")
@@ -215,9 +220,9 @@ def evaluation_settings(config: Any, critic: Critic | None = None) -> Evaluation
     from mavis.evaluation import EvaluationSettings
 
     options = plain(config.evaluation)
-    del options["held_out"]
+    options.pop("held_out", None)
     sampling = rollout_settings(config, options.pop("shard_size"), critic)
-    options |= {name: tuple(options[name]) for name in ("betas", "target_kls")}
+    options |= {name: tuple(options[name]) for name in ("betas", "target_kls") if name in options}
     return EvaluationSettings(**options, sampling=sampling)
 
 

@@ -42,7 +42,7 @@ def evaluate(
     """
     from mavis.evaluation import evaluate as run_evaluation
 
-    held_out = config.evaluation.held_out
+    held_out = config.evaluation.get("held_out")
     objectives = build_objectives(config, critic.objectives)
     check_objectives_manifest(config, critic.objectives, folder)
     with progress_reporter() as progress:

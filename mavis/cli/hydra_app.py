@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from mavis.cli.conf_dir import conf_dir
 from mavis.distributed import join_processes, launcher_rank, launcher_world_size, leave_process_group
-from mavis.errors import ConfigError, MavisError, ObjectiveError
-from mavis.policies.loading import DEVICE_MAPS
+from mavis.errors import ConfigError, MavisError, ObjectiveError, check_whole
+from mavis.policies.devices import DEVICE_MAPS
 
 
 def hydra_app(config_name: str, *, multi_process: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
@@ -96,10 +96,13 @@ def prepare_process(config: Any) -> None:
     if launcher_rank() != 0:  # one process speaks for all
         logging.set_verbosity_error()
     # The embedded policy is so small that a second thread slows it down.
+    if config.get("threads") is not None:
+        check_whole(ConfigError, "null takes torch's default.", threads=config.threads)
     threads = config.get("threads") or (1 if "policy" in config and config.policy.path is None else None)
     if threads:
         torch.set_num_threads(threads)
     if "seed" in config:
+        check_whole(ConfigError, "0 is the default.", 0, seed=config.seed)
         torch.manual_seed(config.seed)
 
 
@@ -130,11 +133,14 @@ def _user_message(error: Exception) -> str | None:
     """Explain in one line an error that a user can fix; return None for one that only a developer can."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import MissingMandatoryValue
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     if isinstance(error, ObjectiveError) and error.__cause__ and os.environ.get("HYDRA_FULL_ERROR") == "1":
         return None  # the author of an objective asks for its traceback
     if isinstance(error, MavisError):
         return str(error)
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"the setting {error.full_key} is missing, which this command reads. Hint: do not remove it by ~."
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not given. Hint: write {error.full_key}=..."
     if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from mavis.cli.conf_dir import conf_dir
 from mavis.errors import ConfigError, closest
@@ -82,7 +85,6 @@ def check_overrides(command: str, overrides: Sequence[str]) -> None:
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     flags = {override for override in overrides if override.startswith("-")}
@@ -92,11 +94,27 @@ def check_overrides(command: str, overrides: Sequence[str]) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         try:
             is_sweep = flags or command in _SWEEPING_COMMANDS
-            compose(config_name=command, overrides=_first_values(assignments) if is_sweep else assignments)
+            composed = compose(config_name=command, overrides=_first_values(assignments) if is_sweep else assignments)
+        except ValueError as error:  # Hydra checks neither null nor a mapping as the option of a group
+            group = next((item for item in assignments if item.endswith("=null")), " ".join(assignments))
+            hint = "name an option of the group, or leave it out."
+            raise ConfigError(f"{group!r} chooses no option.", hint) from error
         except (HydraException, OmegaConfBaseException) as error:
             settings = set(_setting_names(OmegaConf.to_container(compose(config_name=command), resolve=False)))
             text = " ".join(str(error).split())
             raise ConfigError(*_explanation(text, assignments, settings)) from error
+    if isinstance(output := composed.get("output"), str):
+        _check_output(output)
+
+
+def _check_output(output: str) -> None:
+    """Check that an output folder can be made and written, before Hydra tries."""
+    folder = Path(output).expanduser()
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise ConfigError(f"output is {output!r}, but {str(existing)!r} is a file.", "name a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output is {output!r}, but {str(existing)!r} cannot be written to.", "name another folder.")
 
 
 def _first_values(overrides: Sequence[str]) -> list[str]:
@@ -123,7 +141,7 @@ def _explanation(text: str, overrides: Sequence[str], settings: set[str]) -> tup
     """Turn Hydra's error into a message and a hint."""
     groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} - {"hydra"}
     if match := re.match(r"Could not override '([^']+)'", text):
-        return f"there is no setting {match[1]!r}.", closest(match[1], sorted(settings | groups))
+        return _unknown_setting(match[1], overrides, settings | groups)
     if match := re.search(r"Could not find 'hydra/launcher/([^'_]+)", text):
         return (
             f"launcher needs hydra-{match[1]}-launcher, which is not installed.",
@@ -142,6 +160,24 @@ def _explanation(text: str, overrides: Sequence[str], settings: set[str]) -> tup
         f"{culprit or ' '.join(overrides)!r} cannot be parsed: {text.split(' See ')[0].rstrip('.')}.",
         "quote values that contain spaces, commas or braces: 'name={a: 1, b: 2}'.",
     )
+
+
+def _unknown_setting(name: str, overrides: Sequence[str], known: set[str]) -> tuple[str, str]:
+    """Say what to do about a setting that the composed config lacks: often another option of its group has it."""
+    group, _, rest = name.partition(".")
+    message = f"there is no setting {name!r}."
+    if group == "objectives" and (objective := rest.partition(".")[0]):
+        options = sorted(path.stem for path in (Path(conf_dir()) / "objective").glob("*.yaml"))
+        is_known = objective in options
+        return message, f"choose it: objective=[...,{objective}]." if is_known else closest(objective, options)
+    having = [
+        path.stem
+        for path in sorted((Path(conf_dir()) / group).glob("*.yaml"))
+        if rest and rest in set(_setting_names(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
+    ]
+    if having:
+        return message, f"{' or '.join(f'{group}={option}' for option in having)} has it."
+    return message, closest(name, sorted(known))
 
 
 def _setting_names(config: Any, prefix: str = "") -> Iterator[str]:

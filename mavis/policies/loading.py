@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mavis.errors import PolicyError, first_sentence, import_optional
 from mavis.policies import embedded
 from mavis.policies.chat import turn_end_ids
+from mavis.policies.devices import DEVICE_MAPS, check_placement
 from mavis.policies.generation_config import end_token_ids
 from mavis.policies.gguf import SMOLLM2, smollm2_file, unpack_gguf
 from mavis.policies.limits import embedding_rows
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mavis.policies.protocol import CausalLM
-
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of `device` that let transformers spread a policy over several accelerators."""
 
 
 def load_policy(
@@ -70,6 +68,7 @@ def load_policy(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_placement(dtype, device)
     given = os.fspath(path)
     if given == SMOLLM2:
         path = unpack_gguf(smollm2_file())

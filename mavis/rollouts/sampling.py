@@ -50,6 +50,7 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         sizes = {"max_new_tokens": self.max_new_tokens, "shard_size": self.shard_size}
         check_whole(ConfigError, "the defaults are 64 and 256.", **sizes)
+        check_whole(ConfigError, "0 is the default.", 0, seed=self.seed)
         if self.top_k is not None:
             check_whole(ConfigError, _EVERY_TOKEN, top_k=self.top_k)
         check_temperature(ConfigError, self.temperature, "1.0 leaves the policy as it is.")

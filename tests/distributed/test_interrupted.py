@@ -181,7 +181,7 @@ def test_a_disk_full_at_any_write_leaves_whole_files_and_the_run_resumes(
     expected = run(tmp_path / "uninterrupted")
     real = getattr(os, call)
     for attempts in range(100):
-        disk = FullDisk(real, passing=6 * min(attempts, 1))  # room for a little more each time
+        disk = FullDisk(real, passing=12 * min(attempts, 1))  # room for a little more each time
         room.setattr(os, call, disk)
         try:
             critic = run(tmp_path / "run")

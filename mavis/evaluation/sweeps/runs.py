@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mavis.errors import DataError
+from mavis.errors import DataError, MavisError
 from mavis.evaluation.report import mean_efficiency
 from mavis.utils.files import read_json
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         overrides = _by_name(_override_list(_yaml(path / ".hydra" / "overrides.yaml")))
         command = _yaml(path / ".hydra" / "hydra.yaml").hydra.job.config_name
         return overrides, _metrics(path, str(command))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (MavisError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return overrides, _blank(FAILED, f"its folder cannot be read: {type(error).__name__}: {error}")
 
 
@@ -148,7 +148,7 @@ def _value(path: Path, name: str) -> str | None:
 
     try:
         value = OmegaConf.select(_yaml(path / ".hydra" / "config.yaml"), name)
-    except (OSError, ValueError):
+    except (MavisError, OSError, ValueError):
         return None
     return None if value is None or OmegaConf.is_config(value) else str(value)
 
@@ -161,7 +161,7 @@ def _not_started(sweep: Path, started: Sequence[dict[str, str]]) -> Iterator[dic
     try:
         given = _override_list(_yaml(sweep / "multirun.yaml").hydra.overrides.task)
         requested = OverridesParser.create().parse_overrides(given)
-    except (OSError, ValueError, TypeError, AttributeError, HydraException):
+    except (MavisError, OSError, ValueError, TypeError, AttributeError, HydraException):
         return  # truncated, or not written by Hydra
     if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in requested):
         return
