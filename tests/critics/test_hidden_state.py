@@ -264,7 +264,7 @@ def test_failed_save_leaves_the_old_critic(policy: Any, tmp_path: Path, monkeypa
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mavis.critics.io.save.save_file", full_disk)
+    monkeypatch.setattr("mavis.critics.io.save.save_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         critic.save_pretrained(tmp_path / "critic")
     assert (tmp_path / "critic" / "model.safetensors").read_bytes() == before
@@ -301,7 +301,7 @@ def test_broken_folders_are_refused(policy: Any, tmp_path: Path) -> None:
     cases = [
         (tmp_path / "nowhere", "which does not exist. Hint: train a critic first"),
         (broken("no-config", lambda f: (f / "config.json").unlink()), "has no config.json, so it is not a critic"),
-        (broken("half-config", halve("config.json")), "config.json' is corrupt or truncated"),
+        (broken("half-config", halve("config.json")), "config.json' is damaged"),
         (broken("half-weights", halve("model.safetensors")), "model.safetensors' is corrupt or truncated"),
         (broken("no-weights", lambda f: (f / "model.safetensors").unlink()), "has no model.safetensors"),
         (
@@ -315,7 +315,7 @@ def test_broken_folders_are_refused(policy: Any, tmp_path: Path) -> None:
         (broken("kind", edit(lambda c: c.update(kind="hiden_state"))), "did you mean 'hidden_state'"),
         (broken("format", edit(lambda c: c.update(format=99))), "has critic format 99; this version reads up to 2"),
         (broken("missing", edit(lambda c: c.pop("policy"))), "config.json' is corrupt or truncated"),
-        (broken("sizes", edit(lambda c: c["settings"].update(hidden=9))), "model.safetensors' is corrupt or truncated"),
+        (broken("sizes", edit(lambda c: c["settings"].update(hidden=9))), "heads.inner is [16, 18] by config.json"),
     ]
     for folder, message in cases:
         with pytest.raises(CriticError) as caught:

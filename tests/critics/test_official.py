@@ -185,7 +185,7 @@ def test_base_overrides_the_one_in_the_adapter(policy: Any, base: Path, train: T
     folder = train()
     expected = generated(policy, mavis.import_official({"help": folder}, policy))
     edit(folder, base_model_name_or_path="no/such/model")
-    with pytest.raises(CriticError, match="base is 'no/such/model', which cannot be loaded"):
+    with pytest.raises(CriticError, match="base is 'no/such/model', which does not exist"):
         mavis.import_official({"help": folder}, policy)
     found = generated(policy, mavis.import_official({"help": folder}, policy, base=base))
     assert all(torch.equal(one[1], other[1]) for one, other in zip(found, expected, strict=True))

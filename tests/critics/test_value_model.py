@@ -178,7 +178,7 @@ def test_folder_with_unknown_backbone_is_corrupt(policy: Any, tmp_path: Path) ->
         ({"hidden": -1}, "hidden is -1, expected a whole number ≥ 0"),
         ({"hidden": 0, "composition": "conditioned"}, "hidden is 0, but linear heads cannot read λ"),
         ({"backbone": GPT2Config(vocab_size=29, n_embd=8, n_layer=1, n_head=2)}, "backbone knows 29 tokens, but .* 30"),
-        ({"backbone": "no/such/model"}, "backbone is 'no/such/model', which cannot be loaded"),
+        ({"backbone": "no/such/model"}, "backbone is 'no/such/model', which does not exist"),
     ],
 )
 def test_invalid_options_are_refused(policy: Any, options: Any, message: str) -> None:
