@@ -42,6 +42,15 @@ def embedding_width(policy: Any) -> int:
     return width if isinstance(width, int) else int(embedding.weight.shape[1])
 
 
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Return whether a weight is stored as something other than floating-point numbers, such as torchao's classes."""
+    if not weight.is_floating_point():
+        return True
+    if type(weight) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return type(weight).dequantize is not torch.Tensor.dequantize or plain_weight(weight) is None
+
+
 def plain_weight(weight: torch.Tensor) -> torch.Tensor | None:
     """Return a weight as a plain tensor: quantised ones of classes of their own are dequantised.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mavis.errors import VectorError, closest, first_sentence
 from mavis.policies.applied_vectors import AppliedVectors, vectors_of_policies
+from mavis.policies.embeddings import is_quantised
 from mavis.policies.fingerprint import Fingerprint, applied_vectors
 from mavis.policies.state_capture import captures_around
 from mavis.vectors.model_tensors import check_no_overlap, state_of
@@ -44,10 +45,7 @@ def add_to(weight: Tensor, difference: Tensor, name: str) -> None:
         VectorError: if the weight has another dtype, or the sum is not finite where the weight is; part of the
             weight may then be changed.
     """
-    if weight.dtype not in FLOATS:
-        raise VectorError(
-            f"{name!r} is {weight.dtype}, to which vectors cannot be added.", "load it without quantisation."
-        )
+    _check_addable(weight, name)
     exact = torch.promote_types(weight.dtype, torch.float32)
     if weight.is_contiguous():
         parts = zip(weight.view(-1).split(_CHUNK_SIZE), difference.reshape(-1).split(_CHUNK_SIZE), strict=True)
@@ -58,6 +56,12 @@ def add_to(weight: Tensor, difference: Tensor, name: str) -> None:
         if bool((part.isfinite() & ~total.isfinite()).any()):
             raise VectorError(f"{name!r} plus the vectors overflows {weight.dtype}.", "use smaller coefficients.")
         part.copy_(total)
+
+
+def _check_addable(weight: Tensor, name: str) -> None:
+    if weight.dtype not in FLOATS or is_quantised(weight):
+        kind = type(weight).__name__ if weight.dtype in FLOATS else weight.dtype
+        raise VectorError(f"{name!r} is {kind}, to which vectors cannot be added.", "load it without quantisation.")
 
 
 class AppliedContext:
@@ -96,6 +100,8 @@ class AppliedContext:
             originals.register(AppliedVectors(self._names, Fingerprint.of(model).weights, bool(self._vector.tensors)))
             self._originals = originals
             with torch.inference_mode():  # in which tensors that were created in it can be changed
+                for name in self._vector.tensors:
+                    _check_addable(state[name], name)
                 # The largest first: temporary memory is then small when the backup is at its largest.
                 for name in sorted(self._vector.tensors, key=lambda name: state[name].numel(), reverse=True):
                     originals.back_up(name, state[name])

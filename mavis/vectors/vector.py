@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mavis.errors import VectorError, check_number
+from mavis.policies.embeddings import is_quantised
 from mavis.policies.fingerprint import Fingerprint
 from mavis.vectors.adapter import adapter_differences, is_adapter
 from mavis.vectors.model_tensors import Layout, ModelOrFolder, ModelTensors, subtracted, tensors_of
@@ -252,6 +253,12 @@ def _check_same_layout(vectors: Sequence[AlignmentVector]) -> None:
 
 def _difference(base: ModelTensors, aligned: ModelTensors, name: str) -> Tensor:
     one, other = base[name], aligned[name]
+    for tensor, whose in ((one, "base"), (other, "aligned")):
+        if tensor.dtype in FLOATS and is_quantised(tensor):
+            raise VectorError(
+                f"{name!r} is {type(tensor).__name__} in {whose}, which cannot be subtracted.",
+                "load both without quantisation.",
+            )
     if one.dtype not in FLOATS or other.dtype not in FLOATS:
         if one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu()):
             return torch.zeros(())

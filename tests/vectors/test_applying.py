@@ -17,6 +17,7 @@ from torch import Tensor
 from mavis.errors import VectorError
 from mavis.vectors import AlignmentVector, Vectors
 from mavis.vectors.applying import add_to
+from tests.factories import Dequantisable, Opaque, tiny_llama, with_weights_of
 
 Build = Callable[..., Any]
 Logits = Callable[[Any], Tensor]
@@ -520,3 +521,14 @@ def test_a_full_disk_is_reported(
     with pytest.raises(VectorError, match="writing .* failed: .*No space left on device"):
         vector.save(temporary / "v")
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Opaque, Dequantisable])
+def test_weights_of_a_quantised_class_are_refused(kind: type[Opaque]) -> None:
+    base, aligned, quantised = tiny_llama(), tiny_llama(seed=1), with_weights_of(kind)
+    with pytest.raises(VectorError, match=f"is {kind.__name__} in base, .*without quantisation"):
+        AlignmentVector.between(quantised, aligned)
+    vectors = Vectors({"v": AlignmentVector.between(base, aligned)})
+    with pytest.raises(VectorError, match=f"is {kind.__name__}, to which vectors cannot be added"):
+        with vectors.applied(quantised, {"v": 1}):
+            pytest.fail("it was applied")

@@ -19,6 +19,7 @@ from mavis.decoding.weights import Weights, weight_rows
 from mavis.errors import DataError, MissingPackageError, ObjectiveError, PolicyError, WeightsError, first_sentence
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
+from mavis.policies.embeddings import is_quantised
 from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.generation_config import check_savable
 from mavis.policies.limits import check_prompts_fit
@@ -261,7 +262,7 @@ def _check(
         raise DataError("prompts or evaluation_prompts is empty.", "give at least one prompt.")
     if hasattr(policy, "peft_config"):
         raise PolicyError("policy carries adapters already.", "merge them first: policy.merge_and_unload().")
-    if not settings.lora_rank and not all(p.is_floating_point() for p in policy.parameters()):
+    if not settings.lora_rank and any(map(is_quantised, policy.parameters())):
         raise PolicyError("policy is quantised, so its weights cannot be trained.", "train adapters: lora_rank=16.")
     check_savable(policy)
     if tokenizer.eos_token_id is None:

@@ -30,6 +30,7 @@ from mavis.errors import (
 )
 from mavis.rollouts import RolloutPlan, collect, draw_prompts
 from mavis.training import AlignReport, AlignSettings, align
+from tests.factories import Opaque
 
 PROMPTS = ["once upon a time", "the dog", "she said", "the little old man ran", "he was"]
 SETTINGS = AlignSettings(
@@ -390,6 +391,11 @@ def test_policies_that_cannot_be_trained_are_refused(
     quantised = make_other_policy()
     weight = quantised.model.layers[0].mlp.up_proj.weight
     quantised.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(PolicyError, match="quantised.*lora_rank=16"):
+        start(tmp_path / "run", policy=quantised)
+    quantised = make_other_policy()
+    layer = quantised.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.as_subclass(Opaque), requires_grad=False)
     with pytest.raises(PolicyError, match="quantised.*lora_rank=16"):
         start(tmp_path / "run", policy=quantised)
     endless = copy.deepcopy(tiny_tokenizer)
