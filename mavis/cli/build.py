@@ -44,6 +44,32 @@ def load_policy(config: Any) -> tuple[Any, Any]:
     return policies.load_policy(**plain(config))
 
 
+def load_critic(checkpoint: Any) -> Critic:
+    """Load the critic of a `checkpoint` setting: that of one folder or hub repository, or a group of those of several.
+
+    Raises:
+        ConfigError: if it is neither a name nor a list of names.
+        CriticError: if one cannot be loaded, or several cannot be grouped.
+    """
+    from mavis.critics import Critic
+    from mavis.critics.group import as_critic
+
+    folders = checkpoint_folders(checkpoint)
+    return as_critic([Critic.from_pretrained(folder) for folder in folders])
+
+
+def checkpoint_folders(checkpoint: Any) -> list[str]:
+    """Return the folders or hub repositories that a `checkpoint` setting names, at least one."""
+    names = plain(checkpoint)
+    folders = names if isinstance(names, list) else [names]
+    if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise ConfigError(
+            f"checkpoint is {names!r}, expected a critic's folder or a list of them.",
+            "e.g. checkpoint=outputs/one/critic or checkpoint=[outputs/one/critic,outputs/two/critic].",
+        )
+    return folders
+
+
 def build_objectives(config: Any, names: Sequence[str] | None = None) -> dict[str, Objective]:
     """Build the objectives of a config.
 

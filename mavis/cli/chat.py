@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mavis.cli.build import load_policy, plain
+from mavis.cli.build import load_critic, load_policy, plain
 from mavis.cli.console import print_table, terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError, MavisError, closest
@@ -197,9 +197,7 @@ def _converse(chat: Chat) -> None:
 
 
 def _run(config: Any) -> None:
-    from mavis.critics import Critic
-
-    critic = Critic.from_pretrained(config.checkpoint)
+    critic = load_critic(config.checkpoint)
     weights = plain(config.weights) or dict.fromkeys(critic.objectives, 1 / len(critic.objectives))
     policy, tokenizer = load_policy(config.policy)
     if not getattr(tokenizer, "chat_template", None):

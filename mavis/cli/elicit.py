@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mavis.cli.build import (
     build_objectives,
     check_objectives_manifest,
+    checkpoint_folders,
+    load_critic,
     load_policy,
     read_prompts,
     rollout_settings,
@@ -108,14 +110,13 @@ def _read_choice(pair: Pair) -> int | None:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.critics import Critic
     from mavis.preference import infer_weights, read_pairs, reward_differences
 
     for name in ("questions", "prompts"):
         if config[name] < 1:
             raise ConfigError(f"{name} is {config[name]}, expected ≥ 1.", f"{name}=10 is a good number.")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    critic = Critic.from_pretrained(config.checkpoint)
+    critic = load_critic(config.checkpoint)
     objectives = build_objectives(config, critic.objectives)
     if config.pairs is None:
         pairs = _ask(config, critic, objectives, folder)
@@ -138,7 +139,9 @@ def _run(config: Any) -> None:
         weights = {name: max(weight, 0.0) for name, weight in weights.items()}
     shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in weights.items())
     shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED_OVERRIDES)]
-    command = ["mavis", "generate", f"checkpoint={config.checkpoint}", *shared, f"weights={{{shown}}}"]
+    folders = checkpoint_folders(config.checkpoint)
+    checkpoint = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
+    command = ["mavis", "generate", f"checkpoint={checkpoint}", *shared, f"weights={{{shown}}}"]
     print(f"\n{folder / 'weights.json'}\n\ntry next:\n  {shlex.join([*command, f'prompt={pairs[0].prompt}'])}")
 
 

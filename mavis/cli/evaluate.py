@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mavis.cli.build import (
     build_objectives,
     check_objectives_manifest,
+    checkpoint_folders,
     evaluation_settings,
+    load_critic,
     load_policy,
     read_evaluation_prompts,
 )
@@ -20,12 +22,11 @@ from mavis.cli.progress import progress_reporter
 
 if TYPE_CHECKING:
     from mavis.critics import Critic
-    from mavis.critics.head_critic import HeadCritic
     from mavis.evaluation import EvaluationReport
 
 
 def evaluate(
-    config: Any, policy: Any, tokenizer: Any, critic: HeadCritic, folder: Path, *, reference: Path | None = None
+    config: Any, policy: Any, tokenizer: Any, critic: Critic, folder: Path, *, reference: Path | None = None
 ) -> EvaluationReport | None:
     """Evaluate a critic as a config describes, and print the result.
 
@@ -119,20 +120,19 @@ def update_model_card(critic: Critic, folder: str | os.PathLike[str]) -> None:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.critics import Critic
-    from mavis.critics.head_critic import HeadCritic
     from mavis.evaluation import write_report
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    critic = Critic.from_pretrained(config.checkpoint)
-    assert isinstance(critic, HeadCritic)
+    folders = checkpoint_folders(config.checkpoint)
+    critic = load_critic(folders)
     policy, tokenizer = load_policy(config.policy)
     is_finished = (folder / "report.json").is_file()
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
     if report is not None:
         if is_finished:
             print(f"rollouts of the finished run in {folder} reused", file=sys.stderr)
-        update_model_card(critic, config.checkpoint)
+        if len(folders) == 1:  # the efficiency of several is that of none of them
+            update_model_card(critic, folders[0])
         for path in write_report(folder, report):
             print(path)
 

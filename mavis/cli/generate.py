@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mavis.cli.build import load_policy, plain
+from mavis.cli.build import load_critic, load_policy, plain
 from mavis.cli.console import terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.errors import ConfigError
@@ -121,11 +121,9 @@ def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]
 
 
 def _run(config: Any) -> None:
-    from mavis.critics import Critic
-
     _check(config)
     prompts = _read_prompts(config)
-    critic = Critic.from_pretrained(config.checkpoint)
+    critic = load_critic(config.checkpoint)
     weights = plain(config.weights)
     if weights is None:
         weights = [1 / len(critic.objectives)] * len(critic.objectives)

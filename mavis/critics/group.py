@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mavis.critics.attachment import Attachment
 from mavis.critics.base import Critic
+from mavis.critics.head_critic import HeadCritic
 from mavis.errors import CriticError
 from mavis.policies.protocol import CausalLM
 
@@ -168,3 +169,21 @@ def as_critic(critics: Critic | Sequence[Critic]) -> Critic:
             f"critic is a {type(critics).__name__}, expected a critic.", "use mavis.Critic.from_pretrained(folder)."
         )
     return critics
+
+
+def value_critics(critic: Critic) -> list[HeadCritic]:
+    """Return the critics whose value heads a critic's objectives have, in order: itself, or the members of a group.
+
+    Raises:
+        CriticError: if one of them has no value heads.
+    """
+    found: list[HeadCritic] = []
+    for member in critic.critics if isinstance(critic, CriticGroup) else [critic]:
+        if not isinstance(member, HeadCritic):
+            raise CriticError(
+                f"the critic of {', '.join(critic.objectives)} is a {type(member).__name__}, expected one with value "
+                "heads.",
+                "only the values of hidden-state critics, value models and groups of these can be evaluated.",
+            )
+        found.append(member)
+    return found

@@ -26,6 +26,9 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _NOT_PLAIN = ("alora_invocation_tokens", "alpha_pattern", "fan_in_fan_out", "layer_replication", "use_dora")
 """Settings of peft under which a layer is not W + (α/r) B A, although its tensors have the usual names."""
 
+_MOST_ADDED_TOKENS = 64
+"""More tokens than the base has are those of another tokenizer; the paper's tokenizers add one, for padding."""
+
 Folder = str | os.PathLike[str]
 
 
@@ -128,7 +131,7 @@ def _import(
     fingerprint = Fingerprint.of(policy)
     trunk = load_trunk(source, "base")
     try:
-        weights, rows = _merged(trunk, config, tensors)
+        weights, rows = _merged(trunk, config, tensors, fingerprint.vocab_size)
     except (KeyError, RuntimeError) as error:
         raise CriticError(
             f"base {str(source)!r} does not fit the adapter in {str(folder)!r}: {first_sentence(error)}.",
@@ -144,8 +147,7 @@ def _import(
         raise CriticError(
             f"base {str(source)!r} with the adapter in {str(folder)!r} knows {rows} tokens, but the policy writes "
             f"{fingerprint.vocab_size}.",
-            "use the policy that the value model was trained for, or, if the adapter was saved without its extended "
-            "embedding, a base that has it.",
+            "use the policy that the value model was trained for.",
         )
     trunk.config.vocab_size = rows
     critic = ValueModelCritic(names, fingerprint, trunk.config.to_dict(), "candidates", hidden=0, norm=False)
@@ -199,10 +201,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
 
 
-def _merged(trunk: Any, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+def _merged(
+    trunk: Any, config: Mapping[str, Any], tensors: dict[str, Tensor], vocabulary: int
+) -> tuple[dict[str, Tensor], int]:
     """Merge an adapter into a trunk's weights, and remove the merged tensors from `tensors`.
 
         W  becomes  W + (α/r) B A,  or  W + (α/√r) B A  where the adapter is rank-stabilised
+
+    The paper's code extends the embedding to the tokenizer's added tokens before it trains or loads an adapter, and
+    some adapters are saved without it. Added rows are then the mean of the others, around which that code draws them.
 
     Returns:
         The weights, and the number of rows of their input embedding.
@@ -222,9 +229,14 @@ def _merged(trunk: Any, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
         weights[target] = weights[target] + scale * (up @ down)
     embedding = trunk.get_input_embeddings().weight
     (embedding_name,) = [name for name, weight in trunk.named_parameters() if weight is embedding]
-    # An embedding that was extended to the policy's tokens is saved as a whole.
-    weights[embedding_name] = tensors.pop(prefix + embedding_name, weights[embedding_name])
-    return weights, len(weights[embedding_name])
+    # An embedding that was extended to the policy's tokens is saved as a whole, or not at all.
+    saved = tensors.pop(prefix + embedding_name, None)
+    rows = weights[embedding_name] if saved is None else saved
+    missing = vocabulary - len(rows)
+    if saved is None and 0 < missing <= _MOST_ADDED_TOKENS:
+        rows = torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype).expand(missing, -1)])
+    weights[embedding_name] = rows
+    return weights, len(rows)
 
 
 def _statistic(

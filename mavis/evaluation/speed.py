@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.critics.head_critic import HeadCritic
+from mavis.critics import Critic
 from mavis.decoding import MavisTilt
 from mavis.evaluation.settings import EvaluationSettings
 from mavis.policies.chat import Prompt
@@ -20,7 +20,7 @@ from mavis.policies.generation_config import neutral_generation_config
 
 
 def measure_speed(
-    policy: Any, tokenizer: Any, critic: HeadCritic, prompts: Sequence[Prompt], settings: EvaluationSettings
+    policy: Any, tokenizer: Any, critic: Critic, prompts: Sequence[Prompt], settings: EvaluationSettings
 ) -> dict[str, Any]:
     """Compare tilted with plain decoding on the evaluation prompts.
 

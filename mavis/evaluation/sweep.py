@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mavis.critics.head_critic import HeadCritic
+from mavis.critics import Critic
+from mavis.critics.group import as_critic, value_critics
 from mavis.distributed import join_processes
 from mavis.errors import DataError
 from mavis.evaluation.efficiency import efficiency_at, reward_limits, target_efficiencies
@@ -32,7 +33,7 @@ from mavis.rollouts.checks import check_objectives
 def evaluate(
     policy: Any,
     tokenizer: Any,
-    critic: HeadCritic,
+    critic: Critic | Sequence[Critic],
     objectives: Mapping[str, Objective],
     prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
@@ -50,8 +51,8 @@ def evaluate(
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: to evaluate; attached as needed and detached at the end. When it is saved or uploaded afterwards, its
-            model card reports the efficiency.
+        critic: to evaluate, or several under one tilt; attached as needed and detached at the end. When a single one is
+            saved or uploaded afterwards, its model card reports the efficiency.
         objectives: by name, in the critic's order.
         prompts: P prompts that the critic was not trained on.
         folder: where the rollouts are written.
@@ -66,6 +67,7 @@ def evaluate(
     Raises:
         ConfigError: if a setting is out of range, the objectives are not the critic's, or the longest prompt and
             response have more positions than the policy or a value model has learnt.
+        CriticError: if several critics cannot be grouped, or one has no value heads.
         PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         DataError: if there is no prompt, or the folder holds rollouts of another evaluation.
 
@@ -89,6 +91,8 @@ def evaluate(
         >>> report.rows[0].kl, all(row.kl > 0 for row in report.rows[1:])
         (0.0, True)
     """
+    critic = as_critic(critic)
+    value_critics(critic)  # refuses now what has no values to compare with returns
     check_objectives(critic, objectives)
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")

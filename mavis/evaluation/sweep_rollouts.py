@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mavis.critics.head_critic import HeadCritic
+from mavis.critics import Critic
 from mavis.evaluation.settings import EvaluationSettings
 from mavis.policies import Prompt
 from mavis.rewards import Objective
@@ -85,7 +85,7 @@ def truncated_rollouts(
 def tilted_rollouts(
     policy: Any,
     tokenizer: Any,
-    critic: HeadCritic,
+    critic: Critic,
     objectives: Mapping[str, Objective],
     prompts: Sequence[Prompt],
     grid: Tensor,

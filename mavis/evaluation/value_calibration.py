@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mavis.critics import Critic
+from mavis.critics.group import value_critics
 from mavis.critics.head_critic import HeadCritic
 from mavis.evaluation.statistics import CalibrationRow, calibration_table
 from mavis.math.returns import soft_returns
@@ -42,7 +44,7 @@ class ValueCalibration:
 
 def value_calibration(
     policy: Any,
-    critic: HeadCritic,
+    critic: Critic,
     reference: Mapping[str, list[Any]],
     sweep: Mapping[str, list[Any]],
     sampling: RolloutSettings,
@@ -58,7 +60,7 @@ def value_calibration(
 
     Args:
         policy: the reference policy.
-        critic: whose heads are compared.
+        critic: whose heads are compared; a group has those of its members.
         reference: columns of reference rollouts, which count as β = 0 for every objective.
         sweep: columns of tilted rollouts.
         sampling: how both were sampled.
@@ -67,7 +69,8 @@ def value_calibration(
         One entry per objective and β.
     """
     found = []
-    for m, name in enumerate(critic.objectives):
+    own = [(member, m) for member in value_critics(critic) for m in range(len(member.objectives))]
+    for m, (name, head) in enumerate(zip(critic.objectives, own, strict=True)):
         only = [
             i for i, w in enumerate(sweep["weights"]) if w[m] == 1 and not any(x for k, x in enumerate(w) if k != m)
         ]
@@ -76,7 +79,7 @@ def value_calibration(
             rows = [i for i in only if sweep["beta"][i] == beta] if beta else list(range(len(reference["beta"])))
             rows = [i for i in rows if columns["response_ids"][i]]
             rows = rows[:: math.ceil(len(rows) / _MAX_RESPONSES)]
-            table = calibration_table(*_predictions(policy, critic, columns, rows, m, beta, sampling))
+            table = calibration_table(*_predictions(policy, *head, columns, rows, m, beta, sampling))
             found.append(ValueCalibration(name, beta, table.rows, table.slope, table.intercept, table.r_squared))
     return found
 
@@ -84,18 +87,23 @@ def value_calibration(
 def _predictions(
     policy: Any,
     critic: HeadCritic,
+    head: int,
     columns: Mapping[str, list[Any]],
     rows: Sequence[int],
     objective: int,
     beta: float,
     sampling: RolloutSettings,
 ) -> tuple[list[float], list[float]]:
-    """Return the predicted value and the observed return of one step per response."""
+    """Return the predicted value and the observed return of one step per response.
+
+    The critic's head of the objective is `head`; the objective has the index `objective` in the columns.
+    """
     predicted: list[float] = []
     observed: list[float] = []
     zeta = 1 / beta if beta and not critic.conditioned else 0.0
+    mean, std = float(critic.reward_mean[head]), float(critic.reward_std[head])
     lam = torch.zeros(len(critic.objectives))
-    lam[objective] = beta
+    lam[head] = beta
     # `replay` averages a table over tokens; nothing is read from this one.
     table = torch.zeros(critic.fingerprint.vocab_size, 1)
     for start in range(0, len(rows), _REPLAY_ROWS):
@@ -108,8 +116,8 @@ def _predictions(
         kl = torch.zeros(steps.kl.shape)
         for row, values in enumerate(step_kls):
             kl[row, : len(values)] = torch.tensor(values)
-        normalised = critic.normalise(torch.tensor(rewards, dtype=torch.float64)).float()
-        returns = soft_returns(normalised, kl, zeta)[..., objective]
+        raw = torch.tensor([row[objective] for row in rewards], dtype=torch.float64)
+        returns = soft_returns(((raw - mean) / std).float()[:, None], kl, zeta)[..., 0]
         lengths = steps.is_response.sum(1)
         quarter = torch.tensor([(i % 3) + 1 for i in range(start, start + len(index))], device=lengths.device)
         step = ((lengths - 1) * quarter // 4).clamp_min(0)
@@ -120,6 +128,6 @@ def _predictions(
             inputs = critic.rollout_inputs(ids, is_token, steps.states)[response, step]
             lams = lam.to(inputs.device).expand(len(inputs), -1) if critic.conditioned else None
             values = critic.values_from_inputs(inputs, steps.action_ids[response, step][:, None], lams)
-        predicted.extend(values[:, 0, objective].tolist())
+        predicted.extend(values[:, 0, head].tolist())
         observed.extend(returns[response.cpu(), step.cpu()].tolist())
     return predicted, observed

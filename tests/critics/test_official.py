@@ -205,6 +205,30 @@ def test_adapter_without_embedding_uses_that_of_the_base(base: Path, train: Trai
     torch.testing.assert_close(values[-1], last, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("added", [1, 3])
+def test_added_tokens_that_the_adapter_was_saved_without_have_the_mean_embedding(
+    base: Path, train: Train, tmp_path: Path, added: int
+) -> None:
+    folder = train(tokens=TOKENS)
+    policy = causal(TOKENS + added, seed=0)
+    critic = mavis.import_official({"help": folder}, policy)
+    assert isinstance(critic, ValueModelCritic)
+    embedding = critic.trunk.get_input_embeddings().weight
+    own = AutoModelForSequenceClassification.from_pretrained(base).get_input_embeddings().weight
+    assert torch.equal(embedding[:TOKENS], own)
+    torch.testing.assert_close(embedding[TOKENS:], own.mean(0).expand(added, -1))
+    official = Official(base, folder, tokens=TOKENS)  # of tokens that it has, the values are its own
+    prefix = torch.tensor([4, 8, 2])
+    with critic.attach(policy):
+        policy(input_ids=prefix[None])
+        values = critic.values(prefix[None], torch.arange(TOKENS)[None])[0]
+    with torch.no_grad():
+        last = official.model(input_ids=torch.tensor([[4, 8, 2, TOKENS - 1]])).logits[0]
+    torch.testing.assert_close(values[-1], last, rtol=1e-5, atol=1e-5)
+    critic.save_pretrained(tmp_path / "critic")
+    assert mavis.Critic.from_pretrained(tmp_path / "critic").settings() == critic.settings()
+
+
 def test_import_and_saved_critic_work_without_peft(
     policy: Any, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,9 +332,12 @@ def test_number_of_names_must_match_the_outputs(policy: Any, train: Train, key: 
         mavis.import_official({key: train(outputs=outputs)}, policy)
 
 
-def test_value_model_with_fewer_tokens_than_the_policy_is_refused(policy: Any, train: Train) -> None:
-    with pytest.raises(CriticError, match="knows 30 tokens, but the policy writes 31. Hint: use the policy that"):
-        mavis.import_official({"help": train(tokens=TOKENS)}, policy)
+@pytest.mark.parametrize("adds", ["embedding", "tokens"])
+def test_value_model_with_fewer_tokens_than_the_policy_is_refused(train: Train, adds: str) -> None:
+    """Few added tokens are padding and the like, but a hundred are another tokenizer, and so is a saved embedding."""
+    folder, policy_tokens = (train(), 32) if adds == "embedding" else (train(tokens=TOKENS), TOKENS + 65)
+    with pytest.raises(CriticError, match=f"knows 3[01] tokens, but the policy writes {policy_tokens}. Hint: use the"):
+        mavis.import_official({"help": folder}, causal(policy_tokens, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mavis.critics import HiddenStateCritic
-from mavis.errors import ConfigError, DataError, WeightsError
+from mavis.critics import Critic, HiddenStateCritic
+from mavis.errors import ConfigError, CriticError, DataError, WeightsError
 from mavis.evaluation import EvaluationReport, EvaluationSettings, evaluate, write_report
 from mavis.evaluation.sweep_rollouts import reference_rollouts
 from mavis.rollouts import RolloutSettings
@@ -469,6 +469,62 @@ def test_an_existing_report_is_replaced(measure: Any, make_tiny_critic: Any, tmp
     write_report(tmp_path / "report", report)
     assert json.loads((tmp_path / "report" / "report.json").read_text())["objectives"] == ["good", "brevity"]
     assert not [path for path in (tmp_path / "report").iterdir() if path.name.startswith(".")]
+
+
+# Several critics
+
+
+@pytest.fixture
+def single(tiny_policy: Any) -> list[HiddenStateCritic]:
+    """A critic for each objective."""
+    critics = []
+    for seed, name in enumerate(("good", "brevity")):
+        critic = HiddenStateCritic.for_policy(
+            tiny_policy, [name], hidden=4, rank=2, composition="independent", seed=seed
+        )
+        with torch.no_grad():
+            critic.heads.bias.normal_(generator=torch.Generator().manual_seed(seed))
+        critics.append(critic)
+    return critics
+
+
+def test_several_critics_are_evaluated_under_one_tilt(measure: Any, single: Any, tiny_objectives: Any) -> None:
+    report = measure(single, objectives=dict(tiny_objectives))
+    assert report.objectives == ["good", "brevity"]
+    assert [len(row.rewards) for row in report.rows] == [2] * 7
+    assert all(row.kl > 0 for row in report.rows[1:])
+    assert [(value.objective, value.beta) for value in report.values] == [
+        (name, beta) for name in ("good", "brevity") for beta in (0.0, 1.0, 3.0)
+    ]
+    assert report.speed["tilted"]["ratio"] > 0
+    assert all(critic.attached_policy is None for critic in single)
+
+
+class NoHeads(Critic, has_folder=False):
+    """A critic without value heads."""
+
+    def tilt(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor) -> Tensor:
+        raise AssertionError
+
+    def values(self, prefix_ids: Tensor, candidate_ids: Tensor | None, lam: Tensor | None = None) -> Tensor:
+        raise AssertionError
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+def test_critics_whose_values_cannot_be_compared_are_refused_before_anything_is_sampled(
+    measure: Any, single: Any, tmp_path: Path
+) -> None:
+    other = NoHeads(["other"], single[0].fingerprint)
+    objectives = {"good": len, "other": len}
+    with pytest.raises(
+        CriticError, match="the critic of good, other is a NoHeads, expected one with value heads. Hint"
+    ):
+        measure([single[0], other], objectives=objectives)
+    with pytest.raises(CriticError, match="objective 'good' belongs to two of the critics"):
+        measure([single[0], single[0]], objectives=objectives)
+    assert not list(tmp_path.rglob("*"))
 
 
 # Errors

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics import CriticGroup, HiddenStateCritic
 from mavis.evaluation.value_calibration import value_calibration
 from mavis.rollouts import RolloutSettings
 
@@ -75,6 +75,22 @@ def test_one_step_per_response_is_compared_with_the_return_from_there(
         assert sum(row.count for row in entry.rows) == responses
         for row in entry.rows:
             assert row.predicted == pytest.approx(row.observed, abs=1e-4)
+
+
+def test_a_group_has_the_calibration_of_its_members(tiny_policy: Any, critic: HiddenStateCritic) -> None:
+    members = []
+    for m, name in enumerate(critic.objectives):
+        member = HiddenStateCritic.for_policy(tiny_policy, [name], hidden=4, rank=1, composition="independent")
+        with torch.no_grad():
+            member.heads.bias[:, :-1] = critic.heads.bias[m, :-1]
+            member.token_table.copy_(critic.token_table)
+        member.reward_mean.copy_(critic.reward_mean[m : m + 1])
+        member.reward_std.copy_(critic.reward_std[m : m + 1])
+        members.append(member)
+    reference = columns([0.0, 0.0], 0.0)
+    sweep = joined(columns([1.0, 0.0], BETA), columns([0.0, 1.0], BETA))
+    found = value_calibration(tiny_policy, CriticGroup(members), reference, sweep, SAMPLING)
+    assert found == value_calibration(tiny_policy, critic, reference, sweep, SAMPLING)
 
 
 def test_only_responses_tilted_to_the_objective_alone_are_compared(tiny_policy: Any, critic: HiddenStateCritic) -> None:

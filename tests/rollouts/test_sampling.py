@@ -9,8 +9,9 @@ import torch
 
 from mavis.critics import TrainedDecoding
 from mavis.errors import ConfigError
+from mavis.policies.encoding import response_texts
 from mavis.rollouts import RolloutSettings
-from mavis.rollouts.sampling import response_texts, sample, shard_seed
+from mavis.rollouts.sampling import sample, shard_seed
 
 PROMPTS = ["once upon a time", "the dog"]
 SETTINGS = RolloutSettings(max_new_tokens=12)
