@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -35,8 +36,9 @@ def open_run(
     processes: ProcessGroup,
     *,
     objectives: Mapping[str, Objective],
+    raisable: str | None = None,
     **more: Any,
-) -> None:
+) -> bool:
     """Open the folder of a run: write its manifest and the initial critic, or load these if the run is resumed.
 
     The main process writes, and all processes start from what it has written.
@@ -48,7 +50,11 @@ def open_run(
         settings: a dataclass.
         processes: the group.
         objectives: whose rewards the run stores, by name; empty if it stores none.
+        raisable: the setting that may be larger than when the run was started, so that the run goes on.
         more: further entries of the manifest, plain data by name.
+
+    Returns:
+        Whether that setting has been raised, in the main process.
 
     Raises:
         DataError: if the folder belongs to a different run; names the entries of the manifest that differ, or the
@@ -67,15 +73,31 @@ def open_run(
     }
     processes.check_agreement("run", manifest)
     restore_folder(folder / "start")
-    resumed = processes.is_main and matches_scored_manifest(
-        folder / "run.json", manifest, objectives, "a run with different"
-    )
-    if processes.is_main and not (resumed and (folder / "start").is_dir()):
-        critic.save_pretrained(folder / "start")
-        write_scored_manifest(folder / "run.json", manifest, objectives)
+    path, raised = folder / "run.json", False
+    if processes.is_main:
+        found = _with_raised(path, manifest, raisable)
+        raised = found != manifest
+        resumed = matches_scored_manifest(path, found, objectives, "a run with different")
+        if not (resumed and (folder / "start").is_dir()):
+            critic.save_pretrained(folder / "start")
+            write_scored_manifest(path, manifest, objectives)
+        elif raised:
+            shutil.rmtree(folder / "calibration", ignore_errors=True)  # of the critic that is improved further
+            write_scored_manifest(path, manifest, objectives)
     processes.barrier()
-    processes.check_shared_path(folder / "run.json")
+    processes.check_shared_path(path)
     load_weights(critic, folder / "start")
+    return raised
+
+
+def _with_raised(path: Path, manifest: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Return a manifest as it was before the setting `name` was raised; the manifest itself if it was not."""
+    stored = read_json(path).get("settings") if name is not None and path.is_file() else None
+    before = stored.get(name) if isinstance(stored, dict) else None
+    settings = manifest["settings"]
+    if not isinstance(before, int) or before >= settings[name]:
+        return manifest
+    return {**manifest, "settings": {**settings, name: before}}
 
 
 def load_finished(folder: Path, critic: HeadCritic, kind: type[Report], processes: ProcessGroup) -> Report | None:
@@ -147,9 +169,14 @@ def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: P
     return read_report(folder / "report.json", type(report))
 
 
-def report_reuse(folder: Path) -> None:
-    """Say on standard error that a finished run is reused: a repeated call takes no time and changes nothing."""
-    print(f"finished run in {folder} reused", file=sys.stderr)
+def report_reuse(folder: Path, *, raised: bool = False) -> None:
+    """Say on standard error that a finished run is reused: a repeated call takes no time and changes nothing.
+
+    Args:
+        folder: of the run.
+        raised: whether the call asks for more than the run has finished.
+    """
+    print(f"finished run in {folder} {'continued' if raised else 'reused'}", file=sys.stderr)
 
 
 def load_weights(critic: HeadCritic, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mavis
 from mavis.errors import DataError, ObjectiveError
@@ -90,3 +91,41 @@ def test_a_run_that_failed_before_its_first_results_claims_nothing(
     run(*policy_and_tokenizer, tmp_path, Brevity(), length=5)
     with pytest.raises(DataError, match="holds .* with different"):
         run(*policy_and_tokenizer, tmp_path, Brevity(), length=6)
+
+
+def run_iterations(policy: Any, tokenizer: Any, folder: Path, iterations: int, beta: float = 4.0) -> dict[str, Any]:
+    critic = new_critic(policy)
+    settings = ImprovementSettings(
+        iterations=iterations,
+        rollouts=8,
+        beta=beta,
+        composition="independent",
+        calibration_samples=1,
+        sampling=SAMPLING,
+        fit=FitSettings(epochs=1),
+    )
+    list(improve(policy, tokenizer, critic, {"short": Brevity()}, PROMPTS, folder, settings))
+    return mavis.Critic.from_pretrained(folder / "critic").state_dict() | {"calibration": critic.calibration}
+
+
+def test_a_finished_run_with_one_more_iteration_ends_as_if_it_had_been_asked_for_at_once(
+    policy_and_tokenizer: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_iterations(*policy_and_tokenizer, tmp_path / "run", 1)
+    continued = run_iterations(*policy_and_tokenizer, tmp_path / "run", 2)
+    assert f"finished run in {tmp_path / 'run'} continued" in capsys.readouterr().err
+    at_once = run_iterations(*policy_and_tokenizer, tmp_path / "at once", 2)
+    assert continued.keys() == at_once.keys()
+    for name, value in at_once.items():
+        assert torch.equal(continued[name], value) if isinstance(value, torch.Tensor) else continued[name] == value
+    assert (tmp_path / "run" / "run.json").read_text() == (tmp_path / "at once" / "run.json").read_text()
+
+
+@pytest.mark.parametrize(("iterations", "beta"), [(1, 4.0), (3, 2.0)])
+def test_fewer_iterations_and_other_settings_are_refused(
+    policy_and_tokenizer: tuple[Any, Any], tmp_path: Path, iterations: int, beta: float
+) -> None:
+    run_iterations(*policy_and_tokenizer, tmp_path, 2)
+    with pytest.raises(DataError, match=r"holds a run with different settings\."):
+        run_iterations(*policy_and_tokenizer, tmp_path, iterations, beta)
+    run_iterations(*policy_and_tokenizer, tmp_path, 2)

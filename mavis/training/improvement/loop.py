@@ -53,7 +53,7 @@ def improve(
 
     Everything is written to `folder` as soon as it is finished: the initial critic, rollouts in shards, a critic and a
     report per iteration, and at the end the calibrated critic in `folder/critic`. An interrupted run resumes when the
-    same call is made on the same folder.
+    same call is made on the same folder. With more `iterations` a run goes on, and ends as if it had been started so.
 
     Under `accelerate launch` or `torchrun` all processes make the same call. They share the sampling, the replay and
     every batch of the fit, and the result matches a single-process run up to rounding. Only the main process reports

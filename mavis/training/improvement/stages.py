@@ -117,9 +117,12 @@ class ImprovementStages:
         critic.fingerprint = Fingerprint.of(policy)
         device = states_device(policy)
         processes = join_processes(device)
-        open_run(folder, critic, prompts, settings, processes, objectives=objectives, **sampler_identity(sampler))
+        identity = sampler_identity(sampler)
+        raised = open_run(
+            folder, critic, prompts, settings, processes, objectives=objectives, raisable="iterations", **identity
+        )
         if processes.is_main and (folder / "critic").is_dir():
-            report_reuse(folder)
+            report_reuse(folder, raised=raised)
         record_training(critic, policy, prompts, settings)
         critic.to(device)
         critic.calibration = None  # an earlier calibration does not hold for the new heads
