@@ -140,7 +140,7 @@ def render_prompt(tokenizer: Any, prompt: Prompt, *, continue_final_message: boo
             "prompt is a conversation, but the policy's tokenizer has no chat template.",
             "set tokenizer.chat_template, choose a chat model, or pass the prompt as a text.",
         )
-    rendered = _rendered(tokenizer, messages, continues)
+    rendered = render_messages(tokenizer, messages, opens_turn=not continues, continues=continues)
     for message in messages:  # some templates leave system messages out without a word
         if message["role"] != "assistant" and message["content"].strip() not in rendered:
             raise PromptError(
@@ -150,12 +150,25 @@ def render_prompt(tokenizer: Any, prompt: Prompt, *, continue_final_message: boo
     return rendered
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], continues: bool) -> str:
+def render_messages(
+    tokenizer: Any, messages: Sequence[Message], *, opens_turn: bool = False, continues: bool = False
+) -> str:
+    """Render messages by the tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: in their order.
+        opens_turn: open a turn of the assistant's at the end.
+        continues: leave the last message open.
+
+    Raises:
+        PromptError: if the template refuses them.
+    """
     from jinja2 import TemplateError
 
     try:
         rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+            list(messages), tokenize=False, add_generation_prompt=opens_turn, continue_final_message=continues
         )
     except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -181,8 +194,8 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
         return set()
     marker = "\u2063mavis\u2063"
     try:
-        rendered = _rendered(
-            tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": marker}], False
+        rendered = render_messages(
+            tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": marker}]
         )
     except PromptError:
         return set()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mavis.errors import ObjectiveError, check_whole
+from mavis.errors import ObjectiveError, check_number, check_whole
+from mavis.policies.chat import Prompt
 from mavis.policies.names import check_source
 from mavis.rewards.identity import file_digest
+from mavis.rewards.prefix_scores import check_causal, encode_prefixes, prefix_logits
 from mavis.rewards.protocol import check_sign
-from mavis.rewards.reward_texts import check_template, check_token_ids, check_vocabulary, fill_template
+from mavis.rewards.reward_texts import check_template, check_vocabulary, encode_texts, fill_template
+
+CONFIG_KEY = "mavis_reward"
+"""The entry of a checkpoint's config.json that says what `train_reward_model` trained it to read."""
 
 _CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # suffixes of the files that make a checkpoint
 
@@ -25,6 +30,8 @@ class RewardModel:
         R = sign · logits[i]                     (output = i, or None for the only one)
         R = sign · (logits[i] − logits[j])       (output = [i, j])
 
+    With a length penalty, penalty · (characters of the response) / 100 is subtracted before the sign is applied.
+
     The model is loaded at the first call and kept. A reward does not depend on the rest of its batch, up to rounding:
     about 1e-5 in float32, and the precision of the type in half precision.
 
@@ -32,8 +39,9 @@ class RewardModel:
         model: hub id, or a local folder as `save_pretrained` writes it (model and tokenizer).
         output: index of the logit, or two indices [i, j] for logit i − logit j, such as positive − negative. None reads
             the only logit; a model with several needs an index, as logit 0 is the negative class of most classifiers.
-        template: "chat", the tokenizer's chat template over a user message (the prompt) and an assistant
-            message (the response); "concat", prompt + response as one text; or a text of your own with `{response}`
+        template: "chat", the tokenizer's chat template over the conversation (a prompt that is a text is one user
+            message) and an assistant message (the response); "concat", prompt + response as one text, which a
+            conversation is not; or a text of your own with `{response}`
             and, if wanted, `{prompt}`, `{bos}` and `{eos}`: "{response}", "{response} {bos} {prompt}". Use the one
             that the model was trained with.
         truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start, for templates
@@ -43,13 +51,17 @@ class RewardModel:
         device: where the model runs, for example "cpu" or "cuda:0".
         dtype: "float32", "bfloat16", ... or a torch dtype; None keeps the dtype of the checkpoint.
         sign: 1 for a reward, −1 for a cost.
+        length_penalty: reward per 100 characters that is subtracted; None takes the one that the checkpoint was trained
+            with, which is 0 unless `train_reward_model` wrote another.
         trust_remote_code: run Python code that comes with the checkpoint.
         revision: branch, tag or commit on the hub; None takes the default branch.
 
     Raises:
         ObjectiveError: if an argument is out of range; at the first call, if the checkpoint is missing, has no
             safetensors weights, no tokenizer files or no trained head, or does not fit `output`, `template` or
-            `max_length`; if the tokenizer knows no token of the texts, or has tokens that the model does not.
+            `max_length`; if a prompt is a conversation and the template is not `chat`; if the tokenizer knows no token
+            of the texts, or has tokens that the model does not.
+        PromptError: if a conversation cannot be used, or the chat template refuses it.
 
     Examples:
         A tiny untrained classifier in a temporary folder:
@@ -81,6 +93,7 @@ class RewardModel:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
         sign: int = 1,
+        length_penalty: float | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
@@ -94,17 +107,20 @@ class RewardModel:
         self.device = _device(device)
         self.dtype = _dtype(dtype)
         self.sign = check_sign(sign)
+        if length_penalty is not None:
+            check_number(ObjectiveError, "0 subtracts nothing.", length_penalty=length_penalty)
+        self.length_penalty = length_penalty
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.batch_tolerance = 1e-3  # see `check_batch_independence`
         self._loaded: tuple[Any, Any, int | None] | None = None
         self._checkpoint: dict[str, str] | None = None
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Score B responses.
 
         Args:
-            prompts: B prompts, without any template.
+            prompts: B prompts, texts without any template or conversations.
             responses: B responses.
 
         Returns:
@@ -112,57 +128,115 @@ class RewardModel:
         """
         if not len(responses):
             return []
-        if self._loaded is None:
-            self._loaded = self._load()
-        model, tokenizer, padding_id = self._loaded
-        texts = self._token_ids(tokenizer, prompts, responses, _embeddings(model))
+        model, tokenizer, padding_id = self._ready()
+        pairs = zip(prompts, responses, strict=True)
+        texts = encode_texts(
+            self.model,
+            tokenizer,
+            [fill_template(self.template, tokenizer, prompt, response) for prompt, response in pairs],
+            template=self.template,
+            max_length=self.max_length,
+            embeddings=_embeddings(model),
+        )
         rewards = [0.0] * len(texts)
-        # Sorted by length there is little padding; the longest come first, so that memory runs out at once or never.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self._batches(texts):
             logits = self._logits(model, padding_id, [texts[row] for row in rows])
-            selected = logits[:, self.output[0]]
-            if len(self.output) == 2:
-                selected = selected - logits[:, self.output[1]]
-            for row, reward in zip(rows, selected.tolist(), strict=True):
-                rewards[row] = self.sign * reward
+            for row, reward in zip(rows, self._selected(logits).tolist(), strict=True):
+                rewards[row] = self.sign * (reward - self._penalty(model, len(responses[row])))
         return rewards
+
+    def score_prefixes(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[float]]:
+        """Score every prefix of B responses in one pass over each, with a causal reward model.
+
+        The response is read as unfinished: what the chat template writes after it, such as the end of the turn, is left
+        out. The last score is thus the reward of the response so far, not that of the finished one.
+
+        Args:
+            prompts: B prompts, texts without any template or conversations.
+            responses: B responses.
+
+        Returns:
+            For each response the raw reward after each of its tokens, as the reward model's own tokenizer splits it;
+            none for an empty response.
+
+        Raises:
+            ObjectiveError: if the model reads its text in both directions, the response is not the last part of the
+                text, or the response alone has more than `max_length` tokens.
+        """
+        if not len(responses):
+            return []
+        model, tokenizer, padding_id = self._ready()
+        if self.truncation_side != "left":
+            raise ObjectiveError(
+                "truncation_side is 'right', which cuts off the response.",
+                "score prefixes with truncation_side='left'.",
+            )
+        texts = [
+            encode_prefixes(self.model, tokenizer, self.template, prompt, response, self.max_length, _embeddings(model))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        ids = [text.ids for text in texts]
+        longest = max(ids, key=len)
+        check_causal(self.model, model, longest, lambda some: self._logits(model, padding_id, [some]), self.device)
+        scores: list[list[float]] = [[] for _ in texts]
+        for rows in self._batches(ids):
+            input_ids, is_token = self._inputs(padding_id or 0, [ids[row] for row in rows])
+            logits = prefix_logits(model, input_ids, is_token)
+            for row, rewards in zip(rows, self._selected(logits).tolist(), strict=True):
+                scores[row] = [
+                    self.sign * (rewards[position] - self._penalty(model, characters))
+                    for position, characters in zip(texts[row].positions, texts[row].characters, strict=True)
+                ]
+        return scores
 
     def identity(self) -> dict[str, Any]:
         """Identify the rewards by the checkpoint and by what it reads; see `objective_identity`. Loads the model."""
-        if self._loaded is None:
-            self._loaded = self._load()
+        model, _, _ = self._ready()
         if self._checkpoint is None:
             folder = Path(self.model)
             files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
             self._checkpoint = {path.name: file_digest(path) for path in files if path.suffix in _CONTENT} or {
-                "commit": getattr(self._loaded[0].config, "_commit_hash", None) or self.revision or self.model
+                "commit": getattr(model.config, "_commit_hash", None) or self.revision or self.model
             }
-        names = ("output", "template", "truncation_side", "max_length", "dtype", "sign")
+        names = ("output", "template", "truncation_side", "max_length", "dtype", "sign", "length_penalty")
         return {"checkpoint": self._checkpoint, **{name: getattr(self, name) for name in names}}
 
-    def _token_ids(
-        self, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], embeddings: int
-    ) -> list[list[int]]:
-        """Tokenize every text, to at most `max_length` tokens and at least one."""
-        texts = [
-            fill_template(self.template, tokenizer, prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=self.max_length,
-            add_special_tokens=self.template != "chat",  # a chat template adds its own
-        )["input_ids"]
-        bos = tokenizer.bos_token_id
-        # A text that begins with the BOS token gets no second one.
-        encoded = [ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids for ids in encoded]
-        check_token_ids(self.model, tokenizer, encoded, embeddings)
-        # A model cannot read an empty text; the token that begins or ends texts stands for it.
-        empty = next((i for i in (bos, tokenizer.eos_token_id) if i is not None), 0)
-        return [list(ids) or [empty] for ids in encoded]
+    def _ready(self) -> tuple[Any, Any, int | None]:
+        """Return model, tokenizer and padding, loaded at the first call."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _batches(self, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Yield the indices of texts batch by batch, of similar lengths, so that there is little padding.
+
+        The longest come first, so that memory runs out at once or never.
+        """
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _selected(self, logits: torch.Tensor) -> torch.Tensor:
+        """Select the output, (...), of logits (..., labels)."""
+        selected = logits[..., self.output[0]]
+        return selected - logits[..., self.output[1]] if len(self.output) == 2 else selected
+
+    def _penalty(self, model: Any, characters: int) -> float:
+        """Compute what is subtracted for the length of a response."""
+        penalty = self.length_penalty
+        if penalty is None:
+            penalty = (getattr(model.config, CONFIG_KEY, None) or {}).get("length_penalty", 0.0)
+        return float(penalty) * characters / 100
+
+    def _inputs(self, padding_id: int, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad b lists of token ids on the right; return them and whether each is a token, (b, T)."""
+        longest = max(len(ids) for ids in texts)
+        input_ids = torch.full((len(texts), longest), padding_id, dtype=torch.long)
+        is_token = torch.zeros((len(texts), longest), dtype=torch.long)
+        for row, ids in enumerate(texts):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            is_token[row, : len(ids)] = 1
+        return input_ids.to(self.device), is_token.to(self.device)
 
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
         """Compute the logits (b, labels), float64 on the CPU, of b lists of token ids, padded on the right."""
@@ -172,14 +246,9 @@ class RewardModel:
             last_ids = {ids[-1] for ids in texts}
             padding_id = next(i for i in itertools.count() if i not in last_ids)
         model.config.get_text_config().pad_token_id = padding_id
-        longest = max(len(ids) for ids in texts)
-        input_ids = torch.full((len(texts), longest), padding_id, dtype=torch.long)
-        is_token = torch.zeros((len(texts), longest), dtype=torch.long)
-        for row, ids in enumerate(texts):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            is_token[row, : len(ids)] = 1
+        input_ids, is_token = self._inputs(padding_id, texts)
         with torch.inference_mode():
-            logits = model(input_ids=input_ids.to(self.device), attention_mask=is_token.to(self.device)).logits
+            logits = model(input_ids=input_ids, attention_mask=is_token).logits
         return logits.to("cpu", torch.float64)
 
     def _load(self) -> tuple[Any, Any, int | None]:
@@ -252,7 +321,13 @@ class RewardModel:
                 f"template is 'chat', but the tokenizer of reward model {self.model!r} has no chat template.",
                 "use template='concat' to score prompt + response as one text.",
             )
-        positions = _positions(model)
+        trained = (getattr(model.config, CONFIG_KEY, None) or {}).get("template", self.template)
+        if trained != self.template:
+            raise ObjectiveError(
+                f"template is {self.template!r}, but reward model {self.model!r} was trained with {trained!r}.",
+                f"set template={trained!r}.",
+            )
+        positions = read_positions(model)
         if positions is not None and self.max_length > positions:
             raise ObjectiveError(
                 f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
@@ -265,7 +340,7 @@ def _embeddings(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _positions(model: Any) -> int | None:
+def read_positions(model: Any) -> int | None:
     """Return how many tokens a model can read; None if it does not say."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():

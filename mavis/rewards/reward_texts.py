@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mavis.errors import ObjectiveError
+from mavis.policies.chat import Prompt, as_conversation, is_conversation, render_messages
 
 _FIELD = re.compile(r"\{(prompt|response|bos|eos)\}")
 
@@ -21,26 +22,31 @@ def check_template(template: str) -> str:
     )
 
 
-def fill_template(template: str, tokenizer: Any, prompt: str, response: str) -> str:
+def fill_template(template: str, tokenizer: Any, prompt: Prompt, response: str) -> str:
     """Join a prompt and a response to the text that a reward model reads.
 
     Args:
         template: see `RewardModel`.
         tokenizer: of the reward model.
-        prompt: without any template.
+        prompt: a text, without any template, or a conversation.
         response: what the policy wrote.
 
     Returns:
         The text, without the special tokens that the tokenizer itself adds.
 
     Raises:
-        ObjectiveError: if the template asks for a token that the tokenizer lacks.
+        ObjectiveError: if the template asks for a token that the tokenizer lacks, or cannot hold a conversation.
+        PromptError: if the conversation cannot be used, or the chat template refuses it.
     """
-    if template == "concat":
-        return prompt + response
     if template == "chat":
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return render_messages(tokenizer, _with_reply(prompt, response))
+    if is_conversation(prompt):
+        raise ObjectiveError(
+            f"template is {template!r}, but a prompt is a conversation of {len(prompt)} messages.",
+            "use template='chat', with a reward model whose tokenizer has a chat template.",
+        )
+    if template == "concat":
+        return f"{prompt}{response}"
     fields = {"prompt": prompt, "response": response, "bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
     for name in ("bos", "eos"):
         if fields[name] is None and f"{{{name}}}" in template:
@@ -50,6 +56,73 @@ def fill_template(template: str, tokenizer: Any, prompt: str, response: str) -> 
             )
     # In one pass, so that braces in a prompt or a response are left alone.
     return _FIELD.sub(lambda field: str(fields[field[1]]), template)
+
+
+def _with_reply(prompt: Prompt, response: str) -> list[dict[str, str]]:
+    """Add the response to a conversation; it continues a last message of the assistant's."""
+    if isinstance(prompt, str):  # any text, an empty one too
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    messages = as_conversation(prompt)
+    if messages[-1]["role"] == "assistant":
+        response = messages.pop()["content"] + response
+    return [*messages, {"role": "assistant", "content": response}]
+
+
+def split_unfinished(template: str, tokenizer: Any, prompt: Prompt, response: str) -> tuple[str, str]:
+    """Split the text that a reward model reads into what precedes the response and the response.
+
+    What a template writes after the response, such as the end of the turn, is left out, and so is what it strips from
+    the response's ends.
+
+    Args:
+        template: see `RewardModel`.
+        tokenizer: of the reward model.
+        prompt: a text, without any template, or a conversation.
+        response: what the policy wrote.
+
+    Raises:
+        ObjectiveError: if the response is not the last part of the text.
+        PromptError: if the conversation cannot be used, or the chat template refuses it.
+    """
+    marker = "\u2063mavis\u2063"
+    full, marked = (fill_template(template, tokenizer, prompt, text) for text in (response, marker))
+    before, found, after = marked.rpartition(marker)
+    own = template not in ("chat", "concat")
+    is_last = template.count("{response}") == 1 and "{prompt}" not in template.partition("{response}")[2]
+    if not found or not full.startswith(before) or not full.endswith(after) or (own and not is_last):
+        raise ObjectiveError(
+            f"template is {template!r}, in which the response is not the last part, so that prefixes have no score.",
+            "use a reward model that reads the prompt first.",
+        )
+    return before, full[len(before) : len(full) - len(after)]
+
+
+def encode_texts(
+    model: str, tokenizer: Any, texts: Sequence[str], *, template: str, max_length: int, embeddings: int
+) -> list[list[int]]:
+    """Tokenize the texts that a reward model reads, to at most `max_length` tokens and at least one.
+
+    Args:
+        model: its name, for errors.
+        tokenizer: of the reward model; its truncation side says which end of an overlong text is cut.
+        texts: of `fill_template`.
+        template: that filled them; a chat template writes its own special tokens.
+        max_length: the most tokens.
+        embeddings: how many tokens the model has embeddings of.
+
+    Raises:
+        ObjectiveError: if a token has no embedding.
+    """
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=template != "chat")[
+        "input_ids"
+    ]
+    bos = tokenizer.bos_token_id
+    # A text that begins with the BOS token gets no second one.
+    encoded = [ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids for ids in encoded]
+    check_token_ids(model, tokenizer, encoded, embeddings)
+    # A model cannot read an empty text; the token that begins or ends texts stands for it.
+    empty = next((i for i in (bos, tokenizer.eos_token_id) if i is not None), 0)
+    return [list(ids) or [empty] for ids in encoded]
 
 
 def check_vocabulary(model: str, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from mavis.errors import ObjectiveError
+from mavis.errors import ObjectiveError, PromptError
 from mavis.rewards import RewardModel, Signed, check_batch_independence, score
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
@@ -277,3 +278,53 @@ def test_wrong_options_are_refused_before_anything_loads(option: str, value: Any
         RewardModel("owner/name", **options)
     assert str(caught.value).startswith(message)
     assert " Hint: " in str(caught.value)
+
+
+def test_a_conversation_goes_through_the_chat_template_whole(make_folder: Any) -> None:
+    folder = make_folder(chat_template=CHAT_TEMPLATE)
+    asked = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": [{"type": "text", "text": "d"}]},
+    ]
+    text = "user : a b assistant : c user : d assistant : e f"
+    expected = [logits_alone(folder, text)[0].item()]
+    assert RewardModel(folder)([asked], ["e f"]) == pytest.approx(expected, abs=1e-5)
+    begun = [*asked, {"role": "assistant", "content": "e"}]  # that the policy was asked to continue
+    assert RewardModel(folder)([begun], [" f"]) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ObjectiveError, match="template is 'concat', but a prompt is a conversation of 3 messages"):
+        RewardModel(folder, template="concat")([asked], ["e"])
+    with pytest.raises(PromptError, match="has role 'bot'"):
+        RewardModel(folder)([[{"role": "bot", "content": "a"}]], ["e"])
+
+
+def test_what_a_chat_template_refuses_is_said(make_folder: Any) -> None:
+    folder = make_folder(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(PromptError, match="refuses a conversation of user, assistant: roles must alternate"):
+        RewardModel(folder)(["a"], ["b"])
+
+
+def test_the_length_penalty_is_per_hundred_characters(make_folder: Any) -> None:
+    folder = make_folder()
+    plain = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+    expected = [reward - 2 * len(response) / 100 for reward, response in zip(plain, RESPONSES, strict=True)]
+    assert RewardModel(folder, template="concat", length_penalty=2.0)(PROMPTS, RESPONSES) == pytest.approx(expected)
+    cost = RewardModel(folder, template="concat", length_penalty=2.0, sign=-1)(PROMPTS, RESPONSES)
+    assert cost == pytest.approx([-reward for reward in expected])
+    with pytest.raises(ObjectiveError, match="length_penalty is nan, expected a finite number"):
+        RewardModel(folder, length_penalty=float("nan"))
+
+
+def test_what_a_model_was_trained_with_is_kept(make_folder: Any) -> None:
+    folder = make_folder()
+    plain = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"mavis_reward": {"template": "concat", "length_penalty": 2.0}})
+    )
+    penalised = RewardModel(folder, template="concat", length_penalty=2.0)(PROMPTS, RESPONSES)
+    assert RewardModel(folder, template="concat")(PROMPTS, RESPONSES) == penalised
+    assert RewardModel(folder, template="concat", length_penalty=0)(PROMPTS, RESPONSES) == plain
+    message = refused(folder, template="{response}")
+    assert "template is '{response}', but reward model" in message
+    assert "was trained with 'concat'. Hint: set template='concat'." in message
