@@ -60,6 +60,7 @@ def respond(
     top_k: int | AsTrained | None = AS_TRAINED,
     temperature: float | AsTrained = AS_TRAINED,
     max_new_tokens: int | AsTrained = AS_TRAINED,
+    min_new_tokens: int = 0,
     samples: int = 1,
     greedy: bool = False,
     continue_final_message: bool = False,
@@ -82,6 +83,7 @@ def respond(
         temperature: T > 0; `as_trained` takes what the critic was trained at.
         max_new_tokens: the longest response in tokens, ≥ 1; `as_trained` takes the length that the critic was trained
             with.
+        min_new_tokens: n ≥ 0: no end token is among a response's first n tokens, for policies that stop at once.
         samples: responses to each prompt, ≥ 1.
         greedy: take the most likely token at every step instead of sampling.
         continue_final_message: let the policy continue a last message of the assistant's instead of refusing it.
@@ -107,11 +109,16 @@ def respond(
     if isinstance(prompts, str) or not prompts:
         raise DecodingError(f"prompts is {prompts!r}, expected at least one prompt.", "pass a list of prompts.")
     check_whole(DecodingError, "1 is one response to each prompt.", samples=samples)
+    check_whole(DecodingError, "0 lets responses end at once.", 0, min_new_tokens=min_new_tokens)
     if greedy and samples > 1:
         raise DecodingError(f"samples is {samples}, but greedy decoding gives one response.", "leave one of them out.")
     warn_unsuitable(policy, tokenizer, prompts, stacklevel=3)
     chosen = as_critic(critic if critic is not None else attached_critic(policy))
     length = trained_length(chosen) if max_new_tokens == AS_TRAINED else max_new_tokens
+    if min_new_tokens > length:
+        raise DecodingError(
+            f"min_new_tokens is {min_new_tokens}, but max_new_tokens {length}.", "0 lets responses end at once."
+        )
     tilt = MavisTilt(
         weights,
         chosen,
@@ -127,7 +134,12 @@ def respond(
     config, _ = neutral_generation_config(
         policy,
         trained_temperature(temperature, chosen),
-        {"max_new_tokens": length, "num_return_sequences": samples, "do_sample": not greedy},
+        {
+            "max_new_tokens": length,
+            "min_new_tokens": min_new_tokens,
+            "num_return_sequences": samples,
+            "do_sample": not greedy,
+        },
     )
     with chosen.attached_to(policy):
         output = policy.generate(

@@ -137,6 +137,7 @@ def evaluate(
         prompts=len(prompts),
         samples=settings.samples,
         temperature=settings.sampling.temperature,
+        min_new_tokens=settings.sampling.min_new_tokens,
     )
     rewards = critic.normalise(torch.tensor(plain["rewards"], dtype=torch.float64))
     rewards = rewards.view(len(prompts), settings.reference_samples, -1)

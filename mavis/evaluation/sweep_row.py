@@ -91,6 +91,7 @@ class RowBuilder:
         prompts: P, the number of prompts in each group.
         samples: responses per prompt at a point of the sweep.
         temperature: T of the policy whose perplexity is computed.
+        min_new_tokens: how many of a response's first tokens this policy cannot end.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class RowBuilder:
         prompts: int,
         samples: int,
         temperature: float,
+        min_new_tokens: int = 0,
     ) -> None:
         self.policy, self.critic, self.held_out, self.prompts = policy, critic, held_out, prompts
-        self.temperature, self.samples = temperature, samples
+        self.temperature, self.samples, self.min_new_tokens = temperature, samples, min_new_tokens
 
     def build(
         self,
@@ -187,7 +189,14 @@ class RowBuilder:
         for start in range(0, len(pairs), _REPLAY_ROWS):
             prompts, responses = zip(*pairs[start : start + _REPLAY_ROWS], strict=True)
             sequences = Sequences.pack(prompts, responses)
-            steps = replay(self.policy, sequences, table, top_k=None, temperature=self.temperature)
+            steps = replay(
+                self.policy,
+                sequences,
+                table,
+                top_k=None,
+                temperature=self.temperature,
+                min_new_tokens=self.min_new_tokens,
+            )
             total += float(steps.reference_logprobs.double().sum())
             count += int(steps.is_response.sum())
         return float(np.exp(-total / count)) if count else None

@@ -249,6 +249,7 @@ def _replayed_kl(
             lam=lam[rows].float() if lam is not None else None,
             top_k=settings.top_k,
             temperature=settings.temperature,
+            min_new_tokens=settings.min_new_tokens,
         ).kl.cpu()
         for rows in (slice(start, start + ROWS_PER_PASS) for start in range(0, len(sequences.ids), ROWS_PER_PASS))
     ]

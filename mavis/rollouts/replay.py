@@ -15,6 +15,7 @@ from mavis.critics.head_critic import HeadCritic
 from mavis.math.kl import step_kl
 from mavis.math.tilt import tilted_logprobs, top_candidates
 from mavis.policies.devices import states_device
+from mavis.policies.generation_config import end_token_ids
 from mavis.policies.state_capture import forward_states
 
 ROWS_PER_PASS = 32
@@ -118,6 +119,7 @@ def replay(
     lam: Tensor | None = None,
     top_k: int | None,
     temperature: float = 1.0,
+    min_new_tokens: int = 0,
 ) -> ReplayedSteps:
     """Recompute the states, distributions and KL of responses that a tilted or plain policy has sampled.
 
@@ -129,6 +131,8 @@ def replay(
         lam: (B, M) float32, λ of each row; only with a critic. Rows of zeros are truncated like any other.
         top_k: number of candidates that the responses were drawn from; None means every token.
         temperature: T at which they were drawn.
+        min_new_tokens: how many of each response's first tokens could not be end tokens; the reference policy is the
+            one that cannot stop there.
 
     Returns:
         The steps, on the policy's device.
@@ -138,6 +142,8 @@ def replay(
     is_response = sequences.is_response.to(device)
     length = is_response.shape[1]
     states, logits = forward_sequences(policy, sequences)
+    if min_new_tokens and (ends := sorted(end_token_ids(policy))):
+        logits[:, :min_new_tokens, ends] = -torch.inf
     action_ids, table = ids[:, -length:], embeddings.to(device)
     lam = lam.to(device) if lam is not None else None
     head_inputs = critic.rollout_inputs(ids, is_token, states) if critic is not None else states

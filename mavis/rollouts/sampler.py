@@ -93,7 +93,7 @@ class Sampler(Protocol):
             policy: the reference policy.
             tokenizer: its tokenizer.
             prompts: B texts or conversations.
-            settings: the length, the temperature, and the candidates of tilted rows.
+            settings: the lengths, the temperature, and the candidates of tilted rows.
             seed: of this batch; the random state of the process is left alone.
             top_k: without a critic, the number of candidates that the reference is truncated to; None keeps every
                 token.

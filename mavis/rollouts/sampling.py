@@ -31,6 +31,8 @@ class RolloutSettings:
         temperature: T > 0.
         shard_size: how many responses are sampled and written together, ≥ 1.
         seed: of all sampling.
+        min_new_tokens: n ≥ 0: no end token is among a response's first n tokens, for policies that stop at once. The
+            reference policy is then the one that cannot stop there, for candidates, rewards and KL alike.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -38,7 +40,7 @@ class RolloutSettings:
     Examples:
         >>> from mavis.rollouts import RolloutSettings
         >>> RolloutSettings(top_k=40)
-        RolloutSettings(max_new_tokens=64, top_k=40, temperature=1.0, shard_size=256, seed=0)
+        RolloutSettings(max_new_tokens=64, top_k=40, temperature=1.0, shard_size=256, seed=0, min_new_tokens=0)
     """
 
     max_new_tokens: int = TrainedDecoding.max_new_tokens
@@ -46,11 +48,18 @@ class RolloutSettings:
     temperature: float = TrainedDecoding.temperature
     shard_size: int = 256
     seed: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         sizes = {"max_new_tokens": self.max_new_tokens, "shard_size": self.shard_size}
         check_whole(ConfigError, "the defaults are 64 and 256.", **sizes)
         check_whole(ConfigError, "0 is the default.", 0, seed=self.seed)
+        hint = "0 lets responses end at once."
+        check_whole(ConfigError, hint, 0, min_new_tokens=self.min_new_tokens)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {self.min_new_tokens}, but max_new_tokens {self.max_new_tokens}.", hint
+            )
         if self.top_k is not None:
             check_whole(ConfigError, _EVERY_TOKEN, top_k=self.top_k)
         check_temperature(ConfigError, self.temperature, "1.0 leaves the policy as it is.")
@@ -58,6 +67,12 @@ class RolloutSettings:
     def trained_decoding(self) -> TrainedDecoding:
         """Return the settings that a critic trained on these rollouts stores."""
         return TrainedDecoding(self.top_k, self.temperature, self.max_new_tokens)
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The arguments of `generate` that limit a response's length."""
+        shortest = {"min_new_tokens": self.min_new_tokens} if self.min_new_tokens else {}
+        return {"max_new_tokens": self.max_new_tokens, **shortest}
 
     def check(self, policy: Any) -> None:
         """Check that a policy has at least `top_k` tokens.
@@ -89,7 +104,7 @@ def sample(
         policy: the reference policy.
         tokenizer: its tokenizer.
         prompts: B texts or conversations.
-        settings: of which the length and the temperature are used.
+        settings: of which the lengths and the temperature are used.
         seed: of this batch; the random state of the process is left alone.
         top_k: the number of candidates that `generate` truncates to; None keeps every token that the processor keeps.
         processors: logits processors that are called at every step.
@@ -101,7 +116,7 @@ def sample(
     inputs = encode_prompts(tokenizer, prompts)
     device = states_device(policy)
     ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    config, _ = neutral_generation_config(policy, settings.temperature, {"max_new_tokens": settings.max_new_tokens})
+    config, _ = neutral_generation_config(policy, settings.temperature, settings.lengths)
     if top_k is not None:
         config.top_k = top_k
     if tokenizer.pad_token_id is not None:  # the policy's own may have no embedding

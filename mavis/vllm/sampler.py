@@ -119,6 +119,11 @@ class VllmSampler:
         lam: Tensor | None = None,
     ) -> SampledResponses:
         """Draw one response to each prompt; see `Sampler.draw`. The KL is left to the caller's replay."""
+        if settings.min_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {settings.min_new_tokens}, which the sampler {self.name!r} does not support.",
+                "use the sampler `generate`, or leave it 0.",
+            )
         from vllm import SamplingParams
 
         ids = prompt_ids(tokenizer, prompts)

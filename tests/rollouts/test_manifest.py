@@ -43,6 +43,8 @@ def test_settings_that_the_first_release_did_not_have_are_named_only_where_they_
     assert "zeta" in plain
     paper = ImprovementSettings("independent", reuse=False, zeta=0.02, kl_label="whole_response", fit=MONTE_CARLO)
     assert settings_manifest(paper)["kl_label"] == "whole_response"
+    assert "min_new_tokens" not in settings_manifest(RolloutSettings())
+    assert settings_manifest(RolloutSettings(min_new_tokens=1))["min_new_tokens"] == 1
 
 
 def test_the_same_objectives_match(path: Path) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 import mavis.vllm.sampler
 from mavis.cli.build import build_sampler
 from mavis.errors import ConfigError, MissingPackageError
+from mavis.rollouts import RolloutSettings
 from mavis.vllm.sampler import VllmSampler
 
 
@@ -27,6 +28,12 @@ def test_sampling_with_vllm_names_the_missing_package(monkeypatch: pytest.Monkey
 def test_an_unknown_sampler_suggests_a_similar_name() -> None:
     with pytest.raises(ConfigError, match="sampler.kind is 'vlm'.*did you mean 'vllm'"):
         sampler("vlm")
+
+
+def test_a_shortest_length_is_refused_before_an_engine_starts() -> None:
+    sampler = VllmSampler.__new__(VllmSampler)
+    with pytest.raises(ConfigError, match="min_new_tokens is 2, which the sampler 'vllm' does not support. Hint: use"):
+        sampler.draw(None, None, ["the dog"], RolloutSettings(min_new_tokens=2), 0)
 
 
 def test_an_option_that_the_sampler_sets_itself_is_refused() -> None:

@@ -92,6 +92,7 @@ def extract(
                     lam=lam.float(),
                     top_k=settings.top_k,
                     temperature=settings.temperature,
+                    min_new_tokens=settings.min_new_tokens,
                 )
                 states, expected, kl = steps.states.cpu(), steps.expected.cpu(), steps.kl.cpu()
             else:
