@@ -19,6 +19,7 @@ from mavis.policies.chat import Prompt, warn_unsuitable
 from mavis.policies.devices import states_device
 from mavis.policies.encoding import encode_prompts, response_texts, until_end
 from mavis.policies.generation_config import end_token_ids, neutral_generation_config
+from mavis.policies.limits import check_prompts_fit
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def respond(
     Raises:
         DecodingError: if a number is out of range, or there are no prompts; else see `MavisTilt`.
         PromptError: if a conversation cannot be rendered.
+        PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
+        ConfigError: if the longest prompt and response have more positions than the policy or a value model has learnt.
 
     Examples:
         >>> import mavis
@@ -129,6 +132,7 @@ def respond(
         max_new_tokens=length,
         record_kl=True,
     )
+    check_prompts_fit(policy, tokenizer, prompts, length, chosen.max_positions)
     inputs = encode_prompts(tokenizer, prompts, continue_final_message=continue_final_message)
     device, width = states_device(policy), inputs["input_ids"].shape[1]
     config, _ = neutral_generation_config(
@@ -141,6 +145,8 @@ def respond(
             "do_sample": not greedy,
         },
     )
+    if tokenizer.pad_token_id is not None:  # the policy's own may have no embedding
+        config.pad_token_id = tokenizer.pad_token_id
     with chosen.attached_to(policy):
         output = policy.generate(
             input_ids=inputs["input_ids"].to(device),

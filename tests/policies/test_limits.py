@@ -117,7 +117,11 @@ def run_evaluate(policy: Any, tokenizer: Any, critic: Any, prompts: list[str], l
     return mavis.evaluate(policy, tokenizer, critic, {"short": short}, prompts, folder, settings)
 
 
-RUNS: list[Run] = [run_collect, run_improve, run_distill, run_align, run_evaluate]
+def run_respond(policy: Any, tokenizer: Any, critic: Any, prompts: list[str], length: int, folder: Path) -> Any:
+    return mavis.respond(policy, tokenizer, prompts, critic=critic, weights=[1.0], beta=1.0, max_new_tokens=length)
+
+
+RUNS: list[Run] = [run_collect, run_improve, run_distill, run_align, run_evaluate, run_respond]
 WITH_CRITIC = [run for run in RUNS if run is not run_align]
 
 
