@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mavis.cli.overrides import check_overrides, exclude_shared_overrides, quote_text, refuse_duplicates
+from mavis.cli.own_objectives import register_own_objectives
 from mavis.distributed import launcher_rank
 from mavis.errors import ConfigError, closest
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         refuse_duplicates(overrides)
         overrides = [quote_text(override) for override in overrides]
+        register_own_objectives(overrides)
         check_overrides(command, overrides)
     except ConfigError as error:
         if launcher_rank() == 0:  # all processes have the same arguments

@@ -149,7 +149,10 @@ def _explanation(text: str, overrides: Sequence[str], settings: set[str]) -> tup
         )
     if match := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", text):
         options = sorted(path.stem for path in (Path(conf_dir()) / match[1]).glob("*.yaml"))
-        return f"{match[1]} has no option {match[2]!r}.", closest(match[2], options)
+        hint = closest(match[2], options)
+        if match[1] == "objective":
+            hint = f"{hint} Name one of your own as module:name."
+        return f"{match[1]} has no option {match[2]!r}.", hint
     if match := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
         return (
             f"{match[1]} is given several values.",
