@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +165,15 @@ def test_every_improvement_group_builds_settings_from_all_its_keys(command: str,
     assert set(config.improvement.fit) == {field.name for field in fields(FitSettings)}
     elsewhere = {"beta", "sampling"}
     assert set(config.improvement) - {"shard_size"} == {field.name for field in fields(ImprovementSettings)} - elsewhere
+
+
+def test_the_papers_recipes_differ_only_in_the_price_of_kl() -> None:
+    paper, sound = (improvement_settings(compose("train", [f"experiment={name}"])) for name in ("paper", "paper_sound"))
+    assert (paper.kl_label, paper.zeta) == ("whole_response", 0.02)
+    assert (sound.kl_label, sound.resolved().zeta) == ("to_come", 1 / sound.beta)
+    assert replace(paper, kl_label="to_come", zeta=None) == sound
+    assert (sound.composition, sound.fit.target, sound.reuse) == ("independent", "monte_carlo", False)
+    assert (sound.sampling.top_k, sound.sampling.min_new_tokens) == (40, 1)
 
 
 @pytest.mark.parametrize("evaluation", GROUPS["evaluation"])

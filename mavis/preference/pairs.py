@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
+from mavis.critics.group import as_critic
 from mavis.data import Pair
 from mavis.errors import DataError, ObjectiveError, PreferenceError, closest
 from mavis.rewards import Objective, score
 from mavis.utils.files import atomic_file
 
 
-def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective], critic: Critic) -> Tensor:
+def reward_differences(
+    pairs: Sequence[Pair], objectives: Mapping[str, Objective], critic: Critic | Sequence[Critic]
+) -> Tensor:
     """Compute how much more reward the chosen responses earn than the rejected ones.
 
         d_nm = (R_m(chosen_n) − R_m(rejected_n)) / std_m
@@ -26,7 +29,7 @@ def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective
     Args:
         pairs: N pairs.
         objectives: the critic's M objectives by name, in any order; others are not scored.
-        critic: gives the order of the columns and the normalisation, so that a unit is a standard deviation of the
+        critic: one or several; gives the order of the columns and the normalisation, so that a unit is a standard deviation of the
             reference policy's rewards.
 
     Returns:
@@ -49,6 +52,7 @@ def reward_differences(pairs: Sequence[Pair], objectives: Mapping[str, Objective
     """
     if not pairs:
         raise PreferenceError("pairs is empty, expected at least one.", "about ten choices are a good start.")
+    critic = as_critic(critic)
     ordered = critic_objectives(critic, objectives)
     prompts = [pair.prompt for pair in pairs]
     raw = score(ordered, prompts * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics import Critic
+from mavis.critics.group import as_critic
 from mavis.decoding.weights import lambda_rows
 from mavis.errors import PreferenceError
 from mavis.math.simplex import simplex_grid
@@ -45,7 +46,7 @@ class CandidatePairs:
 def candidate_pairs(
     policy: Any,
     tokenizer: Any,
-    critic: Critic,
+    critic: Critic | Sequence[Critic],
     objectives: Mapping[str, Objective],
     prompts: Sequence[Prompt],
     folder: str | os.PathLike[str],
@@ -64,7 +65,7 @@ def candidate_pairs(
     Args:
         policy: the reference policy.
         tokenizer: its tokenizer.
-        critic: tilts, and normalises the rewards.
+        critic: tilts, and normalises the rewards; or several under one tilt.
         objectives: the critic's M objectives by name, in any order.
         prompts: to respond to; duplicates are dropped.
         folder: where the responses are stored; a repeated call reads them from there.
@@ -96,6 +97,7 @@ def candidate_pairs(
         >>> pool.pairs[0].prompt, len(pool.pairs) == len(pool.differences)
         ('The dog', True)
     """
+    critic = as_critic(critic)
     names = critic.objectives
     grid = torch.cat([torch.zeros(1, len(names), dtype=torch.float64), simplex_grid(len(names), divisions)])
     lam = lambda_rows(grid, critic, beta, target_kl, settings.max_new_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.critics import HiddenStateCritic
+from mavis.critics import CriticGroup, HiddenStateCritic
 from mavis.errors import DataError, DecodingError, PreferenceError
 from mavis.preference import candidate_pairs, reward_differences
 from mavis.rollouts import RolloutSettings, collect
@@ -95,3 +95,17 @@ def test_no_question_comes_twice(parts: tuple[Any, ...], tmp_path: Path, monkeyp
     pool = candidate_pairs(*parts, PROMPTS, tmp_path, SETTINGS, beta=4.0)
     questions = [(pair.prompt, frozenset({pair.chosen.strip(), pair.rejected.strip()})) for pair in pool.pairs]
     assert len(questions) == len(set(questions)) == len(PROMPTS)
+
+
+def test_several_critics_are_the_group_of_them(parts: tuple[Any, ...], tiny_policy: Any, tmp_path: Path) -> None:
+    critics = [
+        HiddenStateCritic.for_policy(tiny_policy, [name], hidden=4, rank=2, composition="independent")
+        for name in ("good", "brevity")
+    ]
+    policy, tokenizer, _, objectives = parts
+    pools = [
+        candidate_pairs(policy, tokenizer, critic, objectives, PROMPTS, tmp_path / name, SETTINGS, beta=4.0)
+        for name, critic in {"list": critics, "group": CriticGroup(critics)}.items()
+    ]
+    assert pools[0].pairs == pools[1].pairs
+    torch.testing.assert_close(pools[0].differences, reward_differences(pools[0].pairs, objectives, critics))

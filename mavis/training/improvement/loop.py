@@ -75,7 +75,7 @@ def improve(
         One report per iteration, including iterations that an earlier call finished.
 
     Raises:
-        ConfigError: if the objectives or the composition are not the critic's, the processes cannot work together, or
+        ConfigError: if the critic is a group, the objectives or the composition are not the critic's, the processes cannot work together, or
             the longest prompt and response have more positions than the policy has learnt.
         PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         ProcessError: if the processes run different things, do not share the folder, or one has stopped.
@@ -105,6 +105,11 @@ def improve(
         >>> critic.calibration.max_new_tokens
         8
     """
+    if not isinstance(critic, HeadCritic):
+        raise ConfigError(
+            f"critic is a {type(critic).__name__}, expected one critic with heads of its own.",
+            "train each critic in a run of its own, or build one for all objectives.",
+        )
     if settings.composition != critic.composition:
         raise ConfigError(
             f"composition is {settings.composition!r}, but the critic is {critic.composition!r}.",
