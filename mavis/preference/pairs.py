@@ -29,8 +29,8 @@ def reward_differences(
     Args:
         pairs: N pairs.
         objectives: the critic's M objectives by name, in any order; others are not scored.
-        critic: one or several; gives the order of the columns and the normalisation, so that a unit is a standard deviation of the
-            reference policy's rewards.
+        critic: one or several; gives the order of the columns and the normalisation, so that a unit is a standard
+            deviation of the reference policy's rewards.
 
     Returns:
         (N, M) float64, in the order of `critic.objectives`.

@@ -75,8 +75,8 @@ def improve(
         One report per iteration, including iterations that an earlier call finished.
 
     Raises:
-        ConfigError: if the critic is a group, the objectives or the composition are not the critic's, the processes cannot work together, or
-            the longest prompt and response have more positions than the policy has learnt.
+        ConfigError: if the critic is a group, the objectives or the composition are not the critic's, the processes
+            cannot work together, or the longest prompt and response have more positions than the policy has learnt.
         PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         ProcessError: if the processes run different things, do not share the folder, or one has stopped.
         DataError: if the folder belongs to a run with other settings, or another run is using it.
