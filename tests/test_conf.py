@@ -74,9 +74,18 @@ def test_every_option_of_every_group_composes(command: str, group: str, option: 
     assert resolved(compose(command, [f"{group}={value}"]))
 
 
-@pytest.mark.parametrize("command", ["train", "search", "evaluate", "elicit", "demo"])
-def test_two_objectives_are_the_default_and_a_chosen_one_replaces_them(command: str) -> None:
+@pytest.mark.parametrize("command", ["train", "search", "demo"])
+def test_two_objectives_are_the_default(command: str) -> None:
     assert list(compose(command).objectives) == ["positive", "dialogue"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "elicit"])
+def test_commands_that_use_a_critic_choose_no_objectives(command: str) -> None:
+    assert compose(command).get("objectives") is None
+
+
+@pytest.mark.parametrize("command", ["train", "search", "evaluate", "elicit", "demo"])
+def test_chosen_objectives_replace_the_default(command: str) -> None:
     assert list(compose(command, ["objective=[brevity]"]).objectives) == ["brevity"]
     assert list(compose(command, ["objective=brevity"]).objectives) == ["brevity"]
     assert list(compose(command, ["objective=[dialogue,brevity,positive]"]).objectives) == [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mavis.cli.console import print_note
+from mavis.cli.known_objectives import MANIFEST
 from mavis.distributed import join_processes
 from mavis.errors import ConfigError, MavisError, closest
 
@@ -144,7 +145,7 @@ def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -
     from mavis.utils.files import matches_manifest, write_json
 
     manifest = {name: plain(config.objectives[name]) for name in names}
-    path = folder / "objectives.json"
+    path = folder / MANIFEST
     if join_processes().is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
         write_json(path, manifest)
 

@@ -17,6 +17,7 @@ from mavis.cli.build import (
 )
 from mavis.cli.console import print_table, terminal_text
 from mavis.cli.hydra_app import hydra_app
+from mavis.cli.known_objectives import add_known_objectives, check_same_objectives
 from mavis.errors import ConfigError, DataError
 from mavis.utils.files import write_json
 
@@ -117,7 +118,9 @@ def _run(config: Any) -> None:
             raise ConfigError(f"{name} is {config[name]}, expected ≥ 1.", f"{name}=10 is a good number.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     critic = load_critic(config.checkpoint)
+    add_known_objectives(config, [config.checkpoint], critic.objectives)
     objectives = build_objectives(config, critic.objectives)
+    check_same_objectives(objectives, [config.checkpoint])
     if config.pairs is None:
         pairs = _ask(config, critic, objectives, folder)
         if not pairs:

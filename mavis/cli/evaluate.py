@@ -18,6 +18,7 @@ from mavis.cli.build import (
 )
 from mavis.cli.console import print_table
 from mavis.cli.hydra_app import hydra_app
+from mavis.cli.known_objectives import add_known_objectives, check_same_objectives
 from mavis.cli.progress import progress_reporter
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def _run(config: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     folders = checkpoint_folders(config.checkpoint)
     critic = load_critic(folders)
+    add_known_objectives(config, [config.checkpoint], critic.objectives)
+    check_same_objectives(build_objectives(config, critic.objectives), [config.checkpoint])
     policy, tokenizer = load_policy(config.policy)
     is_finished = (folder / "report.json").is_file()
     report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")

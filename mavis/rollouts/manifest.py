@@ -53,15 +53,7 @@ def matches_scored_manifest(
     stored = read_json(path).get(_KEY) if path.is_file() else None
     if not matches_manifest(path, manifest if stored is None else {**manifest, _KEY: stored}, holds):
         return False
-    changed = [
-        name
-        for name, objective in objectives.items()
-        if (
-            not is_as_in_first_release(objective)
-            if stored is None
-            else stored.get(name) != objective_identity(objective)
-        )
-    ]
+    changed = _changed(stored, objectives)
     if not changed:
         return True
     if not has_results(path.parent):
@@ -72,6 +64,33 @@ def matches_scored_manifest(
         "name a new output folder, or undo the change to resume; an objective with an attribute `version` is "
         "identified by that instead of its code.",
     )
+
+
+def changed_objectives(path: Path, objectives: Mapping[str, Objective]) -> list[str]:
+    """Name the objectives that are others than those of the same name in a manifest.
+
+    Args:
+        path: the manifest; one that identifies no objectives tells nothing.
+        objectives: by name.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    stored = read_json(path).get(_KEY) or {}
+    return _changed(stored, {name: objective for name, objective in objectives.items() if name in stored})
+
+
+def _changed(stored: Mapping[str, str] | None, objectives: Mapping[str, Objective]) -> list[str]:
+    """Name the objectives that are not those of stored identities; None stands for version 0.1."""
+    return [
+        name
+        for name, objective in objectives.items()
+        if (
+            not is_as_in_first_release(objective)
+            if stored is None
+            else stored.get(name) != objective_identity(objective)
+        )
+    ]
 
 
 def write_scored_manifest(path: Path, manifest: Mapping[str, Any], objectives: Mapping[str, Objective]) -> None:

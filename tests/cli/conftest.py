@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 
 from mavis.cli import main
 
@@ -46,10 +48,12 @@ class Mavis:
 
 @contextmanager
 def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
-    """Undo what a command does to its process: arguments, working folder, log handlers, random numbers."""
+    """Undo what a command does to its process: arguments, folder, log handlers, random numbers, objectives."""
     arguments, cwd, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
     handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
     sys.stdin, path = io.StringIO(stdin), list(sys.path)
+    store = ConfigStore.instance()
+    options = deepcopy(store.repo)
     os.chdir(folder)
     try:
         yield
@@ -59,6 +63,7 @@ def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
                 handler.close()
         root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
         sys.path[:] = path
+        store.repo = options
         root.setLevel(level)
         os.chdir(cwd)
         torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 import shlex
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,9 @@ def test_running_out_of_pairs_is_reported(mavis: Any, trained: Path) -> None:
     assert "All pairs have been asked. To sample more, choose a new output folder and prompts=2." in ran.out
 
 
-def test_other_settings_in_the_same_folder_are_refused(mavis: Any, trained: Path) -> None:
-    base = ("elicit", *ROOM, f"checkpoint={trained}", "output=out", "prompts=2", "questions=3")
+def test_other_settings_in_the_same_folder_are_refused(mavis: Any, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "alone" / "critic")  # without its run, whose objectives would be held to
+    base = ("elicit", *ROOM, "checkpoint=alone/critic", "output=out", "prompts=2", "questions=3")
     assert mavis(*base, stdin="1\n").code == 0
     assert_refused(mavis(*base, "seed=1", stdin="1\n"), "holds rollouts with different settings.seed")
     assert_refused(
