@@ -117,10 +117,11 @@ def _run(config: Any) -> None:
         if config[name] < 1:
             raise ConfigError(f"{name} is {config[name]}, expected ≥ 1.", f"{name}=10 is a good number.")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    critic = load_critic(config.checkpoint)
-    add_known_objectives(config, [config.checkpoint], critic.objectives)
+    folders = checkpoint_folders(config.checkpoint)
+    critic = load_critic(folders)
+    add_known_objectives(config, folders, critic.objectives)
     objectives = build_objectives(config, critic.objectives)
-    check_same_objectives(objectives, [config.checkpoint])
+    check_same_objectives(objectives, folders)
     if config.pairs is None:
         pairs = _ask(config, critic, objectives, folder)
         if not pairs:
@@ -142,7 +143,6 @@ def _run(config: Any) -> None:
         weights = {name: max(weight, 0.0) for name, weight in weights.items()}
     shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in weights.items())
     shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED_OVERRIDES)]
-    folders = checkpoint_folders(config.checkpoint)
     checkpoint = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
     command = ["mavis", "generate", f"checkpoint={checkpoint}", *shared, f"weights={{{shown}}}"]
     print(f"\n{folder / 'weights.json'}\n\ntry next:\n  {shlex.join([*command, f'prompt={pairs[0].prompt}'])}")

@@ -22,8 +22,8 @@ MANIFEST = "objectives.json"
 def add_known_objectives(config: Any, checkpoints: Sequence[str], names: Sequence[str]) -> None:
     """Add the objectives of critics to a config that chooses none.
 
-    They are taken from the runs that the critics lie in, and otherwise from those that ship with mavis. What a run names
-    is Python code to be called, so nothing of the kind is part of a critic's folder, which others can upload.
+    They are taken from the runs that the critics lie in, and otherwise from those that ship with mavis. What a run
+    names is Python code to be called, so nothing of the kind is in a critic's own folder, which others can upload.
 
     Args:
         config: of a command with the group `objective`; gets `objectives`.
@@ -89,10 +89,10 @@ def _beside(checkpoints: Sequence[str], file: str) -> list[Path]:
     return [path for path in dict.fromkeys(beside) if path.is_file()]
 
 
-def _shipped(name: str) -> dict[str, Any] | None:
+def _shipped(name: str) -> Any:
     """Return how an objective that ships with mavis is configured; None if there is none, or it needs options."""
     path = Path(conf_dir()) / "objective" / f"{name}.yaml"
     if path.name != f"{name}.yaml" or not path.is_file():  # a name with slashes
         return None
     options = OmegaConf.load(path)
-    return None if OmegaConf.missing_keys(options) else dict(OmegaConf.to_container(options))
+    return None if OmegaConf.missing_keys(options) else OmegaConf.to_container(options)

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +51,6 @@ def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
     arguments, cwd, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
     handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
     sys.stdin, path = io.StringIO(stdin), list(sys.path)
-    store = ConfigStore.instance()
-    options = deepcopy(store.repo)
     os.chdir(folder)
     try:
         yield
@@ -63,7 +60,7 @@ def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
                 handler.close()
         root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
         sys.path[:] = path
-        store.repo = options
+        ConfigStore.instance().repo.pop("objective", None)
         root.setLevel(level)
         os.chdir(cwd)
         torch.set_num_threads(threads)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
-import shutil
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 

@@ -92,3 +92,16 @@ def test_an_objective_that_nothing_describes_is_asked_for(name: str, tmp_path: P
     with pytest.raises(ConfigError, match="nothing beside the critic says what its objective is: ") as refused:
         add_known_objectives(config, [str(tmp_path)], [name])
     assert refused.value.hint.startswith(f"name them: objective=[{name}]")
+
+
+def test_several_critics_bring_the_objectives_of_their_own_runs(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    others = [item for item in small if not item.startswith("objective=")]
+    assert mavis("train", *others, "objective=[brevity]", "objectives.brevity.scale=10", "output=one").code == 0
+    assert mavis("train", *others, "objective=[positive]", "output=two").code == 0
+    ran = mavis("evaluate", "policy=tiny", "checkpoint=[one/critic,two/critic]", *EVALUATION)
+    assert ran.code == 0, ran.err
+    used = json.loads((tmp_path / "report" / "rollouts" / "objectives.json").read_text())
+    assert list(used) == ["brevity", "positive"]
+    assert used["brevity"]["scale"] == 10
