@@ -30,7 +30,7 @@ USES = {
     "distill": {"policy", "critic", "data", "decoding", "launcher"},
     "search": TRAINING | {"evaluation"},
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment", "launcher"},
-    "generate": {"policy", "decoding"},
+    "generate": {"policy", "objective", "decoding"},
     "chat": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
     "align": {"policy", "objective", "data", "launcher"},
@@ -79,7 +79,7 @@ def test_two_objectives_are_the_default(command: str) -> None:
     assert list(compose(command).objectives) == ["positive", "dialogue"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "elicit"])
+@pytest.mark.parametrize("command", ["evaluate", "elicit", "generate"])
 def test_commands_that_use_a_critic_choose_no_objectives(command: str) -> None:
     assert compose(command).get("objectives") is None
 

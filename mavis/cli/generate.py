@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mavis.cli.build import load_critic, load_policy, plain
-from mavis.cli.console import terminal_text
+from mavis.cli.build import build_objectives, checkpoint_folders, load_critic, load_policy, plain
+from mavis.cli.console import print_note, terminal_text
 from mavis.cli.hydra_app import hydra_app
-from mavis.errors import ConfigError
+from mavis.cli.known_objectives import add_known_objectives, check_same_objectives
+from mavis.errors import ConfigError, MavisError
 
 if TYPE_CHECKING:
     from mavis.critics import Critic
@@ -141,7 +142,38 @@ def _run(config: Any) -> None:
             samples=config.samples,
             greedy=config.greedy,
         )
-    (_print_json if config.format == "json" else _print_texts)(prompts, found)
+    if config.format == "json":
+        _print_json(prompts, found, _rewards(config, critic, prompts, found))
+    else:
+        _print_texts(prompts, found)
+
+
+def _rewards(
+    config: Any, critic: Critic, prompts: Sequence[Prompt], found: Sequence[Sequence[Response]]
+) -> list[dict[str, Any]]:
+    """Score every response, sample by sample; without rewards if the critic's objectives are not known."""
+    import torch
+
+    from mavis.rewards import score
+
+    is_asked = bool(config.get("objectives"))
+    texts = [(prompt, response.text) for prompt, answers in zip(prompts, found, strict=True) for response in answers]
+    try:
+        folders = checkpoint_folders(config.checkpoint)
+        add_known_objectives(config, folders, critic.objectives)
+        objectives = build_objectives(config, critic.objectives)
+        check_same_objectives(objectives, folders)
+        raw = torch.from_numpy(score(objectives, *map(list, zip(*texts, strict=True))))
+    except MavisError as error:
+        if is_asked:
+            raise
+        print_note(f"no rewards: {error}")
+        return [{}] * len(texts)
+    names = critic.objectives
+    return [
+        {"rewards": dict(zip(names, row, strict=True)), "raw_rewards": dict(zip(names, raw_row, strict=True))}
+        for row, raw_row in zip(critic.normalise(raw).tolist(), raw.tolist(), strict=True)
+    ]
 
 
 def _print_texts(prompts: Sequence[Prompt], found: Sequence[Sequence[Response]]) -> None:
@@ -154,14 +186,18 @@ def _print_texts(prompts: Sequence[Prompt], found: Sequence[Sequence[Response]])
             print(terminal_text(f"{prompt}{response.text}" if isinstance(prompt, str) else response.text))
 
 
-def _print_json(prompts: Sequence[Prompt], found: Sequence[Sequence[Response]]) -> None:
+def _print_json(
+    prompts: Sequence[Prompt], found: Sequence[Sequence[Response]], rewards: Sequence[dict[str, Any]]
+) -> None:
     """Print one JSON object a line for each response."""
+    scored = iter(rewards)
     for prompt, answers in zip(prompts, found, strict=True):
         for response in answers:
             row = {
                 "prompt": prompt,
                 "response": response.text,
                 "finished": response.finished,
+                **next(scored),
                 "kl": round(response.spent, 6),
                 "kl_per_token": [round(step, 6) for step in response.kl],
             }
