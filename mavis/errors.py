@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Real
+from types import FrameType
 from typing import Any
 
 
@@ -149,6 +152,21 @@ def check_number(
 
 PAD_ON_THE_LEFT = "tokenizer(prompts, return_tensors='pt', padding=True, padding_side='left')."
 """The hint for prompts that are padded on the wrong side or are not tensors."""
+
+
+def warn_user(message: str) -> None:
+    """Warn of something that works but may not be meant, at the line of the user's own code that led to it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+_NOT_THE_USERS = ("contextlib", "mavis", "torch", "transformers")
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def import_optional(module: str, purpose: str, extra: str, alternative: str = "") -> Any:

@@ -16,7 +16,7 @@ from mavis.cli.build import (
     load_policy,
     read_evaluation_prompts,
 )
-from mavis.cli.console import print_table
+from mavis.cli.console import print_line, print_table
 from mavis.cli.hydra_app import hydra_app
 from mavis.cli.known_objectives import add_known_objectives, check_same_objectives
 from mavis.cli.progress import progress_reporter
@@ -90,6 +90,10 @@ def _print_report(report: EvaluationReport) -> None:
             for entry in report.efficiency
         ],
     )
+    for entry in report.efficiency:
+        if entry.reason is not None:
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in entry.weights.items() if weight)
+            print_line(f"no efficiency at {weights}, KL {entry.kl:g}: {entry.reason}")
     if report.speed:
         tilted = report.speed["tilted"]
         print(f"tilted decoding: {tilted['tokens_per_second']:.0f} tokens/s, {tilted['ratio']:.2f} of plain decoding")

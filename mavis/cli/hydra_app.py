@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
@@ -40,7 +41,8 @@ def hydra_app(config_name: str, *, multi_process: bool = False) -> Callable[[Cal
                 if launcher_rank() == 0:
                     clear_error()
                 prepare_process(config)
-                return run(config)
+                with _warnings_in_one_line():
+                    return run(config)
             except Exception as error:
                 message = _user_message(error)
                 if message is not None and (count > 1 or not in_sweep()):
@@ -70,6 +72,23 @@ def hydra_app(config_name: str, *, multi_process: bool = False) -> Callable[[Cal
         return start
 
     return wrap
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print warnings of mavis as one line, without a place in its code."""
+    original = warnings.formatwarning
+
+    def one_line(message: Any, category: Any, *place: Any) -> str:
+        if issubclass(category, UserWarning):
+            return f"mavis: warning: {message}\n"
+        return original(message, category, *place)
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
 
 
 def check_single_process(command: str) -> None:

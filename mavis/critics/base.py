@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -17,7 +16,7 @@ from mavis.critics.io.hub import push_critic
 from mavis.critics.io.load import describe_critic, load_critic
 from mavis.critics.io.save import save_critic
 from mavis.critics.trained_decoding import TrainedDecoding
-from mavis.errors import CriticError, closest
+from mavis.errors import CriticError, closest, warn_user
 from mavis.policies.fingerprint import Fingerprint
 
 Composition = Literal["independent", "conditioned"]
@@ -188,11 +187,9 @@ class Critic(Attachable, nn.Module, ABC):
         outside = (lam < 0).any(dim=1) | (lam.abs().sum(dim=1) > most * (1 + 1e-6))
         if bool(outside.any()):
             row = [round(x, 4) for x in lam[outside][0].tolist()]
-            warnings.warn(
+            warn_user(
                 f"lambda = beta · weights is {row}, but the critic was trained on lambda ≥ 0 with a sum of at most "
-                f"{most:g}; beyond that its values are extrapolated.",
-                UserWarning,
-                stacklevel=4,
+                f"{most:g}; beyond that its values are extrapolated."
             )
 
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mavis.critics.trained_decoding import TrainedDecoding
-from mavis.errors import CriticError, check_number
+from mavis.errors import CriticError, check_number, warn_user
 
 DEFAULT_KL = 2.0
 """The KL in nats per response that generation aims at if neither β nor a KL budget is given."""
@@ -186,11 +185,9 @@ class Calibration:
         if max_new_tokens < self.max_new_tokens:
             self.beta(weights, target_kl)  # refuses a budget that longer responses could not spend either
             if measured._beta(weights, target_kl - measured.floor) > max_beta:
-                warnings.warn(
+                warn_user(
                     f"target_kl is {target_kl:g}, but {max_new_tokens} tokens are too few to spend it at the "
-                    f"calibrated strengths; the largest of them, beta {max_beta:.3g}, is used.",
-                    UserWarning,
-                    stacklevel=2,
+                    f"calibrated strengths; the largest of them, beta {max_beta:.3g}, is used."
                 )
                 return max_beta
         return measured.beta(weights, target_kl)

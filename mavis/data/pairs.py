@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mavis.data.layouts import conversation_of
 from mavis.data.rows import Rows, read_rows
-from mavis.errors import DataError, PromptError
+from mavis.errors import DataError, PromptError, warn_user
 from mavis.policies.chat import Prompt, as_conversation, is_conversation
 
 _SIDES = ("chosen", "rejected")
@@ -85,7 +84,7 @@ def load_pairs(
         raise unusable[0] if unusable else DataError(f"{rows.name} holds no pair.", "give at least one.")
     if unusable:
         message = f"{len(unusable)} of {len(rows)} pairs are left out, the first because {unusable[0].message}"
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warn_user(message)
     if report is not None:
         conversations = sum(is_conversation(pair.prompt) for pair in pairs)
         report(f"{len(pairs)} pairs from {rows.name}, {conversations} of them with a conversation as the prompt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 
 from mavis.data.layouts import conversation_of, without_reply
 from mavis.data.rows import Rows, read_rows
-from mavis.errors import DataError, PromptError, check_whole
+from mavis.errors import DataError, PromptError, check_whole, warn_user
 from mavis.policies.chat import Prompt, as_conversation, is_conversation, prompt_key
 
 Chat = Literal["auto"] | bool
@@ -162,7 +161,7 @@ def _parse(rows: Rows, column: str, chat: Chat, *, strict: bool) -> list[Prompt]
         raise unusable[0]
     if unusable:
         message = f"{len(unusable)} of {len(rows)} rows are left out, the first because {unusable[0].message}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn_user(message)
     return prompts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +24,10 @@ from mavis.decoding.settings import (
 )
 from mavis.decoding.trace import GenerationTrace
 from mavis.decoding.weights import Weights, check_prompt_groups, lambda_rows
-from mavis.errors import CriticError, DecodingError, WeightsError
+from mavis.errors import CriticError, DecodingError, WeightsError, warn_user
 from mavis.math.kl import step_kl
 from mavis.math.tilt import tilted_logprobs, top_candidates
-from mavis.policies.call_stack import assistance, running_generation_config, user_stacklevel
+from mavis.policies.call_stack import assistance, running_generation_config
 from mavis.policies.generation_config import end_token_ids
 
 
@@ -258,7 +257,7 @@ class MavisTilt(LogitsProcessor):
         if kept is None or kept.critic is not critic:
             top_k, temperature = trained_top_k(self._top_k, critic), trained_temperature(self._temperature, critic)
             if self._beta is None:
-                check_calibration(critic.calibration, self._target_kl, top_k, temperature, stacklevel=4)
+                check_calibration(critic.calibration, self._target_kl, top_k, temperature)
             lam = lambda_rows(self._weights, critic, self._beta, self._target_kl, self._max_new_tokens)
             kept = self._resolved = _ResolvedSettings(critic, lam, top_k, temperature)
             critic.warn_outside_trained_range(lam)
@@ -293,7 +292,7 @@ class MavisTilt(LogitsProcessor):
         problem = disagreement(config, candidates, resolved.temperature) if config is not None else None
         if problem is not None:
             self.checks_generate = False
-            warnings.warn(problem, UserWarning, stacklevel=user_stacklevel())
+            warn_user(problem)
 
     def _trace(self, critic: Critic, input_ids: Tensor) -> GenerationTrace:
         """Return the trace of the current generation; at the first step start one and check how rows are grouped."""

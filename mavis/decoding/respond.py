@@ -115,7 +115,7 @@ def respond(
     check_whole(DecodingError, "0 lets responses end at once.", 0, min_new_tokens=min_new_tokens)
     if greedy and samples > 1:
         raise DecodingError(f"samples is {samples}, but greedy decoding gives one response.", "leave one of them out.")
-    warn_unsuitable(policy, tokenizer, prompts, stacklevel=3)
+    warn_unsuitable(policy, tokenizer, prompts)
     chosen = as_critic(critic if critic is not None else attached_critic(policy))
     length = trained_length(chosen) if max_new_tokens == AS_TRAINED else max_new_tokens
     if min_new_tokens > length:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Final, Literal
 
 from mavis.critics import Calibration, Critic, CriticGroup, TrainedDecoding
 from mavis.decoding.weights import strength_rows
-from mavis.errors import DecodingError, MavisError, check_number, check_whole
+from mavis.errors import DecodingError, MavisError, check_number, check_whole, warn_user
 
 AsTrained = Literal["as_trained"]
 
@@ -122,8 +121,6 @@ def check_calibration(
     target_kl: float | None,
     top_k: int | None,
     temperature: float,
-    *,
-    stacklevel: int = 2,
 ) -> None:
     """Check that a calibration was measured with these candidates and this temperature.
 
@@ -134,7 +131,6 @@ def check_calibration(
         target_kl: the KL budget, or None for the critic's default strength.
         top_k: K, or None for every token.
         temperature: T.
-        stacklevel: of the warning.
 
     Raises:
         DecodingError: if a budget is given and the calibration was measured with other settings.
@@ -148,9 +144,7 @@ def check_calibration(
     hint = "pass the calibrated values, or give beta."
     if target_kl is not None:
         raise DecodingError(f"target_kl is {target_kl:g}; {problem}", hint)
-    warnings.warn(
-        f"beta is not given; {problem} The default may be too strong: {hint}", UserWarning, stacklevel=stacklevel
-    )
+    warn_user(f"beta is not given; {problem} The default may be too strong: {hint}")
 
 
 _CUTS: tuple[tuple[str, float], ...] = (

@@ -29,12 +29,14 @@ class TargetEfficiency:
         kl: the target, in nats per response.
         reward: w·R at that KL, interpolated along β; None outside the measured KLs.
         efficiency: None where there is no reward, or the optimal frontier rests on too few effective samples.
+        reason: why the efficiency is None, and what would give one.
     """
 
     weights: dict[str, float]
     kl: float
     reward: float | None
     efficiency: float | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,20 @@ def target_efficiencies(
             reached = reward_at(kl, ours, target)
             efficiency = efficiency_at(rewards @ weights, reached, target)
             by_objective = dict(zip(objectives, weights.tolist(), strict=True))
-            found.append(TargetEfficiency(by_objective, float(target), reached, efficiency))
+            reason = None if efficiency is not None else _reason(rewards @ weights, kl, reached, target)
+            found.append(TargetEfficiency(by_objective, float(target), reached, efficiency, reason))
     return found
+
+
+def _reason(rewards: Tensor, kl: Tensor, reached: float | None, target: float) -> str:
+    """Say why there is no efficiency at a target KL."""
+    if reached is None:
+        return f"the sweep spends {float(kl.min()):.3g} to {float(kl.max()):.3g} nats; sweep other evaluation.betas."
+    try:
+        frontier_efficiency(reached, float(rewards.mean()), optimal_reward_at(rewards, target))
+    except EvaluationError as error:
+        return f"{error.message} Use more evaluation.reference_samples, or a smaller target KL."
+    return "unknown"
 
 
 def reward_limits(rewards: Tensor, grid: Tensor, objectives: Sequence[str]) -> list[RewardLimit]:

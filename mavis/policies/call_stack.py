@@ -7,7 +7,6 @@ waiting; the calling function is known immediately and for certain.
 from __future__ import annotations
 
 import sys
-from types import FrameType
 from typing import Any, Literal
 
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
@@ -50,15 +49,3 @@ def running_generation_config() -> Any | None:
         if isinstance(config, GenerationConfig) and isinstance(frame.f_locals.get("self"), GenerationMixin):
             return config
     return None
-
-
-def user_stacklevel() -> int:
-    """Return the `stacklevel` at which a warning of the calling function points to the user's own line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _package(frame) in ("mavis", "transformers", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mavis.errors import PromptError
+from mavis.errors import PromptError, warn_user
 from mavis.policies.generation_config import end_token_ids
 
 Message = Mapping[str, Any]
@@ -205,30 +204,25 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
     return set(after) & set(tokenizer.all_special_ids)
 
 
-def warn_unsuitable(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], *, stacklevel: int = 2) -> None:
+def warn_unsuitable(policy: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
     """Warn where prompts do not suit a policy: bare texts for a chat model, or turns that it would not end.
 
     Args:
         policy: a causal LM.
         tokenizer: its tokenizer.
         prompts: texts or conversations.
-        stacklevel: of the warnings.
     """
     turn_ends = turn_end_ids(tokenizer)
     if not any(map(is_conversation, prompts)):
         if turn_ends:
-            warnings.warn(
+            warn_user(
                 "prompts are texts, but the policy is a chat model: it continues them instead of answering. Pass "
-                "conversations, or set chat=true, to have its chat template rendered.",
-                UserWarning,
-                stacklevel=stacklevel + 1,
+                "conversations, or set chat=true, to have its chat template rendered."
             )
     elif not turn_ends & end_token_ids(policy) and turn_ends:
-        warnings.warn(
+        warn_user(
             "policy.generation_config.eos_token_id lacks the token that ends a turn in the tokenizer's chat template, "
-            f"{sorted(turn_ends)}, so responses go on after their turn. Add it, or load by mavis.policies.load_policy.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            f"{sorted(turn_ends)}, so responses go on after their turn. Add it, or load by mavis.policies.load_policy."
         )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from mavis.errors import CriticError
+from mavis.errors import CriticError, warn_user
 from mavis.policies.applied_vectors import applied_vectors
 from mavis.policies.devices import weights_loaded
 from mavis.policies.embeddings import embedding_shape, output_embedding, plain_weight
@@ -94,11 +93,7 @@ class Fingerprint:
         rounded = other.weights != self.weights and _agree(self.sample, other.sample)
         was_added = added is not None and added.has_effect and (rounded or added.weights_before == self.weights)
         if was_added or not self.matches(other):
-            warnings.warn(
-                self._describe_difference(policy, other),
-                UserWarning,
-                stacklevel=3,
-            )
+            warn_user(self._describe_difference(policy, other))
 
     def _describe_difference(self, policy: CausalLM, other: Fingerprint) -> str:
         if not self.sample and other.sample.startswith(_HALF):

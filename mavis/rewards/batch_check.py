@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mavis.errors import ObjectiveError
+from mavis.errors import ObjectiveError, warn_user
 from mavis.rewards.protocol import Objective, score
 
 _ROWS = 8  # how many responses are scored again, twice each
@@ -74,8 +73,7 @@ def check_batch_independence(
                 f"{found}: it depends on what else is scored.",
                 "score each response by itself, without ranks, means or padding that leak from the others.",
             )
-        warnings.warn(
+        warn_user(
             f"{found}, and otherwise again when the same call is repeated: it is random or keeps a state, so that an "
-            "interrupted run does not resume exactly.",
-            stacklevel=2,
+            "interrupted run does not resume exactly."
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from mavis.critics import Critic, HiddenStateCritic, ValueModelCritic
-from mavis.errors import CriticError, MavisError
+from mavis.errors import CriticError, MavisError, warn_user
 from mavis.vectors.model_tensors import tensors_of
 
 ENVIRONMENT_VARIABLE, CONFIG_KEY = "MAVIS_CRITIC", "mavis_critic"
@@ -81,12 +80,10 @@ def load_served_critic(
         )
     weights = weights_fingerprint(model)
     if weights is not None and weights != trained_on.weights:
-        warnings.warn(
+        warn_user(
             f"the served model {model!r} has the shape but not the weights of the policy that critic {folder!r} was "
             "trained on; its values are predictions about that other policy. Train a critic for this one if the tilt "
-            "seems weak.",
-            UserWarning,
-            stacklevel=2,
+            "seems weak."
         )
     critic = Critic.from_pretrained(folder)
     assert isinstance(critic, HiddenStateCritic | ValueModelCritic)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 
 from mavis.cli.conf_dir import folder_name
 from mavis.policies import embedded
+
+ROOT = Path(__file__).parents[2]
 
 
 def assert_refused(ran: Any, message: str, hint: str) -> None:
@@ -108,3 +113,17 @@ def test_a_sweep_over_long_lists_runs(mavis: Any, small: Any, tmp_path: Path) ->
     ran = mavis("train", "-m", *small, "data=file", f"data.prompts.source={lists}", "output=sweep")
     assert ran.code == 0, ran.err
     assert len(list((tmp_path / "sweep").glob("*/critic"))) == 2
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path: Path) -> None:
+    arguments = ["generate", f"checkpoint={embedded.critic_path()}", "prompt=Once", "target_kl=2", "greedy=true"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "mavis.cli", *arguments, "decoding.max_new_tokens=2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    [line] = ran.stderr.splitlines()
+    assert line.startswith("mavis: warning: target_kl is 2, but 2 tokens are too few to spend it")

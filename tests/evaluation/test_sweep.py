@@ -455,7 +455,7 @@ def test_the_report_converts_to_plain_data_in_a_fixed_shape(measure: Any, make_t
         *("weights", "beta", "rewards", "rewards_stderr", "kl", "kl_stderr", "efficiency", "responses", "length"),
         *("distinct_2", "perplexity", "tokens_per_second"),
     ]
-    assert list(data["efficiency"][0]) == ["weights", "kl", "reward", "efficiency"]
+    assert list(data["efficiency"][0]) == ["weights", "kl", "reward", "efficiency", "reason"]
     assert list(data["limits"][0]) == ["weights", "kl", "reward", "effective_sample_size", "best_of_n"]
     assert list(data["limits"][0]["best_of_n"][0]) == ["n", "reward", "kl"]
     assert list(data["front"]) == ["reference_point", "hypervolume", "non_dominated"]

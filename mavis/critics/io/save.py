@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 from mavis.critics.io.files import CARD, CONFIG, FORMAT, WEIGHTS, SavableCritic
 from mavis.critics.io.model_card import model_card
-from mavis.errors import CriticError
+from mavis.errors import CriticError, warn_user
 from mavis.utils.files import atomic_file, atomic_folder, write_json
 from mavis.utils.tensors import save_tensors
 
@@ -57,11 +56,7 @@ def save_description(critic: SavableCritic, folder: Path) -> None:
         card = model_card(critic)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # `about` may be edited by hand; a critic that took hours to train must not be lost over its card.
-        warnings.warn(
-            f"the critic was saved without a new model card, because its `about` is malformed: {error!r}",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn_user(f"the critic was saved without a new model card, because its `about` is malformed: {error!r}")
         return
     with atomic_file(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")

@@ -131,6 +131,7 @@ def improve(
             progress=progress,
             log=log,
         )
+        previous = None
         for iteration in range(settings.iterations):
             report = stages.load_finished(iteration)
             if report is None:
@@ -139,7 +140,9 @@ def improve(
                     stages.set_scale(shards)
                 replayed = stages.replay(iteration, shards)
                 fitted = stages.fit(iteration, replayed)
-                report = stages.save(iteration, replayed.means, fitted)
+                report = stages.save(iteration, replayed, fitted)
+            stages.warn(report, previous)
+            previous = report
             stages.logger.log_groups(report.metrics(), iteration)
             yield report
         stages.calibrate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class IterationReport:
             None where those do not vary.
         losses: held-out error before the first epoch and after each.
         critic: folder of the critic after the fit.
+        cut_off: share of the responses that were cut off at the limit.
 
     Examples:
         A finished iteration holds its report as `report.json`.
@@ -54,11 +56,63 @@ class IterationReport:
     explained: dict[str, float | None]
     losses: list[float]
     critic: str
+    cut_off: float = 0.0
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Return the metrics to log, by group and name."""
         return {"reward": self.rewards, "kl": self.kl, "goal": self.goal, "explained": self.explained}
 
+
+def share_cut_off(shards: Sequence[Any], end_ids: set[int]) -> float:
+    """Compute the share of responses that did not end with an end token."""
+    ended = [bool(ids) and ids[-1] in end_ids for shard in shards for ids in shard["response_ids"]]
+    return 1 - sum(ended) / len(ended)
+
+
+def find_problems(report: IterationReport, before: IterationReport | None) -> list[str]:
+    """Say what makes an iteration look useless, and what to change.
+
+    Args:
+        report: of the iteration.
+        before: of the iteration before it; None for the first.
+
+    Returns:
+        One text for each problem: responses that were cut off, values that explain nothing, J that fell by more than
+        two standard errors.
+
+    Examples:
+        >>> from mavis.training.improvement.report import IterationReport, find_problems
+        >>> report = IterationReport(0, 64, {}, {}, {}, {}, {"short": -0.25}, [1.0, 1.1], "run/critic", cut_off=0.9)
+        >>> len(find_problems(report, None))
+        2
+    """
+    problems = []
+    if report.cut_off > _MOST_CUT_OFF:
+        problems.append(
+            f"iteration {report.iteration}: {report.cut_off:.0%} of the responses were cut off at max_new_tokens, so "
+            "objectives saw no end and could not tell lengths apart. Raise decoding.max_new_tokens."
+        )
+    nothing = [name for name, share in report.explained.items() if share is not None and share <= 0]
+    if nothing:
+        problems.append(
+            f"iteration {report.iteration}: the values of {', '.join(nothing)} explain nothing of the rewards of "
+            "held-out rollouts, so the tilt will not steer there. Use more rollouts (improvement.rollouts), or fewer "
+            "epochs."
+        )
+    for name, goal in report.goal.items() if before is not None else ():
+        if before is None or name not in before.goal:
+            continue
+        error = math.hypot(report.goal_error[name], before.goal_error[name])
+        # The first iteration samples without a tilt, so later ones should not fall below it either.
+        if goal < before.goal[name] - 2 * error:
+            problems.append(
+                f"iteration {report.iteration}: J of {name} fell from {before.goal[name]:.3g} to {goal:.3g} "
+                f"(standard error {error:.2g}). Use more rollouts, or a smaller beta."
+            )
+    return problems
+
+
+_MOST_CUT_OFF = 0.5
 
 MIXTURES = "mixtures"
 """The name of the goal of rollouts that weigh several objectives."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
-from mavis.errors import ConfigError
+from mavis.errors import ConfigError, warn_user
 from mavis.math.returns import whole_response_returns
 from mavis.policies import Prompt
 from mavis.policies.devices import states_device
 from mavis.policies.fingerprint import Fingerprint
+from mavis.policies.generation_config import end_token_ids
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rewards import Objective
 from mavis.rollouts.collect import collect
@@ -26,7 +27,7 @@ from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.features import Features, extract
 from mavis.training.improvement.fit import FitReport, fit
 from mavis.training.improvement.policies import draw_policies, plan_iteration, relabelled_shards, sampling_of
-from mavis.training.improvement.report import IterationReport, means_by_goal
+from mavis.training.improvement.report import IterationReport, find_problems, means_by_goal, share_cut_off
 from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out
@@ -47,12 +48,14 @@ class ReplayedRollouts:
             of their own, so that no later iteration trains on one that an earlier one held out.
         own: how many rollouts are this iteration's own.
         means: reward, KL and goal of these, goal by goal, see `means_by_goal`.
+        cut_off: share of these that were cut off at the limit.
     """
 
     features: ShardedRollouts[Features]
     is_held_out: Tensor
     own: int
     means: dict[str, dict[str, float]]
+    cut_off: float
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,8 @@ class ImprovementStages:
         means, own = means_by_goal(self.critic, parts[0], settings.beta), len(parts[0])
         if iteration and settings.kl_label == "whole_response":
             parts[0] = self._with_priced_log_ratio(parts[0], shards)
-        return ReplayedRollouts(concatenate_sharded(parts), torch.cat(held_out), own, means)
+        cut_off = share_cut_off(shards, end_token_ids(self.policy))
+        return ReplayedRollouts(concatenate_sharded(parts), torch.cat(held_out), own, means, cut_off)
 
     def fit(self, iteration: int, replayed: ReplayedRollouts) -> FitReport:
         """Fit the heads to the returns of the replayed rollouts."""
@@ -224,18 +228,24 @@ class ImprovementStages:
             on_epoch=self.logger.watch(self.report_progress, stage, iteration),
         )
 
-    def save(self, iteration: int, means: Mapping[str, dict[str, float]], fitted: FitReport) -> IterationReport:
+    def save(self, iteration: int, replayed: ReplayedRollouts, fitted: FitReport) -> IterationReport:
         """Write an iteration's critic and report."""
         place = self._place(iteration)
         report = IterationReport(
             iteration=iteration,
             rollouts=self.settings.rollouts,
-            **means,
+            **replayed.means,
             explained=fitted.explained,
             losses=fitted.losses,
             critic=str(place / "critic"),
+            cut_off=replayed.cut_off,
         )
         return save_finished(place, self.critic, report, self.processes)
+
+    def warn(self, report: IterationReport, before: IterationReport | None) -> None:
+        """Warn of what makes an iteration look useless; see `find_problems`."""
+        for problem in find_problems(report, before) if self.processes.is_main else ():
+            warn_user(problem)
 
     def calibrate(self) -> None:
         """Measure KL along β, unless `calibration_samples` is 0, and save the finished critic."""
