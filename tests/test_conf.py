@@ -31,6 +31,7 @@ USES = {
     "search": TRAINING | {"evaluation"},
     "evaluate": {"policy", "objective", "data", "decoding", "evaluation", "experiment", "launcher"},
     "generate": {"policy", "objective", "decoding"},
+    "info": set(),
     "chat": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
     "align": {"policy", "objective", "data", "launcher"},

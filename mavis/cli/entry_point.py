@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk to a chat model under preference weights that you change as you go",
     "elicit": "infer a user's preference weights from choices between two responses",
     "align": "fine-tune a copy of a policy for an objective under a KL penalty",
+    "info": "say what a critic is for, how it was trained, and what its budgets cost",
     "report": "gather the runs of a sweep into one table and one plot",
 }
 
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
+    if command == "info" and overrides and not overrides[0].startswith(("-", "checkpoint=")):
+        overrides[0] = f"checkpoint={overrides[0]}"
     if command == "report" and overrides and not overrides[0].startswith(("-", "folder=", "output=", "format=")):
         overrides[0] = f"folder={overrides[0]}"  # the names of run folders contain commas and equals signs
     try:

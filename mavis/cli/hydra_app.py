@@ -84,7 +84,7 @@ def _warnings_in_one_line() -> Iterator[None]:
             return f"mavis: warning: {message}\n"
         return original(message, category, *place)
 
-    warnings.formatwarning = one_line
+    warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ _SWEEPING_COMMANDS = {"search"}
 _MAPPINGS = {"weights": ("objective", "weight"), "vectors": ("folder", "coefficient")}
 """Settings that map names to numbers, with the words for both."""
 
-_FREE_TEXT = ("prompt", "story", "folder")
+_FREE_TEXT = ("prompt", "story", "folder", "system")
 
 
 def refuse_duplicates(overrides: Sequence[str]) -> None:
