@@ -2,18 +2,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Small models are fastest with one torch thread per process; the tests run in two processes.
-TEST_PROCESSES ?= 2
+# Small models are fastest with one torch thread per process; tests that wait for processes of their own leave room.
+TEST_PROCESSES ?= 3
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format docs test-lowest test-vllm serve clean
+.PHONY: demo test test-slow check format docs test-lowest test-vllm serve clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mavis demo
 
-test: check docs
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: $(VENV)/.ready
+	$(MAKE) -j 2 check docs
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not slow'
+
+# Interruptions at random, and jobs of several processes in every way: a minute or two each.
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m slow
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -46,7 +46,14 @@ def alone(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     return {name: where / name for name in runs}
 
 
-@pytest.mark.parametrize(("stage", "name"), [("2", "value model"), ("3", "hidden state"), ("3", "value model")])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        pytest.param("2", "value model", marks=pytest.mark.slow),
+        pytest.param("3", "hidden state", marks=pytest.mark.slow),
+        ("3", "value model"),
+    ],
+)
 def test_the_critic_is_that_of_one_process(
     train: Callable[..., Any], alone: dict[str, Path], tmp_path: Path, stage: str, name: str
 ) -> None:

@@ -75,6 +75,7 @@ def rollouts(run: Path) -> list[Any]:
     return [ids for shard in shards for ids in shard["response_ids"]]
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_every_way_ends_as_an_uninterrupted_one(
     start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
