@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mavis.cli.overrides import check_overrides, exclude_shared_overrides, quote_text, refuse_duplicates
+from mavis.cli.overrides import FREE_TEXT, check_overrides, exclude_shared_overrides, quote_text, refuse_duplicates
 from mavis.cli.own_objectives import register_own_objectives
 from mavis.distributed import launcher_rank
 from mavis.errors import ConfigError, closest
@@ -24,6 +24,11 @@ COMMANDS = {
     "info": "say what a critic is for, how it was trained, and what its budgets cost",
     "report": "gather the runs of a sweep into one table and one plot",
 }
+
+_POSITIONAL = {"report": ("folder", "output=", "format="), "info": ("checkpoint",)}
+"""Commands whose first argument needs no name, with that name and what else an argument may begin with.
+
+The names of run folders contain commas and equals signs."""
 
 _WRITE_NOTHING = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Overrides that keep Hydra from writing files; of several processes only the main one writes."""
@@ -56,13 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mavis: there is no command {command!r}. Hint: {closest(command, COMMANDS)}", file=sys.stderr)
         return 2
-    if command == "info" and overrides and not overrides[0].startswith(("-", "checkpoint=")):
-        overrides[0] = f"checkpoint={overrides[0]}"
-    if command == "report" and overrides and not overrides[0].startswith(("-", "folder=", "output=", "format=")):
-        overrides[0] = f"folder={overrides[0]}"  # the names of run folders contain commas and equals signs
+    name, *others = _POSITIONAL.get(command, ("",))
+    if name and overrides and not overrides[0].startswith(("-", f"{name}=", *others)):
+        overrides[0] = f"{name}={overrides[0]}"
     try:
         refuse_duplicates(overrides)
-        overrides = [quote_text(override) for override in overrides]
+        overrides = [quote_text(override, (*FREE_TEXT, name)) for override in overrides]
         register_own_objectives(overrides)
         check_overrides(command, overrides)
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mavis.cli.console import print_line, print_table
@@ -34,7 +35,8 @@ def _print_calibration(critic: Critic) -> None:
 def _run(config: Any) -> None:
     from mavis.critics import Critic
 
-    critic = Critic.describe(config.checkpoint)
+    folder = config.checkpoint
+    critic = Critic.describe(folder) if Path(folder).is_dir() else Critic.from_pretrained(folder)
     about = critic.about
     fingerprint = critic.fingerprint
     print_line(f"{critic.kind} critic, {critic.composition} composition")
@@ -61,6 +63,8 @@ def _run(config: Any) -> None:
             "frontier efficiency on held-out prompts",
             [{name: entry[name] for name in ("weights", "kl", "efficiency")} for entry in about["efficiency"]],
         )
+    else:
+        print_line("no efficiency: mavis evaluate measures it")
 
 
 def main() -> None:

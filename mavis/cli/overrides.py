@@ -22,7 +22,8 @@ _SWEEPING_COMMANDS = {"search"}
 _MAPPINGS = {"weights": ("objective", "weight"), "vectors": ("folder", "coefficient")}
 """Settings that map names to numbers, with the words for both."""
 
-_FREE_TEXT = ("prompt", "story", "folder", "system")
+FREE_TEXT = ("prompt", "story", "folder", "system")
+"""Settings whose values are taken literally."""
 
 
 def refuse_duplicates(overrides: Sequence[str]) -> None:
@@ -39,8 +40,12 @@ def refuse_duplicates(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{name} names {key} {duplicates[0]!r} twice.", f"give each {key} one {number}.")
 
 
-def quote_text(override: str) -> str:
+def quote_text(override: str, names: Sequence[str] = FREE_TEXT) -> str:
     """Quote the value of an override of free text, so that commas, quotes, braces and equals signs are taken literally.
+
+    Args:
+        override: `name=value`.
+        names: of the settings that are free text.
 
     Examples:
         >>> from mavis.cli.overrides import quote_text
@@ -48,7 +53,7 @@ def quote_text(override: str) -> str:
         ("prompt='Tom said, {hi}'", 'beta=2,4')
     """
     name, equals, value = override.partition("=")
-    if not equals or name.lstrip("+") not in _FREE_TEXT or value in ("", "null"):
+    if not equals or name.lstrip("+") not in names or value in ("", "null"):
         return override
     # OmegaConf unescapes backslashes before an interpolation, Hydra those before a quote; others are literal.
     value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
