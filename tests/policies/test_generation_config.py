@@ -144,7 +144,7 @@ def test_rollouts_set_aside_all_of_it_at_once(set_config: Any, tokenizer: Any) -
     assert sample(set_config(**noise), tokenizer, PROMPTS, SETTINGS, seed=3) == expected
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_rollouts_refuse_what_cannot_be_set_aside(set_config: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
     policy = set_config(**{name: DISABLED_BY_NONE_ALONE[name]})
     plan = RolloutPlan.reference(PROMPTS, 1)
@@ -177,7 +177,7 @@ def test_a_config_of_the_caller_counts_for_the_search(set_config: Any, name: str
     assert getattr(config, name) == NOISE[name]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_generation_refuses_the_policys_own_field_unless_the_caller_chooses(set_config: Any, name: str) -> None:
     value = DISABLED_BY_NONE_ALONE[name]
     policy = set_config(**{name: value})
