@@ -35,6 +35,7 @@ USES = {
     "chat": {"policy", "decoding"},
     "elicit": {"policy", "objective", "data", "decoding"},
     "align": {"policy", "objective", "data", "launcher"},
+    "train-reward": {"policy", "launcher"},
     "demo": TRAINING | {"evaluation"},
 }
 CHOICES = [

@@ -19,7 +19,7 @@ from mavis.policies.loading import load_policy
 from mavis.preference import candidate_pairs
 from mavis.rewards import Brevity, Readability, RewardModel
 from mavis.rollouts import RolloutSettings, load_prompts
-from mavis.training import AlignSettings, DistillSettings, ImprovementSettings
+from mavis.training import AlignSettings, DistillSettings, ImprovementSettings, RewardModelSettings
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -76,6 +76,7 @@ SHARED = [
     ),
     shared("distill", DistillSettings, "distill", keys={"": "distillation", **sampling("distillation")}),
     shared("align", AlignSettings, "align", keys={"": "alignment", "beta": "beta", "seed": "seed"}),
+    shared("train-reward", RewardModelSettings, "train-reward", keys={"": "reward_model", "seed": "seed"}),
     shared(
         "evaluate",
         EvaluationSettings,

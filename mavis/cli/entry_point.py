@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk to a chat model under preference weights that you change as you go",
     "elicit": "infer a user's preference weights from choices between two responses",
     "align": "fine-tune a copy of a policy for an objective under a KL penalty",
+    "train-reward": "train a reward model from preference pairs",
     "info": "say what a critic is for, how it was trained, and what its budgets cost",
     "report": "gather the runs of a sweep into one table and one plot",
 }
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Hydra reads the process's arguments and names the app after the script.
     silent = _WRITE_NOTHING if launcher_rank() else ()
     sys.argv = [f"mavis-{command}", *exclude_shared_overrides(overrides), *silent]
-    importlib.import_module(f"mavis.cli.{command}").main()
+    importlib.import_module(f"mavis.cli.{command.replace('-', '_')}").main()
     return 0
 
 

@@ -1,7 +1,7 @@
 """Pure tensor functions: the formulas of the project, in torch only."""
 
 from mavis.math.best_of_n import best_of_n
-from mavis.math.bradley_terry import information_gain, map_weights, posterior_draws
+from mavis.math.bradley_terry import bradley_terry_loss, information_gain, map_weights, posterior_draws
 from mavis.math.frontier import (
     OptimalFrontier,
     frontier_efficiency,
@@ -19,6 +19,7 @@ from mavis.math.tilt import tilted_logprobs, top_candidates
 __all__ = [
     "OptimalFrontier",
     "best_of_n",
+    "bradley_terry_loss",
     "frontier_efficiency",
     "information_gain",
     "kl_unit",

@@ -32,6 +32,29 @@ _LARGEST = 1e6  # reward differences are in standard deviations, so anything bey
 _FREEDOM = 4  # degrees of freedom of the proposal, whose tails must be heavier than the posterior's normal ones
 
 
+def bradley_terry_loss(differences: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the negative log-likelihood of choices, of which a share is taken to be labelled the wrong way round.
+
+        loss = −(1 − ε) log σ(d) − ε log σ(−d),   d = r(chosen) − r(rejected)
+
+    Args:
+        differences: d of any shape.
+        label_smoothing: ε in [0, ½).
+
+    Returns:
+        The losses, of the same shape; the least is at σ(d) = 1 − ε.
+
+    Source: Bradley & Terry 1952; Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO".
+
+    Examples:
+        >>> import torch
+        >>> from mavis.math import bradley_terry_loss
+        >>> [round(loss, 3) for loss in bradley_terry_loss(torch.tensor([0.0, 2.0, -2.0])).tolist()]
+        [0.693, 0.127, 2.127]
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(differences) - label_smoothing * F.logsigmoid(-differences)
+
+
 def map_weights(differences: Tensor, spread: float) -> tuple[Tensor, Tensor]:
     """Find the maximum a posteriori weights under one normal prior, and their Laplace covariance.
 

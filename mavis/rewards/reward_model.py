@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ import torch
 
 from mavis.errors import ObjectiveError, check_number, check_whole
 from mavis.policies.chat import Prompt
+from mavis.policies.limits import embedding_rows
 from mavis.policies.names import check_source
+from mavis.rewards.classifier_inputs import pad_texts, padding_of, read_positions
 from mavis.rewards.identity import file_digest
 from mavis.rewards.prefix_scores import check_causal, encode_prefixes, prefix_logits
 from mavis.rewards.protocol import check_sign
@@ -136,7 +137,7 @@ class RewardModel:
             [fill_template(self.template, tokenizer, prompt, response) for prompt, response in pairs],
             template=self.template,
             max_length=self.max_length,
-            embeddings=_embeddings(model),
+            embeddings=embedding_rows(model),
         )
         rewards = [0.0] * len(texts)
         for rows in self._batches(texts):
@@ -172,7 +173,9 @@ class RewardModel:
                 "score prefixes with truncation_side='left'.",
             )
         texts = [
-            encode_prefixes(self.model, tokenizer, self.template, prompt, response, self.max_length, _embeddings(model))
+            encode_prefixes(
+                self.model, tokenizer, self.template, prompt, response, self.max_length, embedding_rows(model)
+            )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         ids = [text.ids for text in texts]
@@ -180,7 +183,7 @@ class RewardModel:
         check_causal(self.model, model, longest, lambda some: self._logits(model, padding_id, [some]), self.device)
         scores: list[list[float]] = [[] for _ in texts]
         for rows in self._batches(ids):
-            input_ids, is_token = self._inputs(padding_id or 0, [ids[row] for row in rows])
+            input_ids, is_token = pad_texts(model, [ids[row] for row in rows], padding_id)
             logits = prefix_logits(model, input_ids, is_token)
             for row, rewards in zip(rows, self._selected(logits).tolist(), strict=True):
                 scores[row] = [
@@ -228,25 +231,9 @@ class RewardModel:
             penalty = (getattr(model.config, CONFIG_KEY, None) or {}).get("length_penalty", 0.0)
         return float(penalty) * characters / 100
 
-    def _inputs(self, padding_id: int, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pad b lists of token ids on the right; return them and whether each is a token, (b, T)."""
-        longest = max(len(ids) for ids in texts)
-        input_ids = torch.full((len(texts), longest), padding_id, dtype=torch.long)
-        is_token = torch.zeros((len(texts), longest), dtype=torch.long)
-        for row, ids in enumerate(texts):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            is_token[row, : len(ids)] = 1
-        return input_ids.to(self.device), is_token.to(self.device)
-
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
         """Compute the logits (b, labels), float64 on the CPU, of b lists of token ids, padded on the right."""
-        if padding_id is None:
-            # A causal classifier reads the last token that is not padding, so padding must differ from every text's
-            # last token. Any other id will do: what is to the right of that token, or masked, is never read.
-            last_ids = {ids[-1] for ids in texts}
-            padding_id = next(i for i in itertools.count() if i not in last_ids)
-        model.config.get_text_config().pad_token_id = padding_id
-        input_ids, is_token = self._inputs(padding_id, texts)
+        input_ids, is_token = pad_texts(model, texts, padding_id)
         with torch.inference_mode():
             logits = model(input_ids=input_ids, attention_mask=is_token).logits
         return logits.to("cpu", torch.float64)
@@ -274,15 +261,9 @@ class RewardModel:
                 "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files.",
             ) from error
         self._check_fit(model, tokenizer, sorted(loading["missing_keys"]))
-        padding_id = tokenizer.pad_token_id
-        if padding_id is None:
-            padding_id = model.config.get_text_config().pad_token_id
-        # Some old checkpoints write -1 for none, and an added padding token may have no embedding; it is never read.
-        if padding_id is not None and not 0 <= padding_id < _embeddings(model):
-            padding_id = None
         if model.dtype not in (torch.float32, torch.float64):
             self.batch_tolerance = 0.05
-        return model.to(self.device).eval(), tokenizer, padding_id
+        return model.to(self.device).eval(), tokenizer, padding_of(model, tokenizer)
 
     def _check_folder(self) -> None:
         """Refuse a folder that is missing or holds only pickled weights, before any request to the network."""
@@ -333,21 +314,6 @@ class RewardModel:
                 f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
                 f"use max_length={positions} or less.",
             )
-
-
-def _embeddings(model: Any) -> int:
-    """Return how many tokens a model has embeddings of."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def read_positions(model: Any) -> int | None:
-    """Return how many tokens a model can read; None if it does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its relatives count positions from the one after the padding's.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings - module.padding_idx - 1)
-    return positions
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:

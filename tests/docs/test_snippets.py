@@ -51,6 +51,7 @@ SMALL = {
         "alignment.reference_samples=32",
         "alignment.evaluation_samples=16",
     ),
+    "train-reward": (),
     "report": (),
 }
 """What makes a command small enough for a test."""
@@ -126,6 +127,11 @@ def check_outputs(page: str, folder: Path) -> None:
         "docs/guides/processes.md": ["outputs/two-processes/critic/config.json"],
         "docs/guides/sweeps.md": ["outputs/sweep/runs.csv", "outputs/sweep/runs.md", "outputs/sweep/runs.png"],
         "docs/guides/distill.md": ["outputs/one/critic/config.json"],
+        "docs/guides/reward_models.md": [
+            "outputs/cheerful/model/model.safetensors",
+            "outputs/cheerful/reliability.png",
+            "outputs/steered/critic/config.json",
+        ],
         "docs/guides/vectors.md": ["outputs/happier/config.json", "outputs/aligned/report.json"],
     }
     for name in expected.get(page, []):
