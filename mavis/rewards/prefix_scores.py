@@ -99,7 +99,7 @@ def prefix_logits(model: Any, input_ids: Tensor, is_token: Tensor) -> Tensor:
 
 
 def check_causal(
-    name: str, model: Any, ids: Sequence[int], logits: Callable[[list[int]], Tensor], device: torch.device
+    name: str, model: Any, ids: Sequence[int], padding_id: int | None, logits: Callable[[list[int]], Tensor]
 ) -> None:
     """Check that the score after a token does not depend on later tokens.
 
@@ -107,16 +107,18 @@ def check_causal(
         name: of the reward model, for the error.
         model: a sequence classifier.
         ids: of a text; its first half is scored alone and within the whole.
+        padding_id: what the model pads with, if anything.
         logits: computes the logits (1, labels) of a text by itself.
-        device: of the model.
 
     Raises:
         ObjectiveError: if the model has no head that reads one position, or the two scores differ.
     """
     half = list(ids[: (len(ids) + 1) // 2])
+    while half and half[-1] == padding_id:  # such as the end of a turn, which a text by itself is not read to
+        half.pop()
     is_causal = hasattr(model, "score")
-    if is_causal:
-        input_ids = torch.tensor([list(ids)], device=device)
+    if is_causal and half:
+        input_ids = torch.tensor([list(ids)], device=model.device)
         within = prefix_logits(model, input_ids, torch.ones_like(input_ids))[:, len(half) - 1]
         alone = logits(half)
         tolerance = _TOLERANCE.get(model.dtype, _ROUGH_TOLERANCE) * max(1.0, float(alone.abs().max()))

@@ -180,7 +180,7 @@ class RewardModel:
         ]
         ids = [text.ids for text in texts]
         longest = max(ids, key=len)
-        check_causal(self.model, model, longest, lambda some: self._logits(model, padding_id, [some]), self.device)
+        check_causal(self.model, model, longest, padding_id, lambda some: self._logits(model, padding_id, [some]))
         scores: list[list[float]] = [[] for _ in texts]
         for rows in self._batches(ids):
             input_ids, is_token = pad_texts(model, [ids[row] for row in rows], padding_id)

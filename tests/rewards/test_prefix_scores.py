@@ -46,6 +46,16 @@ def test_prefixes_of_a_reply_leave_the_turn_open(make_folder: Any) -> None:
     assert chat([ASKED], ["f"]) == pytest.approx(plain([RENDERED], ["f <eos>"]), abs=1e-5)
 
 
+@pytest.mark.parametrize("said", ["a", "a b", "a b c", "a b c d", "a b c d e"])
+def test_ends_of_turns_that_are_the_padding_are_no_end_of_the_text(make_folder: Any, said: str) -> None:
+    folder = make_folder(chat_template=CHAT_TEMPLATE, pad_token="<eos>")
+    model, plain = RewardModel(folder), RewardModel(folder, template="concat")
+    rendered = f"user : {said} <eos> assistant : "
+    assert model.score_prefixes([said], ["f g h"])[0] == pytest.approx(
+        plain([rendered] * 3, ["f", "f g", "f g h"]), abs=1e-5
+    )
+
+
 def test_prefixes_have_the_sign_the_output_and_the_length_penalty_of_the_reward(make_folder: Any) -> None:
     folder = make_folder(labels=3)
     model = RewardModel(folder, template="concat", output=[2, 0], sign=-1, length_penalty=3.0)

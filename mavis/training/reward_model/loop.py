@@ -128,7 +128,7 @@ def train_reward_model(
         merged = merge_adapters(model, classifier)
         merged.config.get_text_config().pad_token_id = padding_of(merged, tokenizer)
         setattr(merged.config, CONFIG_KEY, trained_with)
-        save_policy(run / "model", merged, _saved_tokenizer(tokenizer))
+        save_policy(run / "model", merged.cpu(), _saved_tokenizer(tokenizer))
         scorer = RewardModel(run / "model", template=template, max_length=max_length, device=backbone.device)
         trained_with["length_penalty"] = _length_penalty(scorer, training, settings, report_progress)
         config = read_json(run / "model" / "config.json", strict=False)
