@@ -44,6 +44,7 @@ SMALL = {
     ),
     "distill": ("distillation.rollouts=32", "distillation.fit.epochs=1", "decoding.max_new_tokens=8"),
     "generate": ("decoding.max_new_tokens=32",),
+    "chat": ("decoding.max_new_tokens=8",),
     "elicit": ("decoding.max_new_tokens=8", "prompts=2"),
     "align": (
         "alignment.steps=2",
