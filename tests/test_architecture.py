@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "data/rows.py": "data/test_prompts.py",
     "policies/encoding.py": "policies/test_chat.py",
     "cli/build.py": "cli/test_commands.py",
+    "cli/commands.py": "cli/test_main.py",
     "cli/conf_dir.py": "test_package.py",
     "cli/console.py": "cli/test_commands.py",
     "cli/demo.py": "cli/test_commands.py",

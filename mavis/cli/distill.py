@@ -54,6 +54,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # started by a launcher: `accelerate launch -m mavis.cli.distill`
-    from mavis.cli.entry_point import main as mavis
+    from mavis.cli import main as mavis
 
     sys.exit(mavis(["distill", *sys.argv[1:]]))

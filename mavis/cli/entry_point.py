@@ -6,25 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from mavis.cli.commands import COMMANDS
 from mavis.cli.overrides import FREE_TEXT, check_overrides, exclude_shared_overrides, quote_text, refuse_duplicates
 from mavis.cli.own_objectives import register_own_objectives
 from mavis.distributed import launcher_rank
 from mavis.errors import ConfigError, closest
-
-COMMANDS = {
-    "demo": "train, evaluate and use a critic on the embedded policy; takes minutes, downloads nothing",
-    "train": "train a critic for a policy",
-    "search": "search the settings of training for the best critic",
-    "distill": "distill several critics into one",
-    "evaluate": "sweep weights and β, and compare with the optimal reward at each KL",
-    "generate": "continue prompts under preference weights",
-    "chat": "talk to a chat model under preference weights that you change as you go",
-    "elicit": "infer a user's preference weights from choices between two responses",
-    "align": "fine-tune a copy of a policy for an objective under a KL penalty",
-    "train-reward": "train a reward model from preference pairs",
-    "info": "say what a critic is for, how it was trained, and what its budgets cost",
-    "report": "gather the runs of a sweep into one table and one plot",
-}
 
 _POSITIONAL = {"report": ("folder", "output=", "format="), "info": ("checkpoint",)}
 """Commands whose first argument needs no name, with that name and what else an argument may begin with.
@@ -35,21 +21,16 @@ _WRITE_NOTHING = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/h
 """Overrides that keep Hydra from writing files; of several processes only the main one writes."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command; see `mavis.cli.main`.
 
     Args:
-        arguments: the command and its overrides; None reads the process's own.
+        arguments: the command and its overrides.
 
     Returns:
-        The exit status: 0, or 2 for an error in the arguments; errors inside a command end in `mavis/cli/hydra_app.py`.
-
-    Examples:
-        >>> from mavis.cli import main
-        >>> main(["generated"])  # "there is no command 'generated'" goes to standard error
-        2
+        The exit status.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_help()
         return 0 if arguments else 2

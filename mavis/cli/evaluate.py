@@ -150,6 +150,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # started by a launcher: `accelerate launch -m mavis.cli.evaluate`
-    from mavis.cli.entry_point import main as mavis
+    from mavis.cli import main as mavis
 
     sys.exit(mavis(["evaluate", *sys.argv[1:]]))

@@ -99,6 +99,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # started by a launcher: `accelerate launch -m mavis.cli.train`
-    from mavis.cli.entry_point import main as mavis
+    from mavis.cli import main as mavis
 
     sys.exit(mavis(["train", *sys.argv[1:]]))

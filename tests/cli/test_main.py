@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +151,14 @@ def test_an_interruption_is_reported_in_one_line(mavis: Any, monkeypatch: pytest
     ran = mavis("train")
     assert ran.code == 130
     assert ran.err == "\nmavis: interrupted. Hint: finished work is kept; rerun the command to resume.\n"
+
+
+@pytest.mark.parametrize("module", ["torch", "hydra", "transformers"])
+def test_an_interruption_while_packages_are_imported_prints_no_traceback(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    command = [sys.executable, "-m", "mavis.cli", "train", f"output={tmp_path / 'run'}"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 130, ran.stderr
+    assert ran.stderr.startswith("\nmavis: interrupted.")
+    assert ran.stderr.count("\n") == 2
