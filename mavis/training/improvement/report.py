@@ -112,7 +112,32 @@ def find_problems(report: IterationReport, before: IterationReport | None) -> li
     return problems
 
 
+def find_rare_rewards(objectives: Sequence[str], raw_rewards: Tensor) -> list[str]:
+    """Say which objectives hardly vary over the reference policy's responses, and what to change.
+
+    Args:
+        objectives: their names.
+        raw_rewards: (N, M), in their order.
+
+    Examples:
+        >>> import torch
+        >>> from mavis.training.improvement.report import find_rare_rewards
+        >>> len(find_rare_rewards(["rare"], torch.eye(64)[:, :1]))
+        1
+    """
+    problems = []
+    for name, column in zip(objectives, raw_rewards.T, strict=True):
+        share = float(column.unique(return_counts=True)[1].max()) / len(column)
+        if share > _MOST_ALIKE:
+            problems.append(
+                f"iteration 0: {name} gives {share:.1%} of the responses the same reward, so that little can be learnt "
+                "from it. Use prompts or an objective whose rewards differ, or more rollouts (improvement.rollouts)."
+            )
+    return problems
+
+
 _MOST_CUT_OFF = 0.5
+_MOST_ALIKE = 0.95
 
 MIXTURES = "mixtures"
 """The name of the goal of rollouts that weigh several objectives."""

@@ -27,7 +27,13 @@ from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.features import Features, extract
 from mavis.training.improvement.fit import FitReport, fit
 from mavis.training.improvement.policies import draw_policies, plan_iteration, relabelled_shards, sampling_of
-from mavis.training.improvement.report import IterationReport, find_problems, means_by_goal, share_cut_off
+from mavis.training.improvement.report import (
+    IterationReport,
+    find_problems,
+    find_rare_rewards,
+    means_by_goal,
+    share_cut_off,
+)
 from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out
@@ -172,7 +178,10 @@ class ImprovementStages:
     def set_scale(self, reference_shards: Shards) -> None:
         """Estimate the normalisation of rewards from the reference policy's rollouts, and note the range of λ."""
         rewards = [torch.tensor(shard["rewards"][:], dtype=torch.float64) for shard in reference_shards]
-        self.critic.set_normalisation(torch.cat(rewards))
+        raw = torch.cat(rewards)
+        self.critic.set_normalisation(raw)
+        for problem in find_rare_rewards(self.critic.objectives, raw) if self.processes.is_main else ():
+            warn_user(problem)
         self.critic.max_trained_lambda.fill_(self.settings.strengths[1] if self.critic.conditioned else 0.0)
 
     def replay(self, iteration: int, shards: Shards) -> ReplayedRollouts:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import mavis
 from mavis.critics import HiddenStateCritic
 from mavis.rollouts import RolloutSettings
 from mavis.training import FitSettings, ImprovementSettings, IterationReport, improve
-from mavis.training.improvement.report import find_problems, share_cut_off
+from mavis.training.improvement.report import find_problems, find_rare_rewards, share_cut_off
 
 
 def report(iteration: int = 0, **other: Any) -> IterationReport:
@@ -75,3 +77,32 @@ def test_training_says_so_at_the_line_of_the_caller(
     with pytest.warns(UserWarning, match="of the responses were cut off at max_new_tokens") as caught:
         list(improve(tiny_policy, tiny_tokenizer, critic, tiny_objectives, ["the dog"], tmp_path / "run", settings))
     assert {Path(one.filename) for one in caught if "cut off" in str(one.message)} == {Path(__file__)}
+
+
+def test_an_objective_that_hardly_varies_is_named_with_its_share() -> None:
+    raw = torch.zeros(200, 3, dtype=torch.float64)
+    raw[:3, 0] = 1.0  # 98.5 % alike
+    raw[:20, 1] = 1.0  # 90 %
+    raw[:, 2] = torch.linspace(-1, 1, 200, dtype=torch.float64)
+    [problem] = find_rare_rewards(["rare", "common", "graded"], raw)
+    assert problem.startswith("iteration 0: rare gives 98.5% of the responses the same reward")
+    assert "improvement.rollouts" in problem
+
+
+def test_training_for_an_objective_that_hardly_varies_says_so(tmp_path: Path) -> None:
+    policy, tokenizer = mavis.embedded.load()
+    critic = HiddenStateCritic.for_policy(policy, ["rare"], hidden=8)
+    settings = ImprovementSettings(
+        iterations=1,
+        rollouts=64,
+        calibration_samples=0,
+        sampling=RolloutSettings(max_new_tokens=4, shard_size=64),
+        fit=FitSettings(epochs=1),
+    )
+
+    def rare(prompts: Any, responses: Any) -> list[float]:
+        return [float(prompt == "a") for prompt in prompts]
+
+    prompts = ["a", *(f"the dog {i}" for i in range(63))]
+    with pytest.warns(UserWarning, match="rare gives 98.4% of the responses the same reward"):
+        list(improve(policy, tokenizer, critic, {"rare": rare}, prompts, tmp_path, settings))
