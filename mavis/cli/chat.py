@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mavis.cli.build import load_critic, load_policy, plain
 from mavis.cli.console import print_table, terminal_text
 from mavis.cli.hydra_app import hydra_app
+from mavis.decoding.settings import check_settings
+from mavis.decoding.weights import weight_rows
 from mavis.errors import ConfigError, MavisError, closest
 
 if TYPE_CHECKING:
@@ -109,15 +111,20 @@ class Chat:
                 raise ConfigError(f"/weights names objective {name!r}.", closest(name, self.critic.objectives))
             weights[name] = _number("/weights", number)
         if argument:
+            weight_rows(weights, self.critic.objectives)
             self.weights = dict.fromkeys(self.critic.objectives, 0.0) | weights
         self.write(f"weights {_shown(self.weights)}\n")
 
     def _kl(self, argument: str) -> None:
-        self.target_kl, self.beta = _number("/kl", argument), None
+        target_kl = _number("/kl", argument)
+        check_settings(None, target_kl, None, 1.0)
+        self.target_kl, self.beta = target_kl, None
         self.write(f"a budget of {self.target_kl:g} nats per response\n")
 
     def _beta(self, argument: str) -> None:
-        self.beta, self.target_kl = _number("/beta", argument), None
+        beta = _number("/beta", argument)
+        check_settings(beta, None, None, 1.0)
+        self.beta, self.target_kl = beta, None
         self.write(f"beta {self.beta:g}\n")
 
     def _plain(self, argument: str) -> None:

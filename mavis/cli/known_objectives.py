@@ -22,8 +22,9 @@ MANIFEST = "objectives.json"
 def add_known_objectives(config: Any, checkpoints: Sequence[str], names: Sequence[str]) -> None:
     """Add the objectives of critics to a config that chooses none.
 
-    They are taken from the runs that the critics lie in, and otherwise from those that ship with mavis. What a run
-    names is Python code to be called, so nothing of the kind is in a critic's own folder, which others can upload.
+    They are taken from the runs that the critics lie in, and otherwise from those that ship with mavis. Whoever wrote
+    such a folder must not choose what code runs here: objectives of mavis alone are taken from it, and none of them may
+    run code of a checkpoint. Objectives of one's own have to be named again.
 
     Args:
         config: of a command with the group `objective`; gets `objectives`.
@@ -39,15 +40,23 @@ def add_known_objectives(config: Any, checkpoints: Sequence[str], names: Sequenc
     from mavis.utils.files import read_json
 
     found: dict[str, Any] = {}
+    own: dict[str, str] = {}
     for path in _beside(checkpoints, MANIFEST):
         stored = read_json(path)
         if isinstance(stored, dict):
-            added = {name: stored[name] for name in names if name in stored and name not in found}
+            added = {name: _safe(stored[name]) for name in names if name not in found and _is_ours(stored.get(name))}
             found |= added
+            own |= {name: stored[name]["source"] for name in names if _is_own(stored.get(name))}
             if added:
                 print_note(f"objectives {', '.join(added)} as in {path}")
     missing = [name for name in names if name not in found]
     shipped = {name: _shipped(name) for name in missing}
+    if foreign := [name for name in missing if name in own]:
+        choice = [own.get(name, name) if name in foreign else name for name in names]
+        raise ConfigError(
+            f"the critic was trained for {', '.join(own[name] for name in foreign)}, which is code outside mavis.",
+            f"if it is yours, name it again: objective=[{','.join(choice)}].",
+        )
     if unknown := [name for name, options in shipped.items() if options is None]:
         raise ConfigError(
             f"nothing beside the critic says what its {'objective is' if len(unknown) == 1 else 'objectives are'}: "
@@ -80,6 +89,24 @@ def check_same_objectives(objectives: Mapping[str, Objective], checkpoints: Sequ
                 "leave out objective=, or undo the change; to measure something else, give it another name in "
                 "evaluation.held_out.",
             )
+
+
+def _is_ours(options: Any) -> bool:
+    """Whether a run's objective is one of mavis itself."""
+    target = options.get("_target_") if isinstance(options, Mapping) else None
+    return isinstance(target, str) and target.startswith("mavis.rewards.")
+
+
+def _safe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without those that would run code of a checkpoint, and without anything to be instantiated."""
+    return {
+        name: value for name, value in options.items() if name != "trust_remote_code" and not isinstance(value, Mapping)
+    }
+
+
+def _is_own(options: Any) -> bool:
+    """Whether a run's objective was named as `module:name`."""
+    return isinstance(options, Mapping) and isinstance(options.get("source"), str)
 
 
 def _beside(checkpoints: Sequence[str], file: str) -> list[Path]:

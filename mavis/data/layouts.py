@@ -66,6 +66,8 @@ def conversation_of(value: Any, name: str) -> list[dict[str, str]] | None:
         return check_conversation(parse_dialogue(value, name), name=name) if is_dialogue(value) else None
     if isinstance(value, Mapping) and {"role", "content"} <= set(value):  # how a table may hold a list of messages
         columns = value["role"], value["content"]
+        if isinstance(columns[0], str) or isinstance(columns[1], str) or len(columns[0]) != len(columns[1]):
+            raise PromptError(f"{name} is a single message, expected a list of messages.", "wrap it in a list.")
         value = [{"role": role, "content": content} for role, content in zip(*columns, strict=True)]
     return check_conversation(value, name=name) if isinstance(value, Sequence) else None
 

@@ -170,6 +170,10 @@ def _conversation(value: Any, name: str, column: str, chat: Chat) -> list[dict[s
     if isinstance(value, str) and chat is False:
         return None
     conversation = conversation_of(value, name)
+    if conversation is None and isinstance(value, str) and column in _WITH_REPLY:
+        raise DataError(
+            f"{name} is a text without turns, so its reply cannot be told from its prompt.", "name a column."
+        )
     if conversation is None:
         return None
     if chat is False:

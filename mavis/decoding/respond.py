@@ -118,6 +118,7 @@ def respond(
     warn_unsuitable(policy, tokenizer, prompts)
     chosen = as_critic(critic if critic is not None else attached_critic(policy))
     length = trained_length(chosen) if max_new_tokens == AS_TRAINED else max_new_tokens
+    check_whole(DecodingError, "as_trained takes the critic's length.", max_new_tokens=length)
     if min_new_tokens > length:
         raise DecodingError(
             f"min_new_tokens is {min_new_tokens}, but max_new_tokens {length}.", "0 lets responses end at once."
@@ -132,7 +133,9 @@ def respond(
         max_new_tokens=length,
         record_kl=True,
     )
-    check_prompts_fit(policy, tokenizer, prompts, length, chosen.max_positions)
+    check_prompts_fit(
+        policy, tokenizer, prompts, length, chosen.max_positions, continue_final_message=continue_final_message
+    )
     inputs = encode_prompts(tokenizer, prompts, continue_final_message=continue_final_message)
     device, width = states_device(policy), inputs["input_ids"].shape[1]
     config, _ = neutral_generation_config(

@@ -20,6 +20,9 @@ Prompt = str | Conversation
 
 ROLES = ("system", "user", "assistant")
 
+MARK = "\u2063"
+"""An invisible separator, which marks a place in what a template writes."""
+
 
 def is_conversation(prompt: Prompt) -> bool:
     """Whether a prompt is a conversation, not a text."""
@@ -139,14 +142,22 @@ def render_prompt(tokenizer: Any, prompt: Prompt, *, continue_final_message: boo
             "prompt is a conversation, but the policy's tokenizer has no chat template.",
             "set tokenizer.chat_template, choose a chat model, or pass the prompt as a text.",
         )
-    rendered = render_messages(tokenizer, messages, opens_turn=not continues, continues=continues)
-    for message in messages:  # some templates leave system messages out without a word
-        if message["role"] != "assistant" and message["content"].strip() not in rendered:
+    # Some templates leave system messages out without a word. A template may trim or escape what a message says, so
+    # marks are looked for instead.
+    marks = [f"{MARK}{index}{MARK}" for index in range(len(messages))]
+    marked = render_messages(
+        tokenizer,
+        [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)],
+        opens_turn=not continues,
+        continues=continues,
+    )
+    for message, mark in zip(messages, marks, strict=True):
+        if mark not in marked:
             raise PromptError(
                 f"the tokenizer's chat template drops the {message['role']} message {_short(message['content'])}.",
                 "put its text into the user's first turn.",
             )
-    return rendered
+    return render_messages(tokenizer, messages, opens_turn=not continues, continues=continues)
 
 
 def render_messages(
@@ -191,7 +202,7 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return set()
-    marker = "\u2063mavis\u2063"
+    marker = f"{MARK}mavis{MARK}"
     try:
         rendered = render_messages(
             tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": marker}]
@@ -201,7 +212,8 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
     if marker not in rendered:
         return set()
     after = tokenizer(rendered.rsplit(marker, 1)[1].lstrip(), add_special_tokens=False)["input_ids"][:1]
-    return set(after) & set(tokenizer.all_special_ids)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return set(after) & (special | set(tokenizer.all_special_ids))
 
 
 def warn_unsuitable(policy: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> None:

@@ -42,6 +42,8 @@ def check_prompts_fit(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     critic_positions: int | None = None,
+    *,
+    continue_final_message: bool = False,
 ) -> None:
     """Check that a policy can read all prompts with responses to them, and what its tokenizer pads with.
 
@@ -51,13 +53,14 @@ def check_prompts_fit(
         prompts: at least one.
         max_new_tokens: the longest response.
         critic_positions: how many positions a critic can read; None for any number.
+        continue_final_message: see `render_prompt`.
 
     Raises:
         PolicyError: if the tokenizer writes a token that the policy has no embedding of.
         ConfigError: if the longest prompt and response do not fit into a table of positions.
     """
     distinct = list({id(prompt): prompt for prompt in prompts}.values())
-    encoded = prompt_ids(tokenizer, distinct)
+    encoded = prompt_ids(tokenizer, distinct, continue_final_message=continue_final_message)
     rows = embedding_rows(policy)
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= rows:

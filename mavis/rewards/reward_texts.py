@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mavis.errors import ObjectiveError
-from mavis.policies.chat import Prompt, as_conversation, is_conversation, render_messages
+from mavis.policies.chat import MARK, Prompt, as_conversation, is_conversation, render_messages
 
 _FIELD = re.compile(r"\{(prompt|response|bos|eos)\}")
 
@@ -84,7 +84,7 @@ def split_unfinished(template: str, tokenizer: Any, prompt: Prompt, response: st
         ObjectiveError: if the response is not the last part of the text.
         PromptError: if the conversation cannot be used, or the chat template refuses it.
     """
-    marker = "\u2063mavis\u2063"
+    marker = f"{MARK}mavis{MARK}"
     full, marked = (fill_template(template, tokenizer, prompt, text) for text in (response, marker))
     before, found, after = marked.rpartition(marker)
     own = template not in ("chat", "concat")

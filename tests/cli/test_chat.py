@@ -11,7 +11,7 @@ import pytest
 import mavis as package
 from mavis.cli.chat import COMMANDS, Chat
 from mavis.decoding import respond
-from mavis.errors import ConfigError, MavisError
+from mavis.errors import MavisError
 from mavis.policies import embedded, load_policy
 
 TEMPLATE = (Path(__file__).parents[1] / "policies" / "chat_templates" / "zephyr.jinja").read_text(encoding="utf-8")
@@ -98,15 +98,20 @@ def test_a_system_message_is_part_of_every_prompt(
         ("/weights positve=1", "/weights names objective 'positve'. Hint: did you mean 'positive'"),
         ("/weights positive", "/weights got '', expected a number"),
         ("/kl much", "/kl got 'much', expected a number"),
+        ("/kl -1", "target_kl is -1"),
+        ("/kl nan", "target_kl is nan"),
+        ("/beta -2", "beta is -2"),
+        ("/weights positive=inf", "weights"),
         ("/again", "/again has nothing to answer yet"),
         ("/show", "/show has nothing to show yet"),
     ],
 )
 def test_a_slip_is_told_and_changes_nothing(chat: tuple[Chat, list[str]], line: str, message: str) -> None:
     talk, _ = chat
-    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+    with pytest.raises(MavisError, match=message.replace("?", r"\?")):
         talk.handle(line)
     assert talk.weights == {"positive": 1.0, "dialogue": 0.0}
+    assert (talk.beta, talk.target_kl) == (3.0, None)
 
 
 def test_a_budget_out_of_reach_leaves_the_conversation_as_it_was(chat: tuple[Chat, list[str]]) -> None:

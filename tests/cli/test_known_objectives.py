@@ -72,10 +72,43 @@ def test_a_function_that_has_changed_since_is_refused(
     module.write_text(code.format("e"))
     ran = mavis("evaluate", "policy=tiny", "checkpoint=run/critic", *EVALUATION)
     assert ran.code == 2
+    assert "trained for changing_rewards:shout, which is code outside mavis. Hint: if it is yours, name it" in ran.err
+    named = "objective=[changing_rewards:shout]"
+    ran = mavis("evaluate", "policy=tiny", "checkpoint=run/critic", named, *EVALUATION)
+    assert ran.code == 2
     assert "the objective 'shout' is not the one that the critic in" in ran.err
     module.write_text(code.format("a"))
     monkeypatch.delitem(sys.modules, "changing_rewards")
-    assert mavis("evaluate", "policy=tiny", "checkpoint=run/critic", *EVALUATION).code == 0
+    assert mavis("evaluate", "policy=tiny", "checkpoint=run/critic", named, *EVALUATION).code == 0
+
+
+TOUCH = ["touch", "made"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"_target_": "os.system", "command": "touch made"},
+        {
+            "_target_": "mavis.cli.own_objectives.import_objective",
+            "source": "subprocess:Popen",
+            "args": ["touch", "made"],
+        },
+        {"_target_": "mavis.rewards.Signed", "objective": {"_target_": "os.system", "command": "touch made"}},
+        {
+            "_target_": "mavis.rewards.Positive",
+            "_partial_": True,
+            "more": {"_target_": "os.system", "command": "touch made"},
+        },
+    ],
+)
+def test_a_folder_does_not_choose_what_code_runs(
+    mavis: Any, trained: Path, tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    shutil.copytree(trained, tmp_path / "shared" / "critic")
+    (tmp_path / "shared" / "objectives.json").write_text(json.dumps({"positive": spec}))
+    mavis("evaluate", "policy=tiny", "checkpoint=shared/critic", *EVALUATION)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_critic_without_its_run_takes_the_objectives_that_ship(mavis: Any, trained: Path, tmp_path: Path) -> None:

@@ -282,6 +282,8 @@ def test_unusable_conversations_of_a_file_are_counted_and_the_first_is_named(tmp
         ({"source": [HI], "first_words": 2}, "first_words is 2, but the prompts are conversations"),
         ({"source": ["Hi!"], "system": "Be brief."}, "system is 'Be brief.', but the prompts are texts"),
         ({"source": ["Hi!"], "column": "prompt"}, "column is 'prompt', but the list has no columns"),
+        ({"source": HI}, "row 0 of the list is a single message, expected a list of messages"),
+        ({"source": [{"role": "user", "content": "Help"}]}, "row 0 of the list is a single message"),
         ({"source": [[*HI, REPLY]]}, "row 0 of the list does not end with a turn of the user"),
     ],
 )
@@ -319,3 +321,9 @@ def test_an_error_of_the_library_shows_its_cause(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_bytes(b'{"text": "a"}\n{"text": ')
     with pytest.raises(DataError, match="cannot read: .*: .*JSON"):
         load_prompts(str(tmp_path / "broken.jsonl"))
+
+
+def test_chosen_texts_without_turns_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path, "jsonl", {"chosen": ["Once upon a time."], "rejected": ["No."]})
+    with pytest.raises(DataError, match="is a text without turns, so its reply cannot be told from its prompt"):
+        load_prompts(source)

@@ -82,6 +82,10 @@ def test_the_assistants_turn_is_continued_only_if_asked(
     begun = [*HI, {"role": "assistant", "content": "he"}]
     with pytest.raises(PromptError, match="prompt ends with the assistant's 'he'"):
         mavis.respond(tiny_policy, chat_tokenizer, [begun], critic=critic, weights=WEIGHTS, beta=2.0)
+    shared: dict[str, Any] = {"critic": critic, "weights": WEIGHTS, "beta": 2.0, "greedy": True}
+    answered = mavis.respond(tiny_policy, chat_tokenizer, [begun], continue_final_message=True, **shared)
+    chat_tokenizer.chat_template = None
+    assert answered == mavis.respond(tiny_policy, chat_tokenizer, ["the dog . he"], **shared)
 
 
 def test_every_prompt_may_have_its_weights(tiny_policy: Any, tiny_tokenizer: Any, critic: HiddenStateCritic) -> None:
@@ -98,6 +102,8 @@ def test_every_prompt_may_have_its_weights(tiny_policy: Any, tiny_tokenizer: Any
     [
         ({"prompts": "the dog"}, "prompts is 'the dog', expected at least one prompt"),
         ({"prompts": []}, r"prompts is \[\], expected at least one prompt"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, expected a whole number ≥ 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number ≥ 1"),
         ({"samples": 0}, "samples is 0, expected a whole number ≥ 1"),
         ({"samples": 2, "greedy": True}, "samples is 2, but greedy decoding gives one response"),
     ],

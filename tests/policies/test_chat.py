@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AddedToken
 
 import mavis
 from mavis.errors import PromptError
@@ -123,6 +124,26 @@ def test_a_system_message_that_a_template_drops_is_an_error(tokenizer: Any) -> N
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     with pytest.raises(PromptError, match="chat template drops the system message 'Be brief.'"):
         render_prompt(tokenizer, [SYSTEM, *ONE_TURN])
+
+
+@pytest.mark.parametrize(("system", "user"), [("assistant", "Hi!"), ("Be kind", "Be kind, tell a story")])
+def test_a_dropped_message_is_noticed_though_its_text_stands_elsewhere(tokenizer: Any, system: str, user: str) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role + m.content }}{% endfor %}assistant"
+    )
+    with pytest.raises(PromptError, match="chat template drops the system message"):
+        render_prompt(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": user}])
+
+
+def test_a_template_may_escape_what_a_message_says(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | e }}{% endfor %}"
+    assert render_prompt(tokenizer, [{"role": "user", "content": "a < b"}]) == "a &lt; b"
+
+
+def test_a_token_that_was_added_as_special_ends_a_turn(tokenizer: Any) -> None:
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    assert turn_end_ids(tokenizer) == {tokenizer.convert_tokens_to_ids("<|end|>")}
 
 
 def test_strict_alternation_is_an_error_that_says_so(tokenizer: Any) -> None:
