@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mavis.cli.build import (
     align_settings,
     build_objectives,
-    check_objectives_manifest,
     load_policy,
+    locked_run,
     plain,
     read_prompts,
 )
@@ -32,8 +32,7 @@ def _run(config: Any) -> None:
     weights = plain(config.weights) if config.weights is not None else [1 / len(objectives)] * len(objectives)
     prompts, evaluation_prompts = read_prompts(config.data.prompts), read_prompts(config.data.evaluation_prompts)
     policy, tokenizer = load_policy(config.policy)
-    check_objectives_manifest(config, list(objectives), folder)
-    with progress_reporter() as progress:
+    with locked_run(config, list(objectives), folder), progress_reporter() as progress:
         report = align(
             policy,
             tokenizer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,18 +136,24 @@ def _instantiation_hint(config: Any) -> str:
     return "check its options."
 
 
-def check_objectives_manifest(config: Any, names: Sequence[str], folder: Path) -> None:
-    """Record how a run's objectives are configured in its folder: stored rewards are only valid for these options.
+@contextmanager
+def locked_run(config: Any, names: Sequence[str], folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder, and record there how its objectives are configured.
+
+    Stored rewards are only valid for these options.
 
     Raises:
-        DataError: if the folder holds a run whose objectives are configured differently.
+        DataError: if another run is using the folder, or it holds a run whose objectives are configured differently.
     """
     from mavis.utils.files import matches_manifest, write_json
+    from mavis.utils.locks import locked_folder
 
     manifest = {name: plain(config.objectives[name]) for name in names}
-    path = folder / MANIFEST
-    if join_processes().is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
-        write_json(path, manifest)
+    path, is_main = folder / MANIFEST, join_processes().is_main
+    with locked_folder(folder, is_main):
+        if is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
+            write_json(path, manifest)
+        yield
 
 
 def read_prompts(config: Any) -> list[Prompt]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mavis.cli.build import (
     build_objectives,
-    check_objectives_manifest,
     checkpoint_folders,
     load_critic,
     load_policy,
+    locked_run,
     read_prompts,
     rollout_settings,
 )
@@ -75,21 +75,21 @@ def _sample_pairs(config: Any, critic: Critic, objectives: dict[str, Objective],
     from mavis.preference import candidate_pairs
 
     prompts = read_prompts(config.data.prompts)[: config.prompts]
-    check_objectives_manifest(config, critic.objectives, folder)
-    policy, tokenizer = load_policy(config.policy)
-    print(f"sampling responses to {len(prompts)} prompts ...", flush=True)
-    return candidate_pairs(
-        policy,
-        tokenizer,
-        critic,
-        objectives,
-        prompts,
-        folder / "responses",
-        rollout_settings(config, config.shard_size, critic),
-        beta=config.beta,
-        target_kl=config.target_kl,
-        divisions=config.divisions,
-    )
+    with locked_run(config, critic.objectives, folder):
+        policy, tokenizer = load_policy(config.policy)
+        print(f"sampling responses to {len(prompts)} prompts ...", flush=True)
+        return candidate_pairs(
+            policy,
+            tokenizer,
+            critic,
+            objectives,
+            prompts,
+            folder / "responses",
+            rollout_settings(config, config.shard_size, critic),
+            beta=config.beta,
+            target_kl=config.target_kl,
+            divisions=config.divisions,
+        )
 
 
 def _read_choice(pair: Pair) -> int | None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from mavis.cli.build import (
     build_objectives,
-    check_objectives_manifest,
     checkpoint_folders,
     evaluation_settings,
     load_critic,
     load_policy,
+    locked_run,
     read_evaluation_prompts,
 )
 from mavis.cli.console import print_line, print_table
@@ -46,8 +46,7 @@ def evaluate(
 
     held_out = config.evaluation.get("held_out")
     objectives = build_objectives(config, critic.objectives)
-    check_objectives_manifest(config, critic.objectives, folder)
-    with progress_reporter() as progress:
+    with locked_run(config, critic.objectives, folder), progress_reporter() as progress:
         report = run_evaluation(
             policy,
             tokenizer,

@@ -10,10 +10,10 @@ from mavis.cli.build import (
     build_critic,
     build_objectives,
     build_sampler,
-    check_objectives_manifest,
     describe_prompts,
     improvement_settings,
     load_policy,
+    locked_run,
     read_prompts,
 )
 from mavis.cli.console import print_line, print_table
@@ -45,8 +45,8 @@ def train(config: Any, policy: Any, tokenizer: Any, folder: Path) -> HeadCritic:
     settings = improvement_settings(config)
     critic = build_critic(config, policy, tokenizer, list(objectives), settings.composition)
     critic.about["data"] = describe_prompts(config.data.prompts)
-    check_objectives_manifest(config, list(objectives), folder)
     with (
+        locked_run(config, list(objectives), folder),
         build_sampler(config) as sampler,
         start_trackers(config, folder, states_device(policy)) as log,
         progress_reporter() as progress,

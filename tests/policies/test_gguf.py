@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from mavis.errors import PolicyError
 from mavis.policies import Fingerprint, encode_prompts, load_policy
+from mavis.policies import gguf as unpacking
 from mavis.policies.gguf import smollm2_file, unpack_gguf
 from tests.factories import SPECIAL, WORDS, tiny_llama
 
@@ -90,6 +93,23 @@ def test_a_file_is_unpacked_once(written: tuple[Path, Any]) -> None:
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert unpack_gguf(written[0]) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_of_several_that_unpack_a_file_at_once_one_does_and_the_others_wait(
+    written: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, calls = unpacking._load_packed, []
+
+    def load_slowly(file: Path) -> Any:
+        calls.append(file)
+        time.sleep(0.5)
+        return load(file)
+
+    monkeypatch.setattr(unpacking, "_load_packed", load_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        (folder,) = set(pool.map(unpack_gguf, [written[0]] * 3))
+    assert len(calls) == 1
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_another_file_of_the_same_name_is_unpacked_anew(written: tuple[Path, Any]) -> None:

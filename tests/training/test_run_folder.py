@@ -23,7 +23,7 @@ from mavis.training import (
     distill,
     improve,
 )
-from mavis.utils.locks import locked_folder
+from tests.lock_holder import locked_elsewhere
 
 PROMPTS = ["Once upon a time", "The dog"]
 SAMPLING = RolloutSettings(max_new_tokens=4, shard_size=4)
@@ -73,9 +73,30 @@ RUNS: list[Callable[..., Any]] = [run_collect, run_improve, run_distill, run_ali
 def test_two_runs_cannot_share_a_folder(
     policy_and_tokenizer: tuple[Any, Any], run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with locked_folder(tmp_path), pytest.raises(DataError, match=f"folder '{tmp_path}' is in use by process"):
+    with locked_elsewhere(tmp_path), pytest.raises(DataError, match=f"folder '{tmp_path}' is in use by process"):
         run(*policy_and_tokenizer, tmp_path, Brevity())
     run(*policy_and_tokenizer, tmp_path, Brevity())
+    assert not list(tmp_path.rglob(".mavis*"))
+
+
+def test_an_iterator_left_suspended_does_not_keep_out_its_own_program(
+    policy_and_tokenizer: tuple[Any, Any], tmp_path: Path
+) -> None:
+    plan = RolloutPlan.reference(PROMPTS * 3, objectives=1)
+    rollouts = collect(*policy_and_tokenizer, {"short": Brevity()}, plan, tmp_path / "rollouts", SAMPLING)
+    first = next(rollouts)
+    again = list(collect(*policy_and_tokenizer, {"short": Brevity()}, plan, tmp_path / "rollouts", SAMPLING))
+    assert again[0].to_dict() == first.to_dict()
+    assert [shard.to_dict() for shard in rollouts] == [again[1].to_dict()]
+
+    settings = ImprovementSettings(
+        iterations=1, rollouts=8, composition="independent", calibration_samples=0, sampling=SAMPLING
+    )
+    arguments = {"short": Brevity()}, PROMPTS, tmp_path / "run", settings
+    suspended = improve(*policy_and_tokenizer, new_critic(policy_and_tokenizer[0]), *arguments)
+    report = next(suspended)
+    assert list(improve(*policy_and_tokenizer, new_critic(policy_and_tokenizer[0]), *arguments)) == [report]
+    suspended.close()
     assert not list(tmp_path.rglob(".mavis*"))
 
 

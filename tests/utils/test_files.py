@@ -25,6 +25,7 @@ from mavis.utils.files import (
     matches_manifest,
     read_json,
     restore_folder,
+    sweep,
     write_json,
 )
 
@@ -197,17 +198,51 @@ def test_what_running_processes_and_other_machines_write_is_not_swept_up(tmp_pat
     assert parent.exists()
 
 
-def test_others_may_read_what_is_written(tmp_path: Path) -> None:
-    write_file(tmp_path / "file", "a")
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_the_umask_says_who_may_read_what_is_written(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "file", "a")
+        with atomic_folder(tmp_path / "folder") as temporary, atomic_file(tmp_path / "weights") as weights:
+            (temporary / "inner").mkdir()
+            for path in (weights, temporary / "weights", temporary / "inner" / "weights"):
+                save_file({"a": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    folders, files = ("folder", "folder/inner"), ("file", "weights", "folder/weights", "folder/inner/weights")
+    assert modes == dict.fromkeys(folders, folder_mode) | dict.fromkeys(files, file_mode)
+
+
+def test_a_folder_in_a_shared_one_belongs_to_its_group(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
     write_folder(tmp_path / "folder", "a")
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
-    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
+    assert (tmp_path / "folder").stat().st_mode & stat.S_ISGID
 
 
-def test_others_may_read_weights_in_a_folder(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "folder") as temporary:
-        save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
-    assert stat.S_IMODE((tmp_path / "folder" / "model.safetensors").stat().st_mode) == 0o644
+def test_a_machine_of_the_same_name_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_text = Path.read_text
+    with atomic_folder(tmp_path / "a") as temporary, monkeypatch.context() as patch:
+        running = tmp_path / temporary.name.replace(f"-{os.getpid()}-", "-99999999-")
+        running.mkdir()
+        patch.setattr(Path, "read_text", lambda path, **kw: "b" if path.name == "boot_id" else read_text(path, **kw))
+        sweep(tmp_path)
+        assert running.is_dir()
+    sweep(tmp_path)
+    assert not running.exists()
+
+
+def test_a_folder_moved_aside_before_the_machine_was_restarted_is_put_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".mavis-00000000-1-old-00000000.run"
+    write_folder(aside / "old", "a")
+    restore_folder(tmp_path / "run")
+    assert aside.exists()
+    before = time.time() - 120
+    os.utime(aside, (before, before))
+    restore_folder(tmp_path / "run")
+    assert text_of(tmp_path / "run") == "a"
 
 
 def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:

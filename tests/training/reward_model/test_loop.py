@@ -17,8 +17,8 @@ from mavis.errors import DataError, MavisError, ObjectiveError, PromptError, Tra
 from mavis.rewards import RewardModel
 from mavis.training import RewardModelSettings, load_backbone, train_reward_model
 from mavis.training.reward_model import fit
-from mavis.utils.locks import locked_folder
 from tests.factories import word_policy, word_tokenizer
+from tests.lock_holder import locked_elsewhere
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
 SETTINGS = RewardModelSettings(epochs=4, learning_rate=5e-3, lora_rank=4, held_out=0.2, save_every=7, max_length=64)
@@ -227,9 +227,9 @@ def test_another_run_in_the_folder_is_refused(make_pairs: Any, tmp_path: Path) -
         train(50, label_smoothing=0.1)
     with pytest.raises(DataError, match=r"holds a reward model with different pairs\."):
         train(51)
-    with locked_folder(tmp_path / "other"):
+    with locked_elsewhere(tmp_path / "other"):
         shutil.rmtree(tmp_path / "run")
-        with locked_folder(tmp_path / "run"), pytest.raises(DataError, match="is in use by process"):
+        with locked_elsewhere(tmp_path / "run"), pytest.raises(DataError, match="is in use by process"):
             train(50)
 
 
