@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,10 +194,12 @@ def test_distillation_matches_one_process(together: Job, alone: Job) -> None:
 def test_the_command_evaluates_with_two_processes_and_reports_once(
     command: Any, tiny_folder: Path, together: Job, tmp_path: Path
 ) -> None:
+    critic = tmp_path / "critic"  # away from its run, which was for other objectives of these names
+    shutil.copytree(together.folder / "independent" / "critic", critic)
     given = (
         "policy=pretrained",
         f"policy.path={tiny_folder}",
-        f"checkpoint={together.folder / 'independent' / 'critic'}",
+        f"checkpoint={critic}",
         "objective=[brevity]",
         "+objectives.good._target_=hydra.utils.get_method",
         "+objectives.good.path=job.good",

@@ -45,6 +45,7 @@ SMALL = {
     "distill": ("distillation.rollouts=32", "distillation.fit.epochs=1", "decoding.max_new_tokens=8"),
     "generate": ("decoding.max_new_tokens=32",),
     "chat": ("decoding.max_new_tokens=8",),
+    "info": (),
     "elicit": ("decoding.max_new_tokens=8", "prompts=2"),
     "align": (
         "alignment.steps=2",
@@ -64,7 +65,7 @@ NOT_RUN = {"pip", "make", "source"}
 def overrides(arguments: list[str]) -> list[str]:
     """Add the small settings to the arguments of a command, except where the page gives them itself."""
     command, given = arguments[0], {word.partition("=")[0] for word in arguments}
-    small = SMALL[command] + (() if command == "report" else ("threads=1",))
+    small = SMALL[command] + (() if command in ("info", "report") else ("threads=1",))
     last = {word.partition("=")[0]: word for word in small}  # an override may be given once only
     return [*arguments, *(word for name, word in last.items() if name not in given)]
 
@@ -163,7 +164,7 @@ def test_snippets_that_are_not_run_are_few_and_compile() -> None:
     for block in found:
         compile(block.code, "<py>", "exec")
     languages = {block.language for page in PAGES for block in blocks(page)}
-    assert languages <= {"python", "py", "sh", "text", "yaml"}
+    assert languages <= {"console", "python", "py", "sh", "text", "yaml"}  # console is a dialogue
 
 
 def test_quickstart_of_the_readme_shows_what_it_prints() -> None:
