@@ -14,7 +14,7 @@ from tests.cli.conftest import SMALL
 
 # One process imports everything and forks the runs, as imports take longer than the training.
 FORKER = """
-import contextlib, io, json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -44,13 +44,17 @@ for name in ("warm", "whole"):
     assert finish(start(root / name)) == 0
     seconds = time.perf_counter() - began
 draw, killed = random.Random(0), 0
-for number in range(int(sys.argv[3])):
-    child = start(root / f"run-{number}")
+while killed < int(sys.argv[3]):
+    run = root / f"run-{killed}"
+    child = start(run)
     time.sleep(draw.uniform(0, seconds))
     os.kill(child, signal.SIGKILL)
-    killed += finish(child) == signal.SIGKILL
-    assert finish(start(root / f"run-{number}")) == 0, number
-print(json.dumps([seconds, killed]))
+    if finish(child) == signal.SIGKILL:
+        assert finish(start(run)) == 0, run
+        killed += 1
+    else:  # it had ended before, on a machine that has become less busy
+        seconds *= 0.9
+        shutil.rmtree(run)
 """
 KILLS = 25
 
@@ -60,8 +64,7 @@ KILLS = 25
 def test_training_killed_at_random_instants_ends_with_the_same_critic(tiny_folder: Path, tmp_path: Path) -> None:
     overrides = ["policy=pretrained", f"policy.path={tiny_folder}", *SMALL[1:]]
     arguments = [str(tmp_path), json.dumps(overrides), str(KILLS)]
-    done = subprocess.run([sys.executable, "-c", FORKER, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    assert json.loads(done.stdout)[1] > KILLS // 2  # the others had ended before
+    subprocess.run([sys.executable, "-c", FORKER, *arguments], check=True)
     for number in range(KILLS):
         assert contents(tmp_path / f"run-{number}" / "critic") == contents(tmp_path / "whole" / "critic")
         assert names(tmp_path / f"run-{number}") == names(tmp_path / "whole")
