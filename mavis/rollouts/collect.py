@@ -76,8 +76,7 @@ def collect(
             longest prompt and response have more positions than it has learnt.
         PolicyError: if the tokenizer writes tokens that the policy has no embedding of.
         DataError: if the folder holds rollouts of another plan, rewards of objectives that have changed since, or
-            shards that cannot be read, or is in use by another
-            run.
+            shards that cannot be read, or another run is writing it.
         ObjectiveError: if an objective fails, returns something other than one finite number per response, or scores
             responses of the first shard differently in another batch.
         ProcessError: if the processes were called with different arguments, or one has stopped.
@@ -112,15 +111,16 @@ def collect(
         **sampler_identity(sampler),
     }
     processes.check_agreement("plan of rollouts", manifest)
-    with locked_folder(target, processes.is_main):
+    shards = plan.shards(settings.shard_size)
+    paths = _shard_paths(target, len(shards))
+    is_complete = all(path.exists() for path in (target / "plan.json", *paths))  # runs may read it side by side
+    with locked_folder(target, processes.is_main and not is_complete):
         if processes.is_main and not matches_scored_manifest(
             target / "plan.json", manifest, objectives, "rollouts with different"
         ):
             write_scored_manifest(target / "plan.json", manifest, objectives)
         processes.barrier()
         processes.check_shared_path(target / "plan.json")
-        shards = plan.shards(settings.shard_size)
-        paths = _shard_paths(target, len(shards))
 
         def store(index: int) -> None:
             rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)

@@ -79,6 +79,15 @@ def test_two_runs_cannot_share_a_folder(
     assert not list(tmp_path.rglob(".mavis*"))
 
 
+def test_finished_rollouts_are_read_while_another_run_reads_them(
+    policy_and_tokenizer: tuple[Any, Any], tmp_path: Path
+) -> None:
+    sampled = run_collect(*policy_and_tokenizer, tmp_path, Brevity())
+    with locked_elsewhere(tmp_path):
+        read = run_collect(*policy_and_tokenizer, tmp_path, Brevity())
+    assert [shard[:] for shard in read] == [shard[:] for shard in sampled]
+
+
 def test_an_iterator_left_suspended_does_not_keep_out_its_own_program(
     policy_and_tokenizer: tuple[Any, Any], tmp_path: Path
 ) -> None:
