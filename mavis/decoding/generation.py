@@ -101,35 +101,59 @@ def generate(
     if duplicates:
         raise DecodingError(f"{duplicates[0]} is given twice, in inputs and by name.", "give it once.")
     chosen = as_critic(critic if critic is not None else attached_critic(policy))
-    others = generate_arguments.pop("logits_processor", None)
-    config, remaining = neutral_generation_config(policy, trained_temperature(temperature, chosen), generate_arguments)
-    if config.max_new_tokens is None and config.max_length is None:
-        config.max_new_tokens = trained_length(chosen)
-    tilt = MavisTilt(
-        weights,
+    output, _ = generate_tilted(
+        policy,
+        arguments,
         chosen,
+        generate_arguments,
+        weights=weights,
         beta=beta,
         target_kl=target_kl,
         top_k=top_k,
         temperature=temperature,
-        max_new_tokens=_response_length(config, arguments),
         entropy_gate=entropy_gate,
     )
+    return output
+
+
+def generate_tilted(
+    policy: Any,
+    inputs: Mapping[str, Tensor],
+    critic: Critic,
+    generate_arguments: dict[str, Any],
+    *,
+    weights: Weights,
+    temperature: float | AsTrained,
+    **tilt_arguments: Any,
+) -> tuple[Any, MavisTilt]:
+    """Generate under a tilt, with both sides set to agree; see `generate`.
+
+    Args:
+        policy: a causal LM.
+        inputs: of `policy.generate`.
+        critic: steers the policy.
+        generate_arguments: other arguments of `policy.generate`.
+        weights: see `MavisTilt`.
+        temperature: T of both.
+        tilt_arguments: other arguments of `MavisTilt`.
+
+    Returns:
+        The output of `policy.generate`, and the tilt, which holds what it has recorded.
+    """
+    others = generate_arguments.pop("logits_processor", None)
+    config, remaining = neutral_generation_config(policy, trained_temperature(temperature, critic), generate_arguments)
+    if config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = trained_length(critic)
+    ids = next((inputs[name] for name in ("input_ids", "inputs") if inputs.get(name) is not None), None)
+    length = config.max_new_tokens
+    if length is None and ids is not None:
+        length = max(1, config.max_length - ids.shape[1])
+    tilt = MavisTilt(weights, critic, temperature=temperature, max_new_tokens=length, **tilt_arguments)
     tilt.checks_generate = False  # what this call names may act after the tilt
-    ids = next((arguments[name] for name in ("input_ids", "inputs") if arguments.get(name) is not None), None)
     if ids is not None:
         several = len(ids) * (config.num_return_sequences or 1) * (config.num_beams or 1) > 1
         padding_id = config.pad_token_id if several else None
-        length = _response_length(config, arguments)
-        check_inputs_fit(policy, ids, mask, length, padding_id, chosen.max_positions)
+        check_inputs_fit(policy, ids, inputs.get("attention_mask"), length, padding_id, critic.max_positions)
     processors = LogitsProcessorList([*(others if others is not None else []), tilt])
-    with chosen.attached_to(policy):
-        return policy.generate(**arguments, generation_config=config, logits_processor=processors, **remaining)
-
-
-def _response_length(config: Any, arguments: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a response may have, or None if the prompt's length is unknown."""
-    prompt = next((arguments[name] for name in ("input_ids", "inputs") if name in arguments), None)
-    if config.max_new_tokens is not None or prompt is None:
-        return config.max_new_tokens
-    return max(1, config.max_length - prompt.shape[1])
+    with critic.attached_to(policy):
+        return policy.generate(**inputs, generation_config=config, logits_processor=processors, **remaining), tilt

@@ -11,14 +11,14 @@ from torch import Tensor
 from mavis.critics import Critic
 from mavis.critics.attachment import attached_critic
 from mavis.critics.group import as_critic
-from mavis.decoding.logits_processor import MavisTilt
-from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_length, trained_temperature
+from mavis.decoding.generation import generate_tilted
+from mavis.decoding.settings import AS_TRAINED, AsTrained, trained_length
 from mavis.decoding.weights import Weights
 from mavis.errors import DecodingError, check_whole
 from mavis.policies.chat import Prompt, warn_unsuitable
 from mavis.policies.devices import states_device
-from mavis.policies.encoding import encode_prompts, response_texts, until_end
-from mavis.policies.generation_config import end_token_ids, neutral_generation_config
+from mavis.policies.encoding import encode_prompts, response_texts, unpadded_ids, until_end
+from mavis.policies.generation_config import end_token_ids
 from mavis.policies.limits import check_prompts_fit
 
 
@@ -123,46 +123,34 @@ def respond(
         raise DecodingError(
             f"min_new_tokens is {min_new_tokens}, but max_new_tokens {length}.", "0 lets responses end at once."
         )
-    tilt = MavisTilt(
-        weights,
+    continued = {"continue_final_message": continue_final_message}
+    check_prompts_fit(policy, tokenizer, prompts, length, chosen.max_positions, **continued)
+    inputs = encode_prompts(tokenizer, prompts, **continued)
+    device, width = states_device(policy), inputs["input_ids"].shape[1]
+    generate_arguments = {
+        "max_new_tokens": length,
+        "min_new_tokens": min_new_tokens,
+        "num_return_sequences": samples,
+        "do_sample": not greedy,
+        "streamer": streamer,
+    }
+    if tokenizer.pad_token_id is not None:  # the policy's own may have no embedding
+        generate_arguments["pad_token_id"] = tokenizer.pad_token_id
+    output, tilt = generate_tilted(
+        policy,
+        {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")},
         chosen,
+        generate_arguments,
+        weights=weights,
         beta=beta,
         target_kl=target_kl,
         top_k=top_k,
         temperature=temperature,
-        max_new_tokens=length,
         record_kl=True,
     )
-    check_prompts_fit(
-        policy, tokenizer, prompts, length, chosen.max_positions, continue_final_message=continue_final_message
-    )
-    inputs = encode_prompts(tokenizer, prompts, continue_final_message=continue_final_message)
-    device, width = states_device(policy), inputs["input_ids"].shape[1]
-    config, _ = neutral_generation_config(
-        policy,
-        trained_temperature(temperature, chosen),
-        {
-            "max_new_tokens": length,
-            "min_new_tokens": min_new_tokens,
-            "num_return_sequences": samples,
-            "do_sample": not greedy,
-        },
-    )
-    if tokenizer.pad_token_id is not None:  # the policy's own may have no embedding
-        config.pad_token_id = tokenizer.pad_token_id
-    with chosen.attached_to(policy):
-        output = policy.generate(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            generation_config=config,
-            logits_processor=tilt,
-            streamer=streamer,
-        )
     ends = end_token_ids(policy)
     written = [until_end(row, ends) for row in output[:, width:].tolist()]
-    is_token = inputs["attention_mask"].bool()
-    rows = zip(inputs["input_ids"], is_token, strict=True)
-    asked = [row[mask].tolist() for row, mask in rows for _ in range(samples)]
+    asked = [ids for ids in unpadded_ids(inputs) for _ in range(samples)]
     responses = [
         Response(text, ids, bool(ids) and ids[-1] in ends, kl[: len(ids)])
         for text, ids, kl in zip(response_texts(tokenizer, asked, written), written, tilt.kl.tolist(), strict=True)

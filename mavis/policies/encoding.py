@@ -34,16 +34,25 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_mess
         >>> prompt_ids(tokenizer, ["Once"]) == prompt_ids(tokenizer, ["<s>Once"])
         True
     """
-    rendered = [render_prompt(tokenizer, prompt, continue_final_message=continue_final_message) for prompt in prompts]
-    ids: list[list[int]] = [[] for _ in prompts]
+    prompts = list(prompts)  # which keeps them, and so their ids
+    distinct = {id(prompt): prompt for prompt in prompts}  # rendered once, however many responses are drawn to it
+    ids: dict[int, list[int]] = {}
     for as_chat in (False, True):
-        rows = [row for row, prompt in enumerate(prompts) if is_conversation(prompt) is as_chat]
-        if rows:
-            encoded = tokenizer([rendered[row] for row in rows], add_special_tokens=not as_chat)["input_ids"]
-            for row, found in zip(rows, encoded, strict=True):
-                ids[row] = list(found)
+        chosen = {key: prompt for key, prompt in distinct.items() if is_conversation(prompt) is as_chat}
+        if chosen:
+            texts = [
+                render_prompt(tokenizer, prompt, continue_final_message=continue_final_message)
+                for prompt in chosen.values()
+            ]
+            encoded = tokenizer(texts, add_special_tokens=not as_chat)["input_ids"]
+            ids |= {key: row[surplus_bos(tokenizer, row) :] for key, row in zip(chosen, encoded, strict=True)}
+    return [list(ids[id(prompt)]) for prompt in prompts]
+
+
+def surplus_bos(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Return how many token ids are to be dropped at the start: 1 for a text that had a BOS token and got a second."""
     bos = tokenizer.bos_token_id
-    return [row[1:] if bos is not None and row[:2] == [bos, bos] else row for row in ids]
+    return int(bos is not None and list(ids[:2]) == [bos, bos])
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_message: bool = False) -> Any:
@@ -71,6 +80,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, continue_final_
         }
         return BatchEncoding(rows, tensor_type="pt")
     return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+
+
+def unpadded_ids(encoded: Any) -> list[list[int]]:
+    """Return the token ids of each row of `encode_prompts` without padding."""
+    rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+    return [row[is_token].tolist() for row, is_token in rows]
 
 
 def response_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:

@@ -59,8 +59,7 @@ def check_prompts_fit(
         PolicyError: if the tokenizer writes a token that the policy has no embedding of.
         ConfigError: if the longest prompt and response do not fit into a table of positions.
     """
-    distinct = list({id(prompt): prompt for prompt in prompts}.values())
-    encoded = prompt_ids(tokenizer, distinct, continue_final_message=continue_final_message)
+    encoded = prompt_ids(tokenizer, prompts, continue_final_message=continue_final_message)
     rows = embedding_rows(policy)
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= rows:

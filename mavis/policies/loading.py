@@ -69,8 +69,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_placement(dtype, device)
-    given = os.fspath(path)
-    if given == SMOLLM2:
+    if os.fspath(path) == SMOLLM2:
         path = unpack_gguf(smollm2_file())
     elif gguf_file is not None:
         path = unpack_gguf(Path(path).expanduser() / gguf_file)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mavis.errors import ObjectiveError
 from mavis.policies.chat import Prompt
+from mavis.policies.encoding import surplus_bos
 from mavis.rewards.reward_texts import check_token_ids, split_unfinished
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -63,10 +64,8 @@ def encode_prefixes(
         truncation=False,
         verbose=False,
     )
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:  # a text that begins with the BOS token gets no second one
-        ids, offsets = ids[1:], offsets[1:]
+    surplus = surplus_bos(tokenizer, encoded["input_ids"])
+    ids, offsets = list(encoded["input_ids"][surplus:]), list(encoded["offset_mapping"][surplus:])
     positions = [index for index, (start, end) in enumerate(offsets) if end > max(start, len(before))]
     if positions:
         ids = ids[: positions[-1] + 1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from mavis.errors import ObjectiveError
 from mavis.policies.chat import MARK, Prompt, as_conversation, is_conversation, render_messages
+from mavis.policies.encoding import surplus_bos
 
 _FIELD = re.compile(r"\{(prompt|response|bos|eos)\}")
 
@@ -116,12 +117,10 @@ def encode_texts(
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=template != "chat")[
         "input_ids"
     ]
-    bos = tokenizer.bos_token_id
-    # A text that begins with the BOS token gets no second one.
-    encoded = [ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids for ids in encoded]
+    encoded = [ids[surplus_bos(tokenizer, ids) :] for ids in encoded]
     check_token_ids(model, tokenizer, encoded, embeddings)
     # A model cannot read an empty text; the token that begins or ends texts stands for it.
-    empty = next((i for i in (bos, tokenizer.eos_token_id) if i is not None), 0)
+    empty = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return [list(ids) or [empty] for ids in encoded]
 
 

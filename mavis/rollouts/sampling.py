@@ -14,7 +14,7 @@ from mavis.decoding.settings import check_temperature
 from mavis.errors import ConfigError, check_whole
 from mavis.policies.chat import Prompt
 from mavis.policies.devices import states_device
-from mavis.policies.encoding import encode_prompts, until_end
+from mavis.policies.encoding import encode_prompts, unpadded_ids, until_end
 from mavis.policies.fingerprint import embedding_shape, output_embedding
 from mavis.policies.generation_config import end_token_ids, neutral_generation_config
 
@@ -130,10 +130,8 @@ def sample(
             synced_gpus=False,  # each process samples its own shards, even where the weights of a fit are sharded
             logits_processor=list(processors),
         )
-    is_token = inputs["attention_mask"].bool()
-    prompt_ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], is_token, strict=True)]
     end_ids = end_token_ids(policy)
-    return prompt_ids, [until_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
+    return unpadded_ids(inputs), [until_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def shard_seed(seed: int, digest: str, index: int) -> int:
