@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mavis.data.layouts import conversation_of
-from mavis.data.rows import Rows, read_rows
-from mavis.errors import DataError, PromptError, warn_user
+from mavis.data.rows import Rows, read_rows, report_unusable
+from mavis.errors import DataError, PromptError
 from mavis.policies.chat import Prompt, as_conversation, is_conversation
 
 _SIDES = ("chosen", "rejected")
@@ -80,11 +80,9 @@ def load_pairs(
             pairs.append(_pair(*sides, f"row {index} of {rows.name}", system))
         except PromptError as error:
             unusable.append(error)
+    report_unusable(unusable, bool(pairs), f"of {len(rows)} pairs")
     if not pairs:
-        raise unusable[0] if unusable else DataError(f"{rows.name} holds no pair.", "give at least one.")
-    if unusable:
-        message = f"{len(unusable)} of {len(rows)} pairs are left out, the first because {unusable[0].message}"
-        warn_user(message)
+        raise DataError(f"{rows.name} holds no pair.", "give at least one.")
     if report is not None:
         conversations = sum(is_conversation(pair.prompt) for pair in pairs)
         report(f"{len(pairs)} pairs from {rows.name}, {conversations} of them with a conversation as the prompt")

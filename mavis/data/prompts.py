@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from mavis.data.layouts import conversation_of, without_reply
-from mavis.data.rows import Rows, read_rows
-from mavis.errors import DataError, PromptError, check_whole, warn_user
+from mavis.data.rows import Rows, read_rows, report_unusable
+from mavis.errors import DataError, PromptError, check_whole
 from mavis.policies.chat import Prompt, as_conversation, is_conversation, prompt_key
 
 Chat = Literal["auto"] | bool
@@ -122,11 +122,13 @@ def draw_prompts(prompts: Sequence[Prompt], rows: int, seed: int) -> list[Prompt
 
 def _column(rows: Rows, column: str | None) -> str:
     """Choose the column that holds the prompts."""
-    if column is not None or list(rows.columns) == [""]:
-        if column is not None and list(rows.columns) == [""]:
+    if list(rows.columns) == [""]:
+        if column is not None:
             raise DataError(f"column is {column!r}, but {rows.name} has no columns.", "leave column out.")
-        rows.column(column or "")
-        return column or ""
+        return ""
+    if column is not None:
+        rows.column(column)  # which refuses one that is not there
+        return column
     known = next((name for name in _COLUMNS if name in rows.columns), None)
     if known is not None:
         return known
@@ -157,11 +159,7 @@ def _parse(rows: Rows, column: str, chat: Chat, *, strict: bool) -> list[Prompt]
         if conversation is None and not isinstance(value, str):
             raise DataError(f"{name} is {value!r:.60}, expected a text or a conversation.", "name another column.")
         prompts.append(value if conversation is None else conversation)
-    if unusable and not prompts:
-        raise unusable[0]
-    if unusable:
-        message = f"{len(unusable)} of {len(rows)} rows are left out, the first because {unusable[0].message}"
-        warn_user(message)
+    report_unusable(unusable, bool(prompts), f"of {len(rows)} rows")
     return prompts
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mavis.errors import DataError, closest, first_sentence
+from mavis.errors import DataError, PromptError, closest, first_sentence, warn_user
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 FILE_TYPES = (".txt", ".csv", ".parquet", *_JSON)
@@ -87,6 +87,23 @@ def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
         return Rows(repr(source), _file_columns(source, path, suffix))
     dataset = _dataset(source, path, split)
     return Rows(repr(source), {name: dataset[name] for name in dataset.column_names})
+
+
+def report_unusable(problems: Sequence[PromptError], others: bool, of_all: str) -> None:
+    """Warn of rows that are left out, with their number and the first of them.
+
+    Args:
+        problems: of each such row.
+        others: whether any row is left.
+        of_all: how many rows there are, such as `of 9 pairs`.
+
+    Raises:
+        PromptError: the first, if no row is left.
+    """
+    if problems and not others:
+        raise problems[0]
+    if problems:
+        warn_user(f"{len(problems)} {of_all} are left out, the first because {problems[0].message}")
 
 
 def read_text(path: Path, source: str) -> str:
