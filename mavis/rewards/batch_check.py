@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mavis.errors import ObjectiveError, warn_user
-from mavis.rewards.protocol import Objective, score
+from mavis.rewards.protocol import BATCH_TOLERANCE, Objective, score
 
 _ROWS = 8  # how many responses are scored again, twice each
 
@@ -53,7 +53,8 @@ def check_batch_independence(
     # Last first, and in halves, one of which lacks the largest; a single response is scored beside itself.
     groups = [chosen[::-1], chosen[:half], chosen[half:]] if half else [chosen * 2]
     for column, (name, objective) in enumerate(objectives.items()):
-        tolerance = float(getattr(objective, "batch_tolerance", 1e-3)) * float(np.abs(rewards[:, column]).max()) + 1e-5
+        relative = float(getattr(objective, "batch_tolerance", BATCH_TOLERANCE))
+        tolerance = relative * float(np.abs(rewards[:, column]).max()) + 1e-5
         difference, found = 0.0, ""
         for rows in groups:
             again = score({name: objective}, [prompts[i] for i in rows], [responses[i] for i in rows])[:, 0]

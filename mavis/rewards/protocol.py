@@ -20,6 +20,10 @@ _MAX_QUOTED = 60  # characters of a response in an error
 _STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) for name in ("stdlib", "purelib"))
 
 
+BATCH_TOLERANCE = 1e-3
+"""How far a reward may depend on the batch, relative to the largest, unless `batch_tolerance` says otherwise."""
+
+
 class Objective(Protocol):
     """Any callable that scores responses: one raw reward per response, more is better.
 
@@ -70,7 +74,7 @@ class Signed:
     @property
     def batch_tolerance(self) -> float:
         """The tolerance of the objective that is wrapped; see `check_batch_independence`."""
-        return float(getattr(self.objective, "batch_tolerance", 1e-3))
+        return float(getattr(self.objective, "batch_tolerance", BATCH_TOLERANCE))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         # `score` checks the rewards: it knows the objective's name.

@@ -16,7 +16,7 @@ from mavis.policies.names import check_source
 from mavis.rewards.classifier_inputs import pad_texts, padding_of, read_positions
 from mavis.rewards.identity import file_digest
 from mavis.rewards.prefix_scores import check_causal, encode_prefixes, prefix_logits
-from mavis.rewards.protocol import check_sign
+from mavis.rewards.protocol import BATCH_TOLERANCE, check_sign
 from mavis.rewards.reward_texts import check_template, check_vocabulary, encode_texts, fill_template
 
 CONFIG_KEY = "mavis_reward"
@@ -113,7 +113,7 @@ class RewardModel:
         self.length_penalty = length_penalty
         self.trust_remote_code = trust_remote_code
         self.revision = revision
-        self.batch_tolerance = 1e-3  # see `check_batch_independence`
+        self.batch_tolerance = BATCH_TOLERANCE  # see `check_batch_independence`
         self._loaded: tuple[Any, Any, int | None] | None = None
         self._checkpoint: dict[str, str] | None = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from mavis.data import Pair
-from mavis.errors import PromptError, TrainingError
+from mavis.errors import PromptError, TrainingError, warn_user
 from mavis.policies.chat import is_conversation, last_user_turn
 from mavis.policies.limits import embedding_rows
 from mavis.rewards.reward_texts import check_vocabulary, encode_texts, fill_template
@@ -105,11 +104,7 @@ def encode_pairs(
             "raise max_length, or use a tokenizer that knows the words of the responses.",
         )
     if len(encoded) < len(pairs):
-        warnings.warn(
-            f"{len(pairs) - len(encoded)} of {len(pairs)} pairs are left out: their sides have the same tokens.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn_user(f"{len(pairs) - len(encoded)} of {len(pairs)} pairs are left out: their sides have the same tokens.")
     return encoded, cut
 
 
