@@ -17,7 +17,6 @@ from mavis.cli.build import (
     read_prompts,
 )
 from mavis.cli.evaluate import evaluate
-from mavis.cli.generate import responses
 from mavis.cli.hydra_app import hydra_app, prepare_process
 from mavis.cli.train import train
 from mavis.utils.files import write_json
@@ -46,7 +45,8 @@ def _run(config: Any) -> None:
     policy, tokenizer = load_policy(config.policy)
     critic = train(config, policy, tokenizer, folder)
     sampling.join()
-    report = evaluate(config, policy, tokenizer, critic, folder / "evaluation")
+    objectives = build_objectives(config, critic.objectives)
+    report = evaluate(config, policy, tokenizer, critic, objectives, folder / "evaluation")
     assert report is not None  # there is one process
 
     critic.save_pretrained(folder / "critic")  # its model card now reports the efficiency
@@ -61,6 +61,8 @@ def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Criti
     """Continue one prompt under different weights, and print a command to try next."""
     import torch
 
+    from mavis.decoding import respond
+
     first, last = critic.objectives[0], critic.objectives[-1]
     choices = [{first: 1.0}, {name: 1 / len(critic.objectives) for name in critic.objectives}, {last: 1.0}]
     next_weights = f"{{{last}: 0.7, {first}: 0.3}}"
@@ -74,8 +76,10 @@ def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Criti
     print(f"\n{config.story!r}, continued under {under} at {shown}:")
     for weights in choices:
         torch.manual_seed(config.seed)
-        found = responses(policy, tokenizer, critic, [config.story], config.decoding, weights=weights, **strength)
-        print(f"\n{weights}\n  {config.story}{found[0][0].text}")
+        [[response]] = respond(
+            policy, tokenizer, [config.story], critic=critic, weights=weights, **strength, **plain(config.decoding)
+        )
+        print(f"\n{weights}\n  {config.story}{response.text}")
     command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
     print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 

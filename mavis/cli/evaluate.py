@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,18 @@ from mavis.cli.progress import progress_reporter
 if TYPE_CHECKING:
     from mavis.critics import Critic
     from mavis.evaluation import EvaluationReport
+    from mavis.rewards import Objective
 
 
 def evaluate(
-    config: Any, policy: Any, tokenizer: Any, critic: Critic, folder: Path, *, reference: Path | None = None
+    config: Any,
+    policy: Any,
+    tokenizer: Any,
+    critic: Critic,
+    objectives: Mapping[str, Objective],
+    folder: Path,
+    *,
+    reference: Path | None = None,
 ) -> EvaluationReport | None:
     """Evaluate a critic as a config describes, and print the result.
 
@@ -36,6 +45,7 @@ def evaluate(
         policy: the reference policy.
         tokenizer: its tokenizer.
         critic: to evaluate.
+        objectives: the critic's, in its order.
         folder: where the rollouts are written.
         reference: the folder of reference rollouts that several evaluations share; None is `folder`.
 
@@ -45,7 +55,6 @@ def evaluate(
     from mavis.evaluation import evaluate as run_evaluation
 
     held_out = config.evaluation.get("held_out")
-    objectives = build_objectives(config, critic.objectives)
     with locked_run(config, critic.objectives, folder), progress_reporter() as progress:
         report = run_evaluation(
             policy,
@@ -130,10 +139,11 @@ def _run(config: Any) -> None:
     folders = checkpoint_folders(config.checkpoint)
     critic = load_critic(folders)
     add_known_objectives(config, folders, critic.objectives)
-    check_same_objectives(build_objectives(config, critic.objectives), folders)
+    objectives = build_objectives(config, critic.objectives)
+    check_same_objectives(objectives, folders)
     policy, tokenizer = load_policy(config.policy)
     is_finished = (folder / "report.json").is_file()
-    report = evaluate(config, policy, tokenizer, critic, folder / "rollouts")
+    report = evaluate(config, policy, tokenizer, critic, objectives, folder / "rollouts")
     if report is not None:
         if is_finished:
             print(f"rollouts of the finished run in {folder} reused", file=sys.stderr)

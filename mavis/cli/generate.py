@@ -18,54 +18,7 @@ from mavis.errors import ConfigError, MavisError
 if TYPE_CHECKING:
     from mavis.critics import Critic
     from mavis.decoding import Response
-    from mavis.decoding.weights import Weights
     from mavis.policies import Prompt
-
-
-def responses(
-    policy: Any,
-    tokenizer: Any,
-    critic: Critic,
-    prompts: Sequence[Prompt],
-    decoding: Any,
-    *,
-    weights: Weights,
-    beta: float | None,
-    target_kl: float | None,
-    samples: int = 1,
-    greedy: bool = False,
-) -> list[list[Response]]:
-    """Respond to each prompt `samples` times; see `mavis.respond`.
-
-    Args:
-        policy: the reference policy.
-        tokenizer: its tokenizer.
-        critic: steers the policy.
-        prompts: B texts or conversations.
-        decoding: a `decoding` group: `max_new_tokens`, `top_k` and `temperature`.
-        weights: see `mavis.respond`.
-        beta: see `mavis.respond`.
-        target_kl: see `mavis.respond`.
-        samples: responses per prompt.
-        greedy: whether to choose the most likely token at every step instead of sampling.
-
-    Returns:
-        B lists of `samples` responses.
-    """
-    from mavis.decoding import respond
-
-    return respond(
-        policy,
-        tokenizer,
-        prompts,
-        critic=critic,
-        weights=weights,
-        beta=beta,
-        target_kl=target_kl,
-        samples=samples,
-        greedy=greedy,
-        **plain(decoding),
-    )
 
 
 def _check(config: Any) -> None:
@@ -122,6 +75,8 @@ def _with_vectors(policy: Any, coefficients: Any) -> AbstractContextManager[Any]
 
 
 def _run(config: Any) -> None:
+    from mavis.decoding import respond
+
     _check(config)
     prompts = _read_prompts(config)
     critic = load_critic(config.checkpoint)
@@ -130,17 +85,17 @@ def _run(config: Any) -> None:
         weights = [1 / len(critic.objectives)] * len(critic.objectives)
     policy, tokenizer = load_policy(config.policy)
     with _with_vectors(policy, plain(config.vectors)):
-        found = responses(
+        found = respond(
             policy,
             tokenizer,
-            critic,
             prompts,
-            config.decoding,
+            critic=critic,
             weights=weights,
             beta=config.beta,
             target_kl=config.target_kl,
             samples=config.samples,
             greedy=config.greedy,
+            **plain(config.decoding),
         )
     if config.format == "json":
         _print_json(prompts, found, _rewards(config, critic, prompts, found))

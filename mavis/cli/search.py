@@ -245,7 +245,8 @@ def _run(config: Any) -> dict[str, float | None]:
     with _accumulated_seconds(folder / "seconds.json"):
         critic = train(config, policy, tokenizer, folder)
     reference = _shared_reference(config, policy, tokenizer, Path(HydraConfig.get().sweep.dir))
-    report = evaluate(config, policy, tokenizer, critic, folder / "evaluation", reference=reference)
+    objectives = build_objectives(config, critic.objectives)
+    report = evaluate(config, policy, tokenizer, critic, objectives, folder / "evaluation", reference=reference)
     assert report is not None  # there is one process
     write_report(folder, report)
     metrics = {"efficiency": report.mean_efficiency(), "seconds": read_json(folder / "seconds.json")["seconds"]}

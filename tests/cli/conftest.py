@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hydra.core.config_store import ConfigStore
 
 from mavis.cli import main
+from tests.processes import restored_process
 
 
 @dataclass
@@ -37,34 +33,13 @@ class Mavis:
         given = [f"policy=pretrained|policy.path={self.policy}" if a == "policy=tiny" else a for a in arguments]
         given = [part for argument in given for part in argument.split("|")] if "policy=tiny" in arguments else given
         out, err = io.StringIO(), io.StringIO()
-        with _restored_process(self.folder, stdin), redirect_stdout(out), redirect_stderr(err):
+        with restored_process(self.folder), redirect_stdout(out), redirect_stderr(err):
+            sys.stdin = io.StringIO(stdin)
             try:
                 code = main(given)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return Ran(code, out.getvalue(), err.getvalue())
-
-
-@contextmanager
-def _restored_process(folder: Path, stdin: str) -> Iterator[None]:
-    """Undo what a command does to its process: arguments, folder, log handlers, random numbers, objectives."""
-    arguments, cwd, root, state = sys.argv, Path.cwd(), logging.getLogger(), torch.random.get_rng_state()
-    handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
-    sys.stdin, path = io.StringIO(stdin), list(sys.path)
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        for handler in root.handlers:
-            if handler not in handlers:
-                handler.close()
-        root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
-        sys.path[:] = path
-        ConfigStore.instance().repo.pop("objective", None)
-        root.setLevel(level)
-        os.chdir(cwd)
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(state)
 
 
 @pytest.fixture
@@ -86,6 +61,17 @@ SMALL = (
     "improvement.calibration_samples=2",
     "improvement.fit.epochs=1",
 )
+
+
+EVALUATION = (
+    "evaluation.samples=2",
+    "evaluation.reference_samples=64",
+    "evaluation.betas=[1.0]",
+    "evaluation.divisions=1",
+    "evaluation.speed_repeats=0",
+    "output=report",
+)
+"""Overrides that make an evaluation small."""
 
 
 @pytest.fixture(scope="session")

@@ -371,12 +371,11 @@ AWKWARD = 'Tom said, "it\'s = {x}" $y \\ [a, b]: ${z} \\'
 def test_a_prompt_with_grammar_in_it_reaches_the_policy_unchanged(
     mavis: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mavis.cli.generate as command
 
     met: list[list[str]] = []
     nothing = Response("", [], finished=False, kl=[])
     monkeypatch.setattr(
-        command, "responses", lambda p, t, c, prompts, d, **_: met.append(prompts) or [[nothing] for _ in prompts]
+        "mavis.decoding.respond", lambda p, t, prompts, **_: met.append(prompts) or [[nothing] for _ in prompts]
     )
     (tmp_path / "prompts.txt").write_text(f"{AWKWARD}\n\nthe dog\n", encoding="utf-8")
     base = ("generate", *GENERATE, f"checkpoint={trained}")

@@ -13,15 +13,7 @@ from omegaconf import OmegaConf
 
 from mavis.cli.known_objectives import add_known_objectives
 from mavis.errors import ConfigError
-
-EVALUATION = (
-    "evaluation.samples=2",
-    "evaluation.reference_samples=64",
-    "evaluation.betas=[1.0]",
-    "evaluation.divisions=1",
-    "evaluation.speed_repeats=0",
-    "output=report",
-)
+from tests.cli.conftest import EVALUATION
 
 
 @pytest.fixture

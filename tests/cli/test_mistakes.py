@@ -12,6 +12,7 @@ import pytest
 
 from mavis.cli.conf_dir import folder_name
 from mavis.policies import embedded
+from tests.cli.conftest import EVALUATION
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,20 +80,11 @@ def test_an_output_that_cannot_be_written_is_refused(
     assert_refused(ran, f"but '{tmp_path}' cannot be written to", "name another folder.")
 
 
-EVALUATION = (
-    "evaluation.samples=2",
-    "evaluation.reference_samples=64",
-    "evaluation.betas=[1.0]",
-    "evaluation.divisions=1",
-    "evaluation.speed_repeats=0",
-)
-
-
 @pytest.mark.parametrize("removed", ["~evaluation.held_out", "~evaluation.betas", "~data"])
 def test_a_removed_group_is_taken_as_empty_or_missed_by_name(mavis: Any, trained: Path, removed: str) -> None:
     given = [item for item in EVALUATION if item.partition("=")[0] != removed[1:]]
     objective = "objective=[positive,brevity]"
-    ran = mavis("evaluate", "policy=tiny", objective, f"checkpoint={trained}", *given, "output=report", removed)
+    ran = mavis("evaluate", "policy=tiny", objective, f"checkpoint={trained}", *given, removed)
     assert "Traceback" not in ran.err
     if removed == "~data":
         assert_refused(ran, "the setting data is missing, which this command reads", "do not remove it by ~.")

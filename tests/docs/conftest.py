@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
 from mavis.cli import main
 from mavis.policies import embedded
 from tests.docs.pages import ROOT
+from tests.processes import restored_process
 
 ANSWERS = "1\n2\n0\n1\n1\n2\n"
 """What the user types when `mavis elicit` asks."""
@@ -36,25 +34,6 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "prompts.txt").write_text("The cat\nA dog\nOnce there was\n", encoding="utf-8")
     with restored_process(tmp_path):
         yield tmp_path
-
-
-@contextmanager
-def restored_process(folder: Path) -> Iterator[None]:
-    """Work in a folder, and afterwards undo what code may have done to the process."""
-    root, arguments, previous, state = logging.getLogger(), sys.argv, Path.cwd(), torch.random.get_rng_state()
-    handlers, level, threads, standard_input = list(root.handlers), root.level, torch.get_num_threads(), sys.stdin
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        for handler in root.handlers:
-            if handler not in handlers:
-                handler.close()
-        root.handlers[:], sys.argv, sys.stdin = handlers, arguments, standard_input
-        root.setLevel(level)
-        os.chdir(previous)
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(state)
 
 
 @pytest.fixture
