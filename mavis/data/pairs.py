@@ -47,8 +47,8 @@ def load_pairs(
 ) -> list[Pair]:
     """Read preference pairs from any source that `load_prompts` reads.
 
-    A row has `chosen` and `rejected`: texts with a text or a conversation as `prompt`; messages, which hold the reply
-    alone with a `prompt`, else prompt and reply; or dialogues in the layout of HH-RLHF.
+    A row has `chosen` and `rejected`: texts with a text or a conversation as `prompt`; messages, which end with the
+    reply and may leave out the turns before it if there is a `prompt`; or dialogues in the layout of HH-RLHF.
 
     Args:
         source: a list of rows; a `.csv`, `.json`, `.jsonl` or `.parquet` file; a folder written by `save_to_disk`; else
@@ -58,8 +58,9 @@ def load_pairs(
         report: is called with one sentence that says what the rows were taken for.
 
     Returns:
-        The pairs in their order. Rows whose sides are equal, share no prompt or have an empty response are left out
-        with a warning that counts them and names the first.
+        The pairs in their order. Rows whose sides are equal, share no prompt or repeat another than that of the row,
+        that have an empty response, or whose conversation does not end with a turn of the user, are left out with a
+        warning that counts them and names the first. A system message of the sides alone becomes one of the prompt.
 
     Raises:
         DataError: if the source is missing or unreadable, lacks a column, or no pair is left.
@@ -110,6 +111,8 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, name: str, system: str | None
         raise PromptError(f"{name} has two equal responses.", "drop the row.")
     if is_conversation(asked):
         asked = as_conversation(asked, system=system)
+        if asked[-1]["role"] != "user":
+            raise PromptError(f"{name} has a prompt that does not end with a turn of the user.", "drop the row.")
     return Pair(asked, *replies)
 
 
@@ -118,9 +121,10 @@ def _split(prompt: Any, sides: tuple[Any, Any], name: str) -> tuple[Prompt, tupl
     first, second = (conversation_of(side, f"{name}, {which}") for side, which in zip(sides, _SIDES, strict=True))
     if prompt is not None:
         asked = conversation_of(prompt, f"{name}, prompt") or prompt
-        if not isinstance(asked, str | list) or not asked:
+        if not isinstance(asked, str | list) or not (asked.strip() if isinstance(asked, str) else asked):
             raise PromptError(f"{name} has the prompt {prompt!r:.60}, expected a text or a conversation.", "drop it.")
-        return asked, (_reply(sides[0], first, name), _reply(sides[1], second, name))
+        replies = _reply(sides[0], first, name), _reply(sides[1], second, name)
+        return _with_system_of(asked, [(turns or [])[:-1] for turns in (first, second)], name), replies
     if first is None or second is None:
         raise PromptError(f"{name} has no prompt, and its sides are not conversations.", "add a column prompt.")
     if first[-1]["role"] != "assistant" or second[-1]["role"] != "assistant":
@@ -132,8 +136,34 @@ def _split(prompt: Any, sides: tuple[Any, Any], name: str) -> tuple[Prompt, tupl
 
 def _reply(side: Any, conversation: list[dict[str, str]] | None, name: str) -> str:
     """Return the response of one side of a row that has a prompt."""
-    if isinstance(side, str):
+    if isinstance(side, str) and conversation is None:
         return side
     if conversation is None or conversation[-1]["role"] != "assistant":
         raise PromptError(f"{name} has {side!r:.60}, expected a text or a reply of the assistant.", "drop the row.")
     return conversation[-1]["content"]
+
+
+def _with_system_of(asked: Prompt, repeated: Sequence[list[dict[str, str]]], name: str) -> Prompt:
+    """Return a row's prompt with the system message that its sides have.
+
+    Args:
+        asked: the prompt.
+        repeated: the turns before each side's reply, none if it is the reply alone.
+        name: of the row.
+
+    Raises:
+        PromptError: if they say something else than the prompt.
+    """
+    systems: set[str] = set()
+    for turns in (as_conversation(asked), *repeated):
+        if turns and _turns(turns) != _turns(as_conversation(asked)):
+            raise PromptError(f"{name} has sides that repeat another prompt than its own.", "drop the row.")
+        systems |= {message["content"] for message in turns if message["role"] == "system"}
+    if len(systems) > 1:
+        raise PromptError(f"{name} has {len(systems)} different system messages.", "drop the row.")
+    return as_conversation(asked, system=systems.pop()) if systems else asked
+
+
+def _turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Return the turns after the system message, without surrounding white space."""
+    return [(message["role"], message["content"].strip()) for message in conversation if message["role"] != "system"]

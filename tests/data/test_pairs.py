@@ -13,6 +13,7 @@ from mavis.data import Pair, load_pairs
 from mavis.errors import DataError, PromptError
 
 HI = [{"role": "user", "content": "Hi!"}]
+BRIEF = {"role": "system", "content": "Be brief."}
 ASKED = "\n\nHuman: Hi!\n\nAssistant:"
 
 
@@ -27,9 +28,27 @@ def reply(text: str) -> dict[str, str]:
         ({"prompt": HI, "chosen": "Hello.", "rejected": "No."}, HI),
         ({"prompt": HI, "chosen": [reply("Hello.")], "rejected": [reply("No.")]}, HI),
         ({"chosen": [*HI, reply("Hello.")], "rejected": [*HI, reply("No.")]}, HI),
+        ({"prompt": "Hi! ", "chosen": [*HI, reply("Hello.")], "rejected": [*HI, reply("No.")]}, "Hi! "),
+        ({"prompt": HI, "chosen": [*HI, reply("Hello.")], "rejected": [*HI, reply("No.")]}, HI),
+        ({"prompt": [BRIEF, *HI], "chosen": [*HI, reply("Hello.")], "rejected": "No."}, [BRIEF, *HI]),
+        ({"prompt": "Hi!", "chosen": [BRIEF, *HI, reply("Hello.")], "rejected": "No."}, [BRIEF, *HI]),
         ({"chosen": f"{ASKED} Hello.", "rejected": f"{ASKED} No."}, HI),
+        ({"prompt": "Hi!", "chosen": f"{ASKED} Hello.", "rejected": f"{ASKED} No."}, "Hi!"),
+        ({"prompt": ASKED, "chosen": "Hello.", "rejected": "No."}, HI),
     ],
-    ids=["standard", "conversation and texts", "conversation and messages", "shared messages", "dialogue"],
+    ids=[
+        "standard",
+        "conversation and texts",
+        "conversation and messages",
+        "shared messages",
+        "text that the messages repeat",
+        "conversation that the messages repeat",
+        "system message of the prompt alone",
+        "system message of a side alone",
+        "dialogue",
+        "text that the dialogue repeats",
+        "dialogue and texts",
+    ],
 )
 def test_every_layout_gives_the_same_pair(row: dict[str, Any], prompt: Any) -> None:
     assert load_pairs([row]) == [Pair(prompt, "Hello.", "No.")]
@@ -60,6 +79,16 @@ UNUSABLE = {
     "does not end with replies": {"chosen": HI, "rejected": [*HI, reply("No.")]},
     "turn 1 of .* is empty": {"chosen": f"{ASKED}\n\nHuman: So?", "rejected": f"{ASKED} No."},
     "message 0 has role 'critic'": {"prompt": [{"role": "critic", "content": "Hm."}], "chosen": "a", "rejected": "b"},
+    "has the prompt '  '": {"prompt": "  ", "chosen": "a", "rejected": "b"},
+    "repeat another prompt": {"prompt": "Why?", "chosen": [*HI, reply("Hello.")], "rejected": "No."},
+    "sides that repeat another": {"prompt": "Hi!", "chosen": [reply("Hm."), *HI, reply("a")], "rejected": "b"},
+    "has 2 different system messages": {
+        "prompt": [{**BRIEF, "content": "Be kind."}, *HI],
+        "chosen": [BRIEF, *HI, reply("a")],
+        "rejected": "b",
+    },
+    "does not end with a turn of the user": {"prompt": [*HI, reply("Hello")], "chosen": " you.", "rejected": "."},
+    "prompt that does not end with a turn": {"chosen": [BRIEF, reply("a")], "rejected": [BRIEF, reply("b")]},
     "has the prompt 3": {"prompt": 3, "chosen": "a", "rejected": "b"},
     "has 3, expected a text or a reply": {"prompt": "Hi!", "chosen": 3, "rejected": "b"},
 }
