@@ -61,6 +61,29 @@ def quote_text(override: str, names: Sequence[str] = FREE_TEXT) -> str:
     return f"{name}='{value}'"
 
 
+def literal_override(name: str, text: str) -> str:
+    """Return the override that sets a setting to a text, quoted where Hydra would read it as something else.
+
+    Args:
+        name: of the setting.
+        text: its value, such as a path.
+
+    Examples:
+        >>> from mavis.cli.overrides import literal_override
+        >>> literal_override("folder", "outputs/a b"), literal_override("folder", "outputs/a,b")
+        ('folder=outputs/a b', "folder='outputs/a,b'")
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    plain = f"{name}={text}"
+    try:
+        is_plain = OverridesParser.create().parse_override(plain).value() == text
+    except HydraException:
+        is_plain = False
+    return plain if is_plain else quote_text(plain, (name,))
+
+
 def exclude_shared_overrides(overrides: list[str]) -> list[str]:
     """Keep overrides that are the same in all runs of a sweep out of the runs' folder names, which are long enough."""
     if not _MULTIRUN_FLAGS & set(overrides):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mavis.cli.build import load_policy, plain
 from mavis.cli.console import print_note, print_table
 from mavis.cli.hydra_app import hydra_app
+from mavis.cli.overrides import literal_override
 from mavis.cli.progress import progress_reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mavis.training import RewardModelReport
 
 
@@ -33,10 +37,10 @@ def _run(config: Any) -> None:
         report = train_reward_model(backbone, tokenizer, pairs, folder, settings, progress=progress)
     if not (folder / "reliability.png").is_file():
         plot_reliability(folder / "reliability.png", report.reliability)
-    _print_report(report)
+    _print_report(report, HydraConfig.get().overrides.task)
 
 
-def _print_report(report: RewardModelReport) -> None:
+def _print_report(report: RewardModelReport, overrides: Sequence[str]) -> None:
     preferred = [
         ("higher reward", report.accuracy, report.accuracy_error),
         ("longer", report.longer_accuracy, report.longer_error),
@@ -61,8 +65,10 @@ def _print_report(report: RewardModelReport) -> None:
         ],
     )
     print_table("accuracy by how sure the scores are", report.reliability)
-    print(f"use: objective=reward_model objectives.reward_model.template={report.template}")
     print(f"reward model: {report.folder}")
+    policy = [override for override in overrides if override.partition("=")[0].split(".")[0] == "policy"]
+    model = literal_override("objectives.reward_model.model", report.folder)
+    print(f"use: {shlex.join(['mavis', 'train', *policy, 'objective=reward_model', model])}")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mavis.errors import ObjectiveError, check_number, check_whole
+from mavis.errors import ObjectiveError, check_number, check_whole, warn_user
 from mavis.policies.chat import Prompt
 from mavis.policies.limits import embedding_rows
 from mavis.policies.names import check_source
@@ -21,6 +21,9 @@ from mavis.rewards.reward_texts import check_template, check_vocabulary, encode_
 
 CONFIG_KEY = "mavis_reward"
 """The entry of a checkpoint's config.json that says what `train_reward_model` trained it to read."""
+
+_AUTO = "auto"
+_MAX_LENGTH = 512  # of a checkpoint that does not say
 
 _CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # suffixes of the files that make a checkpoint
 
@@ -43,11 +46,12 @@ class RewardModel:
         template: "chat", the tokenizer's chat template over the conversation (a prompt that is a text is one user
             message) and an assistant message (the response); "concat", prompt + response as one text, which a
             conversation is not; or a text of your own with `{response}`
-            and, if wanted, `{prompt}`, `{bos}` and `{eos}`: "{response}", "{response} {bos} {prompt}". Use the one
-            that the model was trained with.
+            and, if wanted, `{prompt}`, `{bos}` and `{eos}`: "{response}", "{response} {bos} {prompt}". "auto" takes the
+            one that `train_reward_model` trained the checkpoint with, and "chat" for all others.
         truncation_side: "left" keeps the end of an overlong text, the response; "right" keeps its start, for templates
             in which the response comes first.
-        max_length: the most tokens to read, ≥ 1, no more than the model has positions.
+        max_length: the most tokens to read, ≥ 1, no more than the model has positions; None takes what
+            `train_reward_model` trained the checkpoint with, and for all others 512, or all positions if fewer.
         batch_size: texts per forward pass, ≥ 1.
         device: where the model runs, for example "cpu" or "cuda:0".
         dtype: "float32", "bfloat16", ... or a torch dtype; None keeps the dtype of the checkpoint.
@@ -87,9 +91,9 @@ class RewardModel:
         model: str | os.PathLike[str],
         *,
         output: int | Sequence[int] | None = None,
-        template: str = "chat",
+        template: str = _AUTO,
         truncation_side: str = "left",
-        max_length: int = 512,
+        max_length: int | None = None,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
@@ -101,10 +105,14 @@ class RewardModel:
         self.model = os.path.expanduser(os.fspath(model))
         self.output = (0,) if output is None else _indices(output)
         self._asks_for_output = output is None
-        self.template = check_template(template)
+        self.template = template if template == _AUTO else check_template(template)
         self.truncation_side = _one_of("truncation_side", truncation_side, ("left", "right"))
-        check_whole(ObjectiveError, "512 and 16 are usual.", max_length=max_length, batch_size=batch_size)
-        self.max_length, self.batch_size = max_length, batch_size
+        check_whole(ObjectiveError, "16 is usual.", batch_size=batch_size)
+        if max_length is not None:
+            check_whole(ObjectiveError, "null takes what the checkpoint was trained with.", max_length=max_length)
+        self.max_length = _MAX_LENGTH if max_length is None else max_length
+        self._asks_for_max_length = max_length is None
+        self.batch_size = batch_size
         self.device = _device(device)
         self.dtype = _dtype(dtype)
         self.sign = check_sign(sign)
@@ -228,7 +236,7 @@ class RewardModel:
         """Compute what is subtracted for the length of a response."""
         penalty = self.length_penalty
         if penalty is None:
-            penalty = (getattr(model.config, CONFIG_KEY, None) or {}).get("length_penalty", 0.0)
+            penalty = _trained_with(model).get("length_penalty", 0.0)
         return float(penalty) * characters / 100
 
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
@@ -260,6 +268,7 @@ class RewardModel:
                 f"reward model {self.model!r} cannot be loaded: {str(error).strip()}",
                 "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files.",
             ) from error
+        self._resolve(model)
         self._check_fit(model, tokenizer, sorted(loading["missing_keys"]))
         if model.dtype not in (torch.float32, torch.float64):
             self.batch_tolerance = 0.05
@@ -276,6 +285,21 @@ class RewardModel:
                 f"reward model {self.model!r} holds no *.safetensors, and pickled weights are not read.",
                 "load it once where you trust it, and save it again with model.save_pretrained(folder).",
             )
+
+    def _resolve(self, model: Any) -> None:
+        """Take what was left to the checkpoint from its config."""
+        trained = _trained_with(model)
+        template = check_template(trained.get("template", "chat"))
+        if self.template == _AUTO:
+            self.template = template
+        elif "template" in trained and template != self.template:
+            warn_user(
+                f"template is {self.template!r}, but reward model {self.model!r} was trained with {template!r}: its "
+                "scores of other texts may mean nothing."
+            )
+        if self._asks_for_max_length:
+            length = trained.get("max_length", _MAX_LENGTH)
+            self.max_length = min(length, read_positions(model) or length)
 
     def _check_fit(self, model: Any, tokenizer: Any, missing: list[str]) -> None:
         """Check that the checkpoint has what the arguments ask for."""
@@ -302,18 +326,17 @@ class RewardModel:
                 f"template is 'chat', but the tokenizer of reward model {self.model!r} has no chat template.",
                 "use template='concat' to score prompt + response as one text.",
             )
-        trained = (getattr(model.config, CONFIG_KEY, None) or {}).get("template", self.template)
-        if trained != self.template:
-            raise ObjectiveError(
-                f"template is {self.template!r}, but reward model {self.model!r} was trained with {trained!r}.",
-                f"set template={trained!r}.",
-            )
         positions = read_positions(model)
         if positions is not None and self.max_length > positions:
             raise ObjectiveError(
                 f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
                 f"use max_length={positions} or less.",
             )
+
+
+def _trained_with(model: Any) -> dict[str, Any]:
+    """Return what `train_reward_model` wrote into a checkpoint's config; nothing for all others."""
+    return getattr(model.config, CONFIG_KEY, None) or {}
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:

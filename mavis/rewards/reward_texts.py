@@ -18,7 +18,7 @@ def check_template(template: str) -> str:
     if template in ("chat", "concat") or (isinstance(template, str) and "{response}" in template):
         return template
     raise ObjectiveError(
-        f"template is {template!r}, but it must be 'chat', 'concat' or a text with {{response}}.",
+        f"template is {template!r}, but it must be 'auto', 'chat', 'concat' or a text with {{response}}.",
         "'{prompt}{response}' is concat, '{response}' reads the response alone, and {bos} and {eos} are tokens.",
     )
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +66,30 @@ def test_training_ends_in_a_folder_and_tables(mavis: Any, tmp_path: Path, kind: 
     assert f"60 pairs from '{pairs}', 0 of them with a conversation" in ran.err
     for words in ("15 held-out pairs of 15 prompts", "longer", "correlation with length", "calibration error"):
         assert words in ran.out
-    assert "objectives.reward_model.template=concat" in ran.out
-    assert ran.out.splitlines()[-1] == f"reward model: {tmp_path / 'run' / 'model'}"
+    assert ran.out.splitlines()[-2] == f"reward model: {tmp_path / 'run' / 'model'}"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["training_pairs"], report["held_out_pairs"]) == (45, 15)
     assert (tmp_path / "run" / "reliability.png").is_file()
-    assert len(RewardModel(tmp_path / "run" / "model", template="concat", max_length=64)(["the "], ["good"])) == 1
+    assert len(RewardModel(tmp_path / "run" / "model")(["the "], ["good"])) == 1
     again = mavis(*TRAIN, f"pairs={pairs}")
     assert "reused" in again.err
     assert again.out == ran.out
 
 
 @pytest.mark.parametrize("kind", ["conversational", "hh"])
-def test_conversations_are_read_through_the_template_and_the_folder_is_an_objective(
+def test_conversations_are_read_through_the_template_and_the_last_line_trains_with_the_model(
     mavis: Any, small: tuple[str, ...], tmp_path: Path, kind: str
 ) -> None:
     pairs, backbone = write_pairs(tmp_path, kind), chat_folder(tmp_path)
-    ran = mavis(*TRAIN, f"pairs={pairs}", f"backbone={backbone}")
+    ran = mavis(*TRAIN, f"pairs={pairs}", f"backbone={backbone}", "output='my run, 1'")
     assert ran.code == 0, ran.err
     assert "60 of them with a conversation" in ran.err
-    assert "objectives.reward_model.template=chat" in ran.out
-    others = [item for item in small if not item.startswith("objective=")]
-    model = ("objective=[reward_model]", "objectives.reward_model.model=run/model")
-    trained = mavis("train", *others, *model, "objectives.reward_model.max_length=64", "output=critic")
+    name, *printed = shlex.split(ran.out.splitlines()[-1].removeprefix("use: "))
+    assert (name, printed[0]) == ("mavis", "train")
+    others = [item for item in small if not item.startswith(("objective=", "policy="))]
+    trained = mavis(*printed, *others, "output=critic")
     assert trained.code == 0, trained.err
+    assert json.loads((tmp_path / "my run, 1" / "report.json").read_text())["template"] == "chat"
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,11 @@ def test_half_precision_is_compared_at_its_own_rounding(make_folder: Any) -> Non
         ("output", [0, 1, 2], "output is [0, 1, 2], but it must be an index or two indices"),
         ("output", "0", "output is '0', but"),
         ("output", True, "output is True, but"),
-        ("template", "chatml", "template is 'chatml', but it must be 'chat', 'concat' or a text with {response}."),
+        (
+            "template",
+            "chatml",
+            "template is 'chatml', but it must be 'auto', 'chat', 'concat' or a text with {response}.",
+        ),
         ("template", "{prompt}", "template is '{prompt}', but it must be"),
         ("template", None, "template is None, but it must be"),
         ("truncation_side", "middle", "truncation_side is 'middle', but it must be 'left' or 'right'."),
@@ -315,16 +319,43 @@ def test_the_length_penalty_is_per_hundred_characters(make_folder: Any) -> None:
         RewardModel(folder, length_penalty=float("nan"))
 
 
-def test_what_a_model_was_trained_with_is_kept(make_folder: Any) -> None:
-    folder = make_folder()
-    plain = RewardModel(folder, template="concat")(PROMPTS, RESPONSES)
+def trained_with(folder: Path, **settings: Any) -> Path:
+    """Write into a folder's config what `train_reward_model` writes."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"mavis_reward": {"template": "concat", "length_penalty": 2.0}})
-    )
-    penalised = RewardModel(folder, template="concat", length_penalty=2.0)(PROMPTS, RESPONSES)
-    assert RewardModel(folder, template="concat")(PROMPTS, RESPONSES) == penalised
-    assert RewardModel(folder, template="concat", length_penalty=0)(PROMPTS, RESPONSES) == plain
-    message = refused(folder, template="{response}")
-    assert "template is '{response}', but reward model" in message
-    assert "was trained with 'concat'. Hint: set template='concat'." in message
+    (folder / "config.json").write_text(json.dumps(config | {"mavis_reward": settings}))
+    return folder
+
+
+def test_a_checkpoint_is_read_as_it_was_trained(make_folder: Any) -> None:
+    plain = make_folder(chat_template=CHAT_TEMPLATE, name="plain")
+    folder = trained_with(make_folder(chat_template=CHAT_TEMPLATE), template="concat", max_length=3, length_penalty=2.0)
+    given: dict[str, Any] = {"template": "concat", "max_length": 3, "length_penalty": 2.0}
+    as_trained = RewardModel(folder)
+    assert as_trained(PROMPTS, RESPONSES) == RewardModel(plain, **given)(PROMPTS, RESPONSES)
+    assert (as_trained.template, as_trained.max_length) == ("concat", 3)
+
+
+def test_what_is_given_goes_before_what_the_checkpoint_was_trained_with(make_folder: Any) -> None:
+    plain = make_folder(chat_template=CHAT_TEMPLATE, name="plain")
+    folder = trained_with(make_folder(chat_template=CHAT_TEMPLATE), template="concat", max_length=3, length_penalty=2.0)
+    given: dict[str, Any] = {"max_length": 4, "length_penalty": 0}
+    expected = RewardModel(plain, template="concat", **given)(PROMPTS, RESPONSES)
+    assert RewardModel(folder, **given)(PROMPTS, RESPONSES) == expected
+    with pytest.warns(UserWarning, match="template is 'chat', but reward model .* was trained with 'concat'"):
+        rewards = RewardModel(folder, template="chat", **given)(PROMPTS, RESPONSES)
+    assert rewards == RewardModel(plain, template="chat", **given)(PROMPTS, RESPONSES)
+
+
+def test_other_checkpoints_read_512_tokens_of_their_chat_template(make_folder: Any) -> None:
+    objective = RewardModel(make_folder(chat_template=CHAT_TEMPLATE))
+    objective(["a"], ["b"])
+    assert (objective.template, objective.max_length) == ("chat", 512)
+
+
+def test_a_model_of_fewer_positions_reads_as_many(make_folder: Any) -> None:
+    folder = make_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    objective = RewardModel(folder, template="concat")
+    assert len(objective(["a b c d " * 10], ["e"])) == 1
+    assert objective.max_length == 8

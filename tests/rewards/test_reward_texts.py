@@ -40,7 +40,7 @@ def test_templates_are_returned_as_they_are(template: str) -> None:
 
 @pytest.mark.parametrize("template", ["", "Chat", "{prompt}", None, 3])
 def test_a_template_without_the_response_is_refused(template: Any) -> None:
-    with pytest.raises(ObjectiveError, match="but it must be 'chat', 'concat' or a text with"):
+    with pytest.raises(ObjectiveError, match="but it must be 'auto', 'chat', 'concat' or a text with"):
         check_template(template)
 
 

@@ -129,7 +129,7 @@ def train_reward_model(
         merged.config.get_text_config().pad_token_id = padding_of(merged, tokenizer)
         setattr(merged.config, CONFIG_KEY, trained_with)
         save_policy(run / "model", merged.cpu(), _saved_tokenizer(tokenizer))
-        scorer = RewardModel(run / "model", template=template, max_length=max_length, device=backbone.device)
+        scorer = RewardModel(run / "model", device=backbone.device)
         trained_with["length_penalty"] = _length_penalty(scorer, training, settings, report_progress)
         config = read_json(run / "model" / "config.json", strict=False)
         write_json(run / "model" / "config.json", config | {CONFIG_KEY: trained_with})
