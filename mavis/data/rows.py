@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import sys
 from collections.abc import Sequence
@@ -36,8 +35,9 @@ class Rows:
         return len(next(iter(self.columns.values()), ()))
 
     def texts(self) -> list[str]:
-        """Return the names of the columns whose values are texts."""
-        return [name for name, values in self.columns.items() if _first_type(values) is str]
+        """Return the names of the columns of texts; texts that are numbers count only if there are no others."""
+        texts = [name for name, values in self.columns.items() if _first_type(values) is str]
+        return [name for name in texts if not all(map(_is_number, self.columns[name]))] or texts
 
     def column(self, name: str) -> Sequence[Any]:
         """Return a column.
@@ -83,7 +83,8 @@ def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
         if split not in (None, "train"):
             raise DataError(f"split is {split!r}, but {source!r} is a file, which has no splits.", "leave split out.")
         if source == "-":
-            return Rows("standard input", {"": split_lines(sys.stdin.read())})
+            text = decode_text(sys.stdin.buffer.read(), "standard input")
+            return Rows("standard input", {"": split_lines(text)})
         return Rows(repr(source), _file_columns(source, path, suffix))
     dataset = _dataset(source, path, split)
     return Rows(repr(source), {name: dataset[name] for name in dataset.column_names})
@@ -107,7 +108,7 @@ def report_unusable(problems: Sequence[PromptError], others: bool, of_all: str) 
 
 
 def read_text(path: Path, source: str) -> str:
-    """Read a UTF-8 file, gzipped or not, without a byte order mark; line breaks become `\\n`.
+    """Read a UTF-8 file as `decode_text` does.
 
     Args:
         path: of the file.
@@ -118,17 +119,30 @@ def read_text(path: Path, source: str) -> str:
     """
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"source is {source!r}, which cannot be read: {first_sentence(error)}.", "check it.") from error
+    return decode_text(content, source)
+
+
+def decode_text(content: bytes, source: str) -> str:
+    """Decode UTF-8 without a byte order mark; `\\r\\n` becomes `\\n`, and a `\\r` alone stays.
+
+    Args:
+        content: of a file or of standard input.
+        source: what an error calls it.
+
+    Raises:
+        DataError: if it is not UTF-8 text.
+    """
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"source is {source!r}, which is not UTF-8 text.", "save it as UTF-8.") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"source is {source!r}, which cannot be read: {first_sentence(error)}.", "check it.") from error
-    return text.replace("\r\n", "\n")
 
 
 def split_lines(text: str) -> list[str]:
-    """Split a text at its line breaks alone: `splitlines` would also split at form feeds, U+2028 and the like."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    """Split a text at `\\n` alone: `splitlines` would also split at form feeds, U+2028 and the like."""
+    return text.split("\n")
 
 
 def _file_columns(source: str, path: Path, suffix: str) -> dict[str, Sequence[Any]]:
@@ -148,16 +162,25 @@ def _file_columns(source: str, path: Path, suffix: str) -> dict[str, Sequence[An
 
 def _csv_columns(source: str, path: Path) -> dict[str, Sequence[Any]]:
     """Read a CSV file; the library's reader would take cells such as NA or 007 for something else than text."""
-    reader = csv.reader(io.StringIO(read_text(path, source)), strict=True)
+    text = read_text(path, source)
+    reader = csv.reader(io.StringIO(text), strict=True)
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of the whole process
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(
             f"source is {source!r}, which is not CSV: {error} in line {reader.line_num}.", "quote it."
         ) from error
+    finally:
+        csv.field_size_limit(limit)
     if not rows:
         raise DataError(f"source is {source!r}, which is empty.", "begin it with a line of column names.")
     names = rows[0][1]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(
+            f"source is {source!r}, which has several columns named {', '.join(map(repr, repeated))}.",
+            "give each column a name of its own.",
+        )
     for line, row in rows:
         if len(row) != len(names):
             raise DataError(
@@ -210,3 +233,14 @@ class _ReadErrors:
 
 def _first_type(values: Sequence[Any]) -> type:
     return next((type(value) for value in values if value is not None), type(None))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is a number written as text, or empty."""
+    if not value:
+        return True
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

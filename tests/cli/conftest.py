@@ -34,7 +34,7 @@ class Mavis:
         given = [part for argument in given for part in argument.split("|")] if "policy=tiny" in arguments else given
         out, err = io.StringIO(), io.StringIO()
         with restored_process(self.folder), redirect_stdout(out), redirect_stderr(err):
-            sys.stdin = io.StringIO(stdin)
+            sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
             try:
                 code = main(given)
             except SystemExit as stop:

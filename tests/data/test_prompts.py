@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -46,6 +47,11 @@ pytestmark = pytest.mark.filterwarnings(
 KINDS = ["txt", "jsonl", "json", "csv", "parquet", "folder", "folder of splits"]
 
 
+def standard_input(content: bytes) -> io.TextIOWrapper:
+    """What a process reads from a pipe, in a locale that is not UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="latin-1")
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -63,7 +69,7 @@ def test_a_list_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(ROWS) + end))
+    monkeypatch.setattr("sys.stdin", standard_input(("\n".join(ROWS) + end).encode()))
     assert load_prompts("-") == ROWS
 
 
@@ -113,7 +119,7 @@ def test_no_prompt_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_empty_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", standard_input(b""))
     with pytest.raises(DataError, match="prompts come from standard input, which holds no prompt"):
         load_prompts("-")
 
@@ -204,18 +210,24 @@ def test_drawn_prompts_come_equally_often_and_in_a_new_order_each_time() -> None
 def test_a_line_ends_at_a_line_break_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
     text = f"one{separator}still one\ntwo\n"
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", standard_input(text.encode()))
     expected = [f"one{separator}still one", "two"]
     assert load_prompts(str(tmp_path / "prompts.txt")) == expected
     assert load_prompts("-") == expected
 
 
-def test_windows_line_breaks_and_a_byte_order_mark_are_no_part_of_a_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
-    assert load_prompts(str(tmp_path / "prompts.txt")) == load_prompts("-") == ["one", "two"]
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+def test_a_file_and_standard_input_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    content = b"\xef\xbb\xbfone\rstill one" + end + "“two”".encode() + end
+    (tmp_path / "prompts.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", standard_input(content))
+    assert load_prompts(str(tmp_path / "prompts.txt")) == load_prompts("-") == ["one\rstill one", "“two”"]
+
+
+def test_standard_input_that_is_not_utf_8_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", standard_input("Märchen".encode("latin-1")))
+    with pytest.raises(DataError, match="source is 'standard input', which is not UTF-8 text"):
+        load_prompts("-")
 
 
 # Conversations
@@ -302,6 +314,28 @@ def test_a_ragged_csv_file_is_an_error_that_names_the_line(tmp_path: Path) -> No
     (tmp_path / "prompts.csv").write_text("prompt,score\na,1\nb, c,2\n", encoding="utf-8")
     with pytest.raises(DataError, match="line 3 has 3 cells, expected 2"):
         load_prompts(str(tmp_path / "prompts.csv"))
+
+
+def test_a_cell_of_a_csv_file_may_be_long(tmp_path: Path) -> None:
+    limit, text = csv.field_size_limit(), "once " * 50_000
+    (tmp_path / "prompts.csv").write_text(f"prompt,score\n{text},1\n", encoding="utf-8")
+    assert load_prompts(str(tmp_path / "prompts.csv")) == [text]
+    assert csv.field_size_limit() == limit
+
+
+def test_columns_of_a_csv_file_that_share_a_name_are_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("text,score,text,score,id\na,1,b,2,3\n", encoding="utf-8")
+    with pytest.raises(DataError, match="which has several columns named 'text', 'score'. Hint: give each column"):
+        load_prompts(str(tmp_path / "prompts.csv"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_numbers_written_as_text_are_prompts_only_if_there_is_nothing_else(tmp_path: Path, kind: str) -> None:
+    numbers = {"id": ["007", "8", "9"], "score": ["0.5", "", "-1e3"]}
+    assert load_prompts(write(tmp_path, kind, {**numbers, "story": ROWS})) == ROWS
+    assert load_prompts(write(tmp_path, kind, {"id": numbers["id"]})) == numbers["id"]
+    with pytest.raises(DataError, match="has 2 columns of text: id, score"):
+        load_prompts(write(tmp_path, kind, numbers))
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "folder"])
