@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,17 @@ from mavis.policies.generation_config import end_token_ids
 from mavis.policies.gguf import SMOLLM2, smollm2_file, unpack_gguf
 from mavis.policies.limits import embedding_rows
 from mavis.policies.names import check_source
-from mavis.utils.files import restore_folder
+from mavis.utils.files import describe_pickles, read_json, restore_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from mavis.policies.protocol import CausalLM
+
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_HINT = f"give a folder with {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS} of this policy, as PEFT saves it."
 
 
 def load_policy(
@@ -43,7 +48,7 @@ def load_policy(
             contains it; None for the embedded policy, which takes no other option.
         gguf_file: the name of a GGUF file in the folder `path`. Its weights are unpacked to plain ones, once, into a
             folder of `MAVIS_CACHE` (by default `~/.cache/mavis`).
-        adapter: a folder with a LoRA adapter, which is merged into the weights.
+        adapter: a folder with a LoRA adapter in safetensors, which is merged into the weights.
         dtype: a dtype or its name; `auto` for that of the checkpoint.
         device: where the policy goes; one of `DEVICE_MAPS` spreads it over all accelerators, which needs accelerate.
         revision: branch, tag or commit on the hub; None for `main`.
@@ -54,7 +59,7 @@ def load_policy(
 
     Raises:
         PolicyError: if there is no such model, its weights are not safetensors, its tokenizer has neither a padding nor
-            an end token, or the adapter does not fit.
+            an end token, or the adapter is missing, none of LoRA in safetensors, or does not fit.
         MissingPackageError: if a GGUF file needs the extra `chat`, or an adapter the extra `lora`.
 
     Examples:
@@ -69,6 +74,8 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_placement(dtype, device)
+    if adapter is not None:
+        _check_adapter(adapter)
     if os.fspath(path) == SMOLLM2:
         path = unpack_gguf(smollm2_file())
     elif gguf_file is not None:
@@ -106,14 +113,55 @@ def load_policy(
     return policy.eval().requires_grad_(False), tokenizer
 
 
-def _merged(policy: Any, adapter: str | os.PathLike[str]) -> Any:
-    """Merge a LoRA adapter into a policy's weights."""
-    peft = import_optional("peft", "policy.adapter", "lora")
-    folder = Path(adapter).expanduser()
-    try:
-        return peft.PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+def _check_adapter(adapter: str | os.PathLike[str]) -> None:
+    """Refuse what is no LoRA adapter before anything is loaded: peft would ask the hub for it, and unpickle.
+
+    Raises:
+        PolicyError: if it is none.
+        MissingPackageError: if peft is not installed.
+    """
+    import_optional("peft", "policy.adapter", "lora")
+    given, folder = os.fspath(adapter), Path(adapter).expanduser()
+    restore_folder(folder)
+    if not folder.is_dir():
+        raise PolicyError(f"policy.adapter is {given!r}, which is no folder.", _ADAPTER_HINT)
+    for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            pickles = describe_pickles(folder) if name == _ADAPTER_WEIGHTS else ""
+            raise PolicyError(f"policy.adapter is {given!r}, which has no {name}{pickles}.", _ADAPTER_HINT)
+    settings = read_json(folder / _ADAPTER_CONFIG, strict=False)
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
         raise PolicyError(
-            f"policy.adapter is {os.fspath(adapter)!r}, which cannot be merged: {first_sentence(error)}.",
-            "give a folder with adapter_config.json and adapter_model.safetensors of this policy.",
+            f"policy.adapter is {given!r}, an adapter of type {kind!r}, expected 'LORA'.",
+            "merge it into the policy with PEFT, save that, and give its folder as policy.path.",
+        )
+
+
+def _merged(policy: Any, adapter: str | os.PathLike[str]) -> Any:
+    """Merge a LoRA adapter into a policy's weights.
+
+    Raises:
+        PolicyError: if it does not fit them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    peft = import_optional("peft", "policy.adapter", "lora")
+    given, folder = os.fspath(adapter), Path(adapter).expanduser()
+    try:
+        with warnings.catch_warnings(), safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
+            warnings.simplefilter("ignore")  # what does not fit is an error below
+            adapted = peft.PeftModel.from_pretrained(policy, str(folder))
+            loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            odd = sorted(name for name in set(file.keys()) ^ set(loaded) if ".lora_" in name)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise PolicyError(
+            f"policy.adapter is {given!r}, which cannot be merged: {first_sentence(error)}.", _ADAPTER_HINT
         ) from error
+    if odd:
+        where = "policy" if odd[0] in loaded else "adapter"
+        raise PolicyError(
+            f"policy.adapter is {given!r}, which does not fit the policy: {odd[0]!r} is only in the {where}.",
+            "give the policy that the adapter was trained on.",
+        )
+    return adapted.merge_and_unload()

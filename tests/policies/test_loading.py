@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +86,89 @@ def test_truncated_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> Non
         load_policy(tmp_path / "half")
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # which peft reads
-def test_an_adapter_is_merged_into_plain_weights(
-    tiny_folder: Path, tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+@pytest.fixture
+def adapter(tiny_policy: Any, tmp_path: Path) -> Path:
+    """The folder of a LoRA adapter of the tiny policy."""
+    save_adapter(tiny_policy, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def save_adapter(policy: Any, folder: Path) -> Any:
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(copy.deepcopy(tiny_policy), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # which peft reads
+        adapted = peft.get_peft_model(copy.deepcopy(policy), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def change_settings(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_an_adapter_is_merged_into_plain_weights(
+    tiny_folder: Path, tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    adapted = save_adapter(tiny_policy, tmp_path / "adapter")
     loaded: Any = load_policy(tiny_folder, adapter=tmp_path / "adapter")[0]
     ids = tiny_tokenizer("the dog", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
         assert not torch.allclose(loaded(ids).logits, tiny_policy(ids).logits)
     assert not any("lora" in name for name, _ in loaded.named_parameters())
-    with pytest.raises(PolicyError, match=r"policy\.adapter is .*none', which cannot be merged"):
-        load_policy(tiny_folder, adapter=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "is no folder. Hint: give a folder with adapter_config.json and"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json. Hint: "),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors. Hint: "),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+            "has no adapter_model.safetensors; it holds adapter_model.bin, which is never read because",
+        ),
+        (lambda folder: change_settings(folder, peft_type="IA3"), "an adapter of type 'IA3', expected 'LORA'. Hint: "),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "an adapter of type None, expected 'LORA'"),
+    ],
+)
+def test_what_is_no_lora_adapter_is_refused_before_anything_is_loaded(
+    adapter: Path, spoil: Callable[[Path], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(adapter)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    with pytest.raises(PolicyError, match=f"policy.adapter is '{adapter}', (which )?{re.escape(message)}"):
+        load_policy("owner/name", adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: change_settings(folder, target_modules=["query"]), "cannot be merged: Target modules"),
+        (lambda folder: change_settings(folder, r="two"), "cannot be merged: "),
+        (lambda folder: change_settings(folder, r=3), "cannot be merged: "),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"), "cannot be merged: Error while"),
+        (
+            lambda folder: change_settings(folder, target_modules=["q_proj", "v_proj"]),
+            r"does not fit the policy: '.*v_proj\.lora_A.*' is only in the policy",
+        ),
+        (
+            lambda folder: change_settings(folder, layers_to_transform=[0]),
+            r"does not fit the policy: '.*layers\.1\..*lora_A.*' is only in the adapter",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny_folder: Path, adapter: Path, spoil: Callable[[Path], Any], message: str
+) -> None:
+    spoil(adapter)
+    with pytest.raises(PolicyError, match=rf"policy\.adapter is '{adapter}', which {message}"):
+        load_policy(tiny_folder, adapter=adapter)
 
 
 def test_the_end_of_a_turn_ends_a_response(tiny_policy: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
