@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mavis.data.layouts import conversation_of
-from mavis.data.rows import Rows, read_rows, report_unusable
+from mavis.data.rows import Rows, as_source, read_rows, report_unusable
 from mavis.errors import DataError, PromptError
 from mavis.policies.chat import Prompt, as_conversation, is_conversation
 
@@ -39,7 +40,7 @@ class Pair:
 
 
 def load_pairs(
-    source: str | Sequence[dict[str, Any]],
+    source: str | os.PathLike[str] | Sequence[dict[str, Any]],
     *,
     split: str | None = None,
     system: str | None = None,
@@ -71,7 +72,7 @@ def load_pairs(
         >>> load_pairs([{"chosen": f"{asked} Hello.", "rejected": f"{asked} No."}])
         [Pair(prompt=[{'role': 'user', 'content': 'Hi!'}], chosen='Hello.', rejected='No.')]
     """
-    rows = _rows_of_pairs(source, split)
+    rows = _rows_of_pairs(as_source(source), split)
     chosen, rejected = rows.column("chosen"), rows.column("rejected")
     prompts = rows.columns.get("prompt", [None] * len(rows))
     pairs: list[Pair] = []
@@ -93,6 +94,12 @@ def load_pairs(
 def _rows_of_pairs(source: str | Sequence[dict[str, Any]], split: str | None) -> Rows:
     if isinstance(source, str):
         return read_rows(source, split)
+    for index, row in enumerate(source):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"row {index} of the list is {row!r:.60}, expected a dictionary.",
+                "write {'prompt': ..., 'chosen': ..., 'rejected': ...}.",
+            )
     names = ["chosen", "rejected", *(["prompt"] if any("prompt" in row for row in source) else [])]
     return Rows("the list", {name: [row.get(name) for row in source] for name in names})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 
 from mavis.data.layouts import conversation_of, without_reply
-from mavis.data.rows import Rows, read_rows, report_unusable
+from mavis.data.rows import Rows, as_source, read_rows, report_unusable
 from mavis.errors import DataError, PromptError, check_whole
 from mavis.policies.chat import Prompt, as_conversation, is_conversation, prompt_key
 
@@ -20,7 +21,7 @@ _WITH_REPLY = ("messages", "chosen", "rejected")
 
 
 def load_prompts(
-    source: str | Sequence[Prompt],
+    source: str | os.PathLike[str] | Sequence[Prompt],
     *,
     column: str | None = None,
     split: str | None = None,
@@ -69,9 +70,10 @@ def load_prompts(
     """
     given = {name: value for name, value in (("first_words", first_words), ("limit", limit)) if value is not None}
     check_whole(DataError, "leave it out to keep everything.", **given)
-    rows = read_rows(source, split)
+    rows = read_rows(as_source(source), split)
+    is_list = not isinstance(source, str | os.PathLike)
     name = _column(rows, column)
-    found = _parse(rows, name, chat, strict=not isinstance(source, str))
+    found = _parse(rows, name, chat, strict=is_list)
     as_chat = chat is True or any(map(is_conversation, found))
     if as_chat and first_words is not None:
         raise DataError(f"first_words is {first_words}, but the prompts are conversations.", "leave first_words out.")
@@ -89,7 +91,7 @@ def load_prompts(
             unique.setdefault(prompt_key(prompt), prompt)
         prompts = list(unique.values())
     if not prompts:
-        shown = "an empty list" if not isinstance(source, str) else rows.name
+        shown = "an empty list" if is_list else rows.name
         raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")
     if report is not None:
         texts = sum(not is_conversation(prompt) for prompt in found)

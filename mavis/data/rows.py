@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ class Rows:
         return self.columns[name]
 
 
+def as_source(source: Any) -> Any:
+    """Return what names a source as a text, and a list as it is.
+
+    Raises:
+        DataError: if it is neither.
+    """
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise DataError(f"source is {source!r:.60}, expected a list of rows or a name.", f"name {_KINDS}.")
+    return source
+
+
 def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
     """Read the rows of a source.
 
@@ -76,7 +90,8 @@ def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
     if not isinstance(source, str):
         return Rows("the list", {"": list(source)})
     path = Path(source).expanduser()
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
     if source != "-" and suffix in FILE_TYPES and not path.is_file():
         raise DataError(f"source is {source!r}, which does not exist.", "check the path.")
     if source == "-" or path.is_file():

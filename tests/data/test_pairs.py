@@ -111,3 +111,14 @@ def test_a_missing_column_is_an_error(tmp_path: Path) -> None:
         load_pairs(str(tmp_path / "pairs.jsonl"))
     with pytest.raises(DataError, match="holds no pair"):
         load_pairs([])
+
+
+def test_rows_of_a_list_are_dictionaries() -> None:
+    pair = Pair("Hi!", "Hello.", "No.")
+    with pytest.raises(DataError, match=r"row 1 of the list is Pair\(.*, expected a dictionary. Hint: write {'prompt'"):
+        load_pairs([{"prompt": "Hi!", "chosen": "Hello.", "rejected": "No."}, pair])  # type: ignore[list-item]
+
+
+def test_a_path_names_a_file(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi!", "chosen": "Hello.", "rejected": "No."}')
+    assert load_pairs(tmp_path / "pairs.jsonl") == [Pair("Hi!", "Hello.", "No.")]

@@ -105,6 +105,13 @@ def test_the_limit_counts_what_is_left() -> None:
     assert load_prompts(["a", "a", "", "b", "c"], limit=2) == ["a", "b"]
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_a_file_may_be_named_by_a_path_and_in_capitals(tmp_path: Path, kind: str) -> None:
+    source = Path(write(tmp_path, kind, {"text": ROWS}))
+    assert load_prompts(source) == ROWS
+    assert load_prompts(source.rename(tmp_path / f"PROMPTS.{kind.upper()}")) == ROWS
+
+
 # What goes wrong
 
 
@@ -181,6 +188,12 @@ def test_a_row_without_a_text_is_left_out(tmp_path: Path) -> None:
 def test_a_list_of_something_else_is_an_error() -> None:
     with pytest.raises(DataError, match="row 1 of the list is 3, expected a text or a conversation"):
         load_prompts(["a", 3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("source", [None, 3, {"text": ROWS}])
+def test_what_is_no_source_is_an_error(source: Any) -> None:
+    with pytest.raises(DataError, match="source is .*, expected a list of rows or a name. Hint: name a file"):
+        load_prompts(source)
 
 
 @pytest.mark.parametrize("options", [{"first_words": 0}, {"limit": 0}, {"limit": -1}])
