@@ -58,8 +58,9 @@ def load_policy(
         The policy in evaluation mode, without gradients, and its tokenizer, which pads on the left.
 
     Raises:
-        PolicyError: if there is no such model, its weights are not safetensors, its tokenizer has neither a padding nor
-            an end token, or the adapter is missing, none of LoRA in safetensors, or does not fit.
+        PolicyError: if there is no such model or it is damaged, its weights are not safetensors, its tokenizer has
+            neither a padding nor an end token, or the adapter is missing, none of LoRA in safetensors, or does not
+            fit; also if the embedded policy is given an option.
         MissingPackageError: if a GGUF file needs the extra `chat`, or an adapter the extra `lora`.
 
     Examples:
@@ -69,8 +70,14 @@ def load_policy(
         ('LlamaForCausalLM', 'left')
     """
     if path is None:
+        options = {"gguf_file": gguf_file, "adapter": adapter, "dtype": dtype, "device": device, "revision": revision}
+        for name, option in options.items():
+            if str(option) not in ("None", "auto", "cpu"):
+                raise PolicyError(
+                    f"policy.{name} is {str(option)!r}, but the embedded policy has no options.",
+                    "pass the folder mavis.embedded.path() as policy.path, which takes them.",
+                )
         return embedded.load()
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_placement(dtype, device)
@@ -92,7 +99,7 @@ def load_policy(
         policy: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **({"device_map": device} if spread else {}), **shared
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of many kinds, some of the libraries that transformers uses
         raise PolicyError(
             f"policy.path is {given!r}, which cannot be loaded: {first_sentence(error)}.",
             "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",

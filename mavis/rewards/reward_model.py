@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mavis.errors import ObjectiveError, check_number, check_whole, warn_user
+from mavis.errors import ObjectiveError, check_number, check_whole, first_sentence, warn_user
 from mavis.policies.chat import Prompt
 from mavis.policies.limits import embedding_rows
 from mavis.policies.names import check_source
@@ -263,9 +263,9 @@ class RewardModel:
                 output_loading_info=True,
                 **source,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of many kinds, some of the libraries that transformers uses
             raise ObjectiveError(
-                f"reward model {self.model!r} cannot be loaded: {str(error).strip()}",
+                f"reward model {self.model!r} cannot be loaded: {first_sentence(error)}.",
                 "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files.",
             ) from error
         self._resolve(model)

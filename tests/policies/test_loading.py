@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from mavis.errors import PolicyError
+from mavis.critics.trunk.backbone import load_trunk
+from mavis.errors import MavisError, PolicyError
 from mavis.policies import embedded, load_policy, save_policy
+from mavis.rewards import RewardModel
+from mavis.training import load_backbone
+
+
+def change_settings(file: Path, **settings: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 def test_none_is_the_embedded_policy() -> None:
@@ -78,12 +86,45 @@ def test_folder_without_safetensors_is_refused(tiny_folder: Path, tmp_path: Path
         load_policy(tmp_path / "pickled")
 
 
-def test_truncated_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_folder, tmp_path / "half")
-    weights = tmp_path / "half" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(PolicyError, match="half', which cannot be loaded"):
-        load_policy(tmp_path / "half")
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "half of the weights": lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:1000]
+    ),
+    "weights of another size": lambda folder: change_settings(folder / "config.json", intermediate_size=7),
+    "a size that is no number": lambda folder: change_settings(folder / "config.json", num_attention_heads="two"),
+    "a list as the config": lambda folder: (folder / "config.json").write_text("[]"),
+    "no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "a tokenizer without its parts": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
+}
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "policy": load_policy,
+    "trunk": lambda folder: load_trunk(folder, "backbone"),
+    "backbone": load_backbone,
+    "reward model": lambda folder: RewardModel(folder, template="concat")(["a"], ["b"]),
+}
+
+
+# A trunk is read without a tokenizer.
+@pytest.mark.parametrize(
+    ("reader", "damage"),
+    [(reader, damage) for reader in READERS for damage in DAMAGES if (reader, damage[:11]) != ("trunk", "a tokenizer")],
+)
+def test_a_damaged_folder_is_named(tiny_folder: Path, tmp_path: Path, reader: str, damage: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    DAMAGES[damage](folder)
+    with pytest.raises(MavisError, match=f"'{folder}',? (which )?cannot be loaded: .+ Hint: give a "):
+        READERS[reader](folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("adapter", "adapter"), ("gguf_file", "a.gguf"), ("dtype", "bfloat16"), ("device", "cuda"), ("revision", "main")],
+)
+def test_the_embedded_policy_takes_no_options(option: str, value: str) -> None:
+    with pytest.raises(PolicyError, match=f"policy.{option} is '{value}', but the embedded policy has no options"):
+        load_policy(None, **{option: value})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -103,11 +144,6 @@ def save_adapter(policy: Any, folder: Path) -> Any:
             parameter.data.normal_()
     adapted.save_pretrained(folder)
     return adapted
-
-
-def change_settings(folder: Path, **settings: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def test_an_adapter_is_merged_into_plain_weights(
@@ -132,7 +168,10 @@ def test_an_adapter_is_merged_into_plain_weights(
             lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
             "has no adapter_model.safetensors; it holds adapter_model.bin, which is never read because",
         ),
-        (lambda folder: change_settings(folder, peft_type="IA3"), "an adapter of type 'IA3', expected 'LORA'. Hint: "),
+        (
+            lambda folder: change_settings(folder / "adapter_config.json", peft_type="IA3"),
+            "an adapter of type 'IA3', expected 'LORA'. Hint: ",
+        ),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "an adapter of type None, expected 'LORA'"),
     ],
 )
@@ -149,16 +188,19 @@ def test_what_is_no_lora_adapter_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: change_settings(folder, target_modules=["query"]), "cannot be merged: Target modules"),
-        (lambda folder: change_settings(folder, r="two"), "cannot be merged: "),
-        (lambda folder: change_settings(folder, r=3), "cannot be merged: "),
+        (
+            lambda folder: change_settings(folder / "adapter_config.json", target_modules=["query"]),
+            "cannot be merged: Target modules",
+        ),
+        (lambda folder: change_settings(folder / "adapter_config.json", r="two"), "cannot be merged: "),
+        (lambda folder: change_settings(folder / "adapter_config.json", r=3), "cannot be merged: "),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"), "cannot be merged: Error while"),
         (
-            lambda folder: change_settings(folder, target_modules=["q_proj", "v_proj"]),
+            lambda folder: change_settings(folder / "adapter_config.json", target_modules=["q_proj", "v_proj"]),
             r"does not fit the policy: '.*v_proj\.lora_A.*' is only in the policy",
         ),
         (
-            lambda folder: change_settings(folder, layers_to_transform=[0]),
+            lambda folder: change_settings(folder / "adapter_config.json", layers_to_transform=[0]),
             r"does not fit the policy: '.*layers\.1\..*lora_A.*' is only in the adapter",
         ),
     ],

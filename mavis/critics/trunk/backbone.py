@@ -62,7 +62,7 @@ def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code:
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, some of the libraries that transformers uses
         raise CriticError(
             f"{argument} is {name!r}, which cannot be loaded: {first_sentence(error)}.",
             "give a folder with config.json and *.safetensors, or a hub id.",
