@@ -30,6 +30,20 @@ def test_rooms_are_attributes_and_other_names_are_not(monkeypatch: pytest.Monkey
         _ = rooms.rewardz
 
 
-@pytest.mark.parametrize("room", ["critics", "decoding", "rewards", "policies", "rollouts", "training", "evaluation"])
-def test_every_room_can_be_imported_first(room: str) -> None:
-    subprocess.run([sys.executable, "-c", f"import mavis.{room}"], check=True)
+ROOMS = ["critics", "decoding", "rewards", "policies", "rollouts", "training", "evaluation"]
+
+IMPORT_EACH = """
+import importlib, os, sys
+import torch, transformers  # once for all rooms: each is imported in a fork, which has no other
+for room in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(f"mavis.{room}")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, room
+"""
+
+
+def test_every_room_can_be_imported_first() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *ROOMS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

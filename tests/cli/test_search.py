@@ -358,6 +358,7 @@ def test_a_search_of_the_tiny_policy(mavis: Any, small: tuple[str, ...], tmp_pat
     assert "2 runs: 2 finished" in reported.out
 
 
+@pytest.mark.slow
 def test_parallel_trials_share_the_reference_rollouts(
     tiny_folder: Path, small: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def tiny(tiny_folder: Path, small: tuple[str, ...]) -> list[str]:
     return ["policy=pretrained", f"policy.path={tiny_folder}", "objective=[brevity]", *others]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_two_runs_of_a_sweep_run_at_the_same_time(tiny: list[str], tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
@@ -220,6 +221,7 @@ for task in range(2):
 }
 
 
+@pytest.mark.slow
 def test_a_sweep_becomes_one_array_of_jobs_on_a_slurm_cluster(tiny: list[str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     for name, script in SLURM.items():

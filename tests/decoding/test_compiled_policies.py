@@ -82,6 +82,7 @@ def compiled_inside(policy: Any) -> dict[str, Any]:
 COMPILERS = [auto_compiled, compiled_in_place, compiled_forward, compiled_inside]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilers")
 @pytest.mark.parametrize("compiled", COMPILERS)
 def test_compiled_passes_are_seen_by_a_critic_that_was_attached_before(

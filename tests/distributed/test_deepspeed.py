@@ -46,13 +46,10 @@ def alone(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     return {name: where / name for name in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "name"),
-    [
-        pytest.param("2", "value model", marks=pytest.mark.slow),
-        pytest.param("3", "hidden state", marks=pytest.mark.slow),
-        ("3", "value model"),
-    ],
+    [("2", "value model"), ("3", "hidden state"), ("3", "value model")],
 )
 def test_the_critic_is_that_of_one_process(
     train: Callable[..., Any], alone: dict[str, Path], tmp_path: Path, stage: str, name: str
@@ -87,6 +84,7 @@ def test_an_optimiser_in_its_configuration_is_refused() -> None:
         configure_deepspeed(accelerate)
 
 
+@pytest.mark.slow
 def test_what_a_fit_refuses_is_refused_before_anything_is_sampled(train: Callable[..., Any], tmp_path: Path) -> None:
     process = train("deepspeed 2 --mixed_precision bf16", tmp_path, *SMALL, "output=run")
     output, errors = process.communicate(timeout=400)

@@ -70,7 +70,18 @@ def overrides(arguments: list[str]) -> list[str]:
     return [*arguments, *(word for name, word in last.items() if name not in given)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+SLOW = ("docs/guides/sweeps.md", "docs/guides/processes.md")
+"""Pages whose commands start processes of their own."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if name_of(page) in SLOW else (), id=name_of(page))
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_page_runs_in_order_and_prints_what_it_says(
     page: Path, workspace: Path, run_mavis: Callable[[list[str]], str]
 ) -> None:

@@ -18,6 +18,7 @@ from mavis.training.improvement.report import MIXTURES
 BETA = 5.0
 
 
+@pytest.mark.slow
 def test_learnt_conditioned_heads_beat_what_exact_independent_values_converge_to(tmp_path: Path) -> None:
     """At equal weights in a conflicting world; the committed study, with more rollouts, comes to 0.97."""
     world = World.random("conflicting", seed=4)

@@ -121,6 +121,7 @@ print(json.dumps([measure(dtype, root / str(dtype)) for dtype in (torch.float32,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux")
 def test_peak_memory_is_bounded(tmp_path: Path) -> None:
     """In copies of the model's weights, with a margin for a few tensors and for Python itself."""

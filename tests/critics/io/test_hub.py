@@ -98,15 +98,11 @@ def test_commits_can_be_selected_and_the_cache_works_offline(
     make_tiny_critic().save_pretrained(tmp_path / "critic")
     run_python('critic = mavis.Critic.from_pretrained("critic"); critic.push_to_hub("me/it"); critic.reward_mean += 1')
     oid = hub.repositories["me/it"]["main"][0][0]
-    means = run_python(f'print(mavis.Critic.from_pretrained("me/it", revision="{oid}").reward_mean.tolist())')
-    assert json.loads(means) == [0.0, 0.0]
-    run_python('mavis.Critic.from_pretrained("me/it")')
-    assert json.loads(
-        run_python('print(mavis.Critic.from_pretrained("me/it").reward_mean.tolist())', HF_HUB_OFFLINE="1")
-    ) == [
-        0.0,
-        0.0,
-    ]
+    first = f'print(mavis.Critic.from_pretrained("me/it", revision="{oid}").reward_mean.tolist())'
+    newest = 'print(mavis.Critic.from_pretrained("me/it").reward_mean.tolist())'
+    online = run_python(f"{first}\n{newest}").splitlines()
+    assert [json.loads(line) for line in online] == [[0.0, 0.0]] * 2
+    assert json.loads(run_python(newest, HF_HUB_OFFLINE="1")) == [0.0, 0.0]
 
 
 def test_failures_are_errors_of_one_line(hub: Any, run_python: Any, make_tiny_critic: Any, tmp_path: Path) -> None:
