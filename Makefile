@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 	$(MAKE) -j 2 check docs
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not slow'
 
-# Interruptions at random, and jobs of several processes in every way: a minute or two each.
+# Interruptions at random, jobs of several processes in every way, compilers, peak memory: up to two minutes each.
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m slow
 
