@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mavis.decoding.weights import Weights
 from mavis.errors import ConfigError, check_whole
 from mavis.rollouts.sampling import RolloutSettings
 
@@ -17,6 +18,8 @@ class EvaluationSettings:
     Args:
         divisions: d ≥ 1 of the simplex grid of weights; 4 gives five points for two objectives.
         betas: tilt strengths, > 0, in 1 / reward.
+        weights: the weights to sweep instead of a grid, such as `[{"helpful": 1}, {"helpful": 0.5, "brief": 0.5}]` or
+            rows of M numbers.
         samples: responses per prompt, weights and β, ≥ 1.
         reference_samples: N ≥ 2 reference rollouts per prompt, from which the optimal frontier is computed.
         target_kls: KLs at which the frontier efficiency is read, in nats per response, > 0.
@@ -37,6 +40,7 @@ class EvaluationSettings:
 
     divisions: int = 4
     betas: Sequence[float] = (1.0, 2.0, 3.0, 4.0, 6.0, 9.0)
+    weights: Weights | None = None
     samples: int = 64
     reference_samples: int = 4096
     target_kls: Sequence[float] = (1.0, 2.0)

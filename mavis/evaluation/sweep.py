@@ -12,6 +12,7 @@ import torch
 
 from mavis.critics import Critic
 from mavis.critics.group import as_critic, value_critics
+from mavis.decoding.weights import weight_rows
 from mavis.distributed import join_processes
 from mavis.errors import DataError
 from mavis.evaluation.efficiency import efficiency_at, reward_limits, target_efficiencies
@@ -65,6 +66,7 @@ def evaluate(
         The report; None in processes other than the main one.
 
     Raises:
+        WeightsError: if the weights to sweep do not fit the objectives.
         ConfigError: if a setting is out of range, the objectives are not the critic's, or the longest prompt and
             response have more positions than the policy or a value model has learnt.
         CriticError: if several critics cannot be grouped, or one has no value heads.
@@ -100,7 +102,10 @@ def evaluate(
     check_prompts_fit(policy, tokenizer, prompts, settings.sampling.max_new_tokens, critic.max_positions)
     processes = join_processes(states_device(policy))
     report_progress = (progress if processes.is_main else None) or (lambda stage, done, total: None)
-    grid = simplex_grid(len(objectives), settings.divisions)
+    if settings.weights is None:
+        grid = simplex_grid(len(objectives), settings.divisions)
+    else:
+        grid = weight_rows(settings.weights, list(objectives))
     common = (objectives, prompts)
 
     plain = gather_columns(
@@ -160,7 +165,9 @@ def evaluate(
     return EvaluationReport(
         objectives=list(critic.objectives),
         prompts=list(prompts),
-        settings=asdict(settings) | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)},
+        settings=asdict(settings)
+        | {"betas": list(settings.betas), "target_kls": list(settings.target_kls)}
+        | {"weights": None if settings.weights is None else grid.tolist()},
         normalisation={
             name: {"mean": float(mean), "std": float(std)}
             for name, mean, std in zip(critic.objectives, critic.reward_mean, critic.reward_std, strict=True)

@@ -538,6 +538,20 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_sampled(
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("weights", [[{"good": 1.0}, {"good": 0.3, "brevity": 0.7}], [[1.0, 0.0], [0.3, 0.7]]])
+def test_weights_of_ones_own_take_the_place_of_the_grid(measure: Any, make_tiny_critic: Any, weights: Any) -> None:
+    report = measure(make_tiny_critic(), replace(SHORT, weights=weights))
+    expected = [{"good": 1.0, "brevity": 0.0}, {"good": 0.3, "brevity": 0.7}]
+    assert [row.weights for row in report.rows[1:]] == [weights for weights in expected for _ in SHORT.betas]
+    assert [entry.weights for entry in report.efficiency] == expected
+    assert report.settings["weights"] == [[1.0, 0.0], [0.3, 0.7]]
+
+
+def test_weights_of_other_objectives_are_refused(measure: Any, make_tiny_critic: Any) -> None:
+    with pytest.raises(WeightsError, match="weights names objective 'goood'.*did you mean 'good'"):
+        measure(make_tiny_critic(), replace(SHORT, weights=[{"goood": 1.0}]))
+
+
 def test_a_grid_without_divisions_is_refused(measure: Any, make_tiny_critic: Any) -> None:
     with pytest.raises(WeightsError, match="divisions"):
         measure(make_tiny_critic(), replace(SHORT, divisions=0))
