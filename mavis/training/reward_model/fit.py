@@ -92,7 +92,8 @@ def _backward(
         some = pairs[start : start + size]
         texts = [pair.chosen for pair in some] + [pair.rejected for pair in some]
         input_ids, is_token = pad_texts(classifier, texts, padding_id)
-        scores = classifier(input_ids=input_ids, attention_mask=is_token).logits[:, 0]
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            scores = classifier(input_ids=input_ids, attention_mask=is_token).logits[:, 0].float()
         losses = bradley_terry_loss(scores[: len(some)] - scores[len(some) :], settings.label_smoothing)
         loss = losses.sum() / len(pairs)
         loss.backward()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
 from mavis.data import Pair
@@ -114,6 +115,34 @@ def test_micro_batches_only_save_memory(make_pairs: Any, tmp_path: Path) -> None
         return RewardModel(report.folder, template="concat", max_length=64)(["the dog "] * 2, ["good", "bad cat"])
 
     assert scores(3) == pytest.approx(scores(None), abs=1e-3)
+
+
+# By chance 40 of 50 pairs would be right once in 80,000 runs.
+def test_half_precision_is_that_of_the_products_alone(
+    make_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: set[torch.dtype] = set()
+    linear = torch.nn.functional.linear
+
+    def recorded(*given: Any) -> torch.Tensor:
+        product = linear(*given)
+        products.add(product.dtype)
+        return product
+
+    def train(precision: str) -> Any:
+        products.clear()
+        settings = replace(SETTINGS, precision=precision)
+        return train_reward_model(word_policy(), tokenizer_of(), make_pairs(250), tmp_path / precision, settings)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    whole = train("float32")
+    assert products == {torch.float32}
+    half = train("bfloat16")
+    assert torch.bfloat16 in products
+    saved = load_file(tmp_path / "bfloat16" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert half.accuracy >= 0.8
+    assert half.log_loss == pytest.approx(whole.log_loss, abs=0.1)
 
 
 def test_a_length_penalty_takes_length_out_of_the_scores(make_pairs: Any, tmp_path: Path) -> None:

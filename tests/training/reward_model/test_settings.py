@@ -23,6 +23,7 @@ from mavis.training import RewardModelSettings
         ("length_penalty", "atuo", "length_penalty is 'atuo', expected a finite number. Hint: auto"),
         ("held_out", 0.0, "held_out is 0.0, expected a finite number > 0 and ≤ 0.5"),
         ("max_length", 1, "max_length is 1, expected a whole number ≥ 2"),
+        ("precision", "float16", "precision is 'float16'. Hint: did you mean 'bfloat16'?"),
         ("save_every", None, "save_every is None, expected a whole number ≥ 1"),
     ],
 )
