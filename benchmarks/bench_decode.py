@@ -339,7 +339,7 @@ def main() -> None:
     """Run the benchmark and write `results/decode.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--policy", nargs="+", default=["random", "embedded"], help="random, embedded, a folder or a hub id"
+        "--policy", nargs="+", default=["random", "embedded"], help="random, embedded, smollm2, a folder or a hub id"
     )
     parser.add_argument("--context", type=int, default=32, help="prompt length in tokens")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 512, 2_048], help="longer prompts, at batch 1")

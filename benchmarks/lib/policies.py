@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mavis.policies import embedded
+from mavis.policies import embedded, load_policy
 
 
 def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
@@ -27,11 +27,13 @@ def llama(vocabulary: int, layers: int, width: int) -> LlamaConfig:
 
 
 def load(name: str) -> Any:
-    """Load a policy: `random`, `embedded`, a folder or a hub id."""
+    """Load a policy: `random`, `embedded`, `smollm2`, a folder or a hub id."""
     if name == "random":
         torch.manual_seed(0)
         config = llama(32_000, layers=8, width=512)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     if name == "embedded":
         return embedded.load()[0]
+    if name == "smollm2":
+        return load_policy(name)[0]
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
