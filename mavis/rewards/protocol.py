@@ -14,7 +14,7 @@ import torch
 
 from mavis.errors import MavisError, ObjectiveError
 from mavis.policies import Prompt
-from mavis.rewards.identity import objective_identity, remember_identity
+from mavis.rewards.identity import keep_identities
 
 _MAX_QUOTED = 60  # characters of a response in an error
 _STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) for name in ("stdlib", "purelib"))
@@ -116,16 +116,13 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[Prompt], respon
             "repeat each prompt once per response.",
         )
     rewards = np.empty((len(responses), len(objectives)), dtype=np.float64)
-    for column, (name, objective) in enumerate(objectives.items()):
+    for name, objective in objectives.items():
         check_callable(name, objective)
-        if not len(responses):
-            continue
-        identity = objective_identity(objective)
-        try:
-            returned = _call(name, objective, prompts, responses)
-        finally:
-            remember_identity(objective, identity)  # which a cache in it does not change
-        rewards[:, column] = _finite_floats(returned, responses, name)
+    if not len(responses):
+        return rewards
+    with keep_identities(objectives.values()):  # they may share a cache
+        for column, (name, objective) in enumerate(objectives.items()):
+            rewards[:, column] = _finite_floats(_call(name, objective, prompts, responses), responses, name)
     return rewards
 
 

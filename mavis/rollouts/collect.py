@@ -23,6 +23,7 @@ from mavis.policies.fingerprint import Fingerprint, embedding_shape, output_embe
 from mavis.policies.generation_config import check_replayable
 from mavis.policies.limits import check_prompts_fit
 from mavis.rewards import Objective, check_batch_independence, score
+from mavis.rewards.identity import keep_identities
 from mavis.rollouts.manifest import matches_scored_manifest, settings_manifest, write_scored_manifest
 from mavis.rollouts.plan import RolloutPlan
 from mavis.rollouts.replay import ROWS_PER_PASS, Sequences, replay
@@ -126,7 +127,8 @@ def collect(
             rows = _sample(sampler, policy, tokenizer, shards[index], settings, critic, truncate_reference, index)
             raw = score(objectives, rows["prompt"], rows["response"])
             if index == 0:
-                check_batch_independence(objectives, rows["prompt"], rows["response"], raw)
+                with keep_identities(objectives.values()):  # one by one they are scored, and may share a cache
+                    check_batch_independence(objectives, rows["prompt"], rows["response"], raw)
             write_shard(paths[index], rows | {"rewards": raw.tolist()})
 
         def report_progress(done: int) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mavis.rewards import Brevity, Dialogue, Positive, RewardModel, Signed, exclamations, objective_identity, score
-from mavis.rewards.identity import is_as_in_first_release
+from mavis.rewards import (
+    Brevity,
+    Dialogue,
+    Positive,
+    RewardModel,
+    Signed,
+    check_batch_independence,
+    exclamations,
+    objective_identity,
+    score,
+)
+from mavis.rewards.identity import depends_on_python, is_as_in_first_release, keep_identities
 
 MODULE = '''
 import re
@@ -234,6 +245,13 @@ def test_the_identity_is_the_same_in_every_process(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_only_objectives_with_code_of_ones_own_depend_on_the_version_of_python(load: Load) -> None:
+    assert all(map(depends_on_python, [load(MODULE).objective, load(MODULE).Objective(), Signed(Caches())]))
+    versioned = load(MODULE).objective
+    versioned.version = 1
+    assert not any(map(depends_on_python, [Brevity(), Signed(Positive()), exclamations, versioned]))
+
+
 def test_a_reward_model_is_its_files_and_what_it_reads(make_folder: Any, tmp_path: Path) -> None:
     folder = make_folder(labels=2)
     before = objective_identity(RewardModel(folder, template="concat", output=1))
@@ -250,3 +268,59 @@ def test_a_reward_model_is_its_files_and_what_it_reads(make_folder: Any, tmp_pat
 def test_objectives_that_score_otherwise_than_in_the_first_release_are_known(load: Load) -> None:
     assert all(map(is_as_in_first_release, [Positive(), exclamations, load(MODULE).objective, Signed(Positive())]))
     assert not any(map(is_as_in_first_release, [Brevity(), Dialogue(), Signed(Brevity())]))
+
+
+SHARED: dict[str, float] = {}
+
+
+def first_with_shared_cache(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [SHARED.setdefault(response, 1.0) for response in responses]
+
+
+def second_with_shared_cache(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [2 * SHARED.setdefault(response, 1.0) for response in responses]
+
+
+def test_objectives_that_share_a_cache_stay_what_they_are() -> None:
+    objectives = {"first": first_with_shared_cache, "second": second_with_shared_cache}
+    before = list(map(objective_identity, objectives.values()))
+    rewards = score(objectives, ["p"] * 4, list("abcd"))
+    with keep_identities(objectives.values()):
+        check_batch_independence(objectives, ["p"] * 4, list("efgh"), rewards)
+    assert len(SHARED) == 8
+    assert list(map(objective_identity, objectives.values())) == before
+    SHARED["a"] = 3.0
+    assert not set(map(objective_identity, objectives.values())) & set(before)
+
+
+@dataclass
+class Unhashable:
+    scale: float = 1.0
+    cache: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        pairs = zip(prompts, responses, strict=True)
+        return [self.cache.setdefault(pair, self.scale * len(pair[1])) for pair in pairs]
+
+
+def test_an_objective_without_a_hash_stays_what_it_is() -> None:
+    objective, other = Unhashable(), Unhashable()
+    score({"x": objective}, ["p"], ["one"])
+    assert objective_identity(objective) == objective_identity(other)
+    other.scale = 2.0
+    assert objective_identity(objective) != objective_identity(other)
+
+
+@pytest.mark.parametrize("changed", [-2, -1.0, "-1", None, [1]])
+def test_a_value_set_between_calls_changes_the_identity_of_an_objective_with_a_cache(changed: Any) -> None:
+    """Also one that is equal or has the same hash in Python."""
+    objective: Any = Caches()
+    objective.weights = {"good": -1}
+    before = objective_identity(objective)
+    for response in ("one", "two"):
+        score({"x": objective}, ["p"], [response])
+    assert objective_identity(objective) == before
+    objective.weights["good"] = changed
+    assert objective_identity(objective) != before
+    score({"x": objective}, ["p"], ["three"])
+    assert objective_identity(objective) != before

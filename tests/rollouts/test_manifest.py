@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ import pytest
 from mavis.errors import DataError
 from mavis.rewards import Brevity, Objective, Positive
 from mavis.rollouts import RolloutPlan, RolloutSettings, collect
-from mavis.rollouts.manifest import matches_scored_manifest, settings_manifest, write_scored_manifest
+from mavis.rollouts.manifest import (
+    changed_objectives,
+    matches_scored_manifest,
+    settings_manifest,
+    write_scored_manifest,
+)
 from mavis.training import FitSettings, ImprovementSettings
 from mavis.utils.files import read_json, write_json
 
@@ -57,7 +63,7 @@ def test_an_objective_that_has_changed_is_named(path: Path) -> None:
         matches(path, counting("?"))
     assert caught.value.message == (
         f"folder {str(path.parent)!r} holds rewards of other objectives: 'mine' has changed since, in its code, its "
-        "options or its files."
+        "options, its files or the version of a package that it uses."
     )
     with pytest.raises(DataError, match="holds rewards of other objectives: 'brevity' has changed since"):
         matches(path, counting("!"), brevity=Brevity(scale=3))
@@ -93,3 +99,16 @@ def test_a_resumed_collection_refuses_an_objective_that_has_changed(
     with pytest.raises(DataError, match="'mine' has changed since"):
         run(counting("e"))
     assert list(read_json(tmp_path / "plan.json")["scoring"]) == ["mine"]
+
+
+def test_another_version_of_python_is_named_as_the_cause_for_compiled_code(path: Path) -> None:
+    manifest = read_json(path)
+    assert manifest["scoring_python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    write_json(path, manifest | {"scoring_python": "3.10"})
+    assert matches(path, counting("!"))  # whose compiled code happens to be the same
+    with pytest.raises(DataError, match=r"scored under Python 3\.10, and this is Python 3\.\d+, .*'mine'"):
+        matches(path, counting("?"))
+    with pytest.raises(DataError, match="'brevity' has changed since"):
+        matches(path, counting("!"), brevity=Brevity(scale=3))
+    with pytest.warns(UserWarning, match=r"is of Python 3\.10, .*'mine' has changed cannot be told"):
+        assert changed_objectives(path, {"mine": counting("?"), "brevity": Brevity(scale=3)}) == ["brevity"]
