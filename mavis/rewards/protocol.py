@@ -97,7 +97,8 @@ def score(objectives: Mapping[str, Objective], prompts: Sequence[Prompt], respon
     Raises:
         ObjectiveError: if there is no objective, one cannot be called with prompts and responses, these differ in
             number, or an objective returns anything but one finite number per response. What an objective raises is
-            the cause of an ObjectiveError that names the objective, the response and the line; errors of mavis itself
+            the cause of an ObjectiveError that names the objective, the line and, unless it raises that for every
+            response, the response; errors of mavis itself
             are passed on, with a note that names the objective.
 
     Examples:
@@ -173,31 +174,46 @@ def _call(name: str, objective: Objective, prompts: Sequence[Prompt], responses:
         error.add_note(f"raised while objective {name!r} scored {len(responses)} responses")
         raise
     except Exception as error:
-        index = _failing_response(error, objective, prompts, responses)
-        place = (
-            f"response {index} ({_shorten(responses[index])})" if index is not None else f"{len(responses)} responses"
-        )
+        place = _failing_place(error, objective, prompts, responses)
         text = " ".join(str(error).split())
         shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
         raise ObjectiveError(
-            f"objective {name!r} raised {shown} while scoring {place}, at {_last_line(error)}.",
+            f"objective {name!r} raised {shown} {place}, at {_last_line(error)}.",
             "correct the objective; shards of rollouts already scored are kept.",
         ) from error
 
 
-def _failing_response(
-    error: Exception, objective: Objective, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> int | None:
-    """Find the first response that raises the same error alone; None if none does, or the batch was too large."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):  # about the machine, not the response
-        return None
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+def _failing_place(error: Exception, objective: Objective, prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
+    """Say for which responses an objective raises the same error again.
+
+    A few are scored alone. If only others fail, halves are scored, so that the retries cost at most as much as the
+    batch did.
+    """
+    count = len(responses)
+
+    def fails(rows: range) -> bool:
         try:
-            objective([prompt], [response])
+            objective([prompts[row] for row in rows], [responses[row] for row in rows])
         except Exception as other:
-            if type(other) is type(error):
-                return index
-    return None
+            return type(other) is type(error)
+        return False
+
+    def named(row: int) -> str:
+        return f"while scoring response {row} ({_shorten(responses[row])})"
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):  # about the machine, not the response
+        return f"while scoring {count} responses"
+    if count == 1:
+        return named(0)
+    tried = sorted({0, count // 3, 2 * count // 3, count - 1})
+    failing = [row for row in tried if fails(range(row, row + 1))]
+    if failing:
+        return "for every response" if failing == tried else named(failing[0])
+    rows = range(count if len(tried) < count else 0)
+    while len(rows) > 1:
+        half = len(rows) // 2
+        rows = rows[:half] if fails(rows[:half]) else rows[half:]
+    return named(rows[0]) if rows and fails(rows) else f"while scoring {count} responses"
 
 
 def _last_line(error: Exception) -> str:

@@ -133,12 +133,32 @@ def test_what_an_objective_raises_becomes_the_cause_of_an_error_that_names_objec
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, UnicodeError, RuntimeError, AssertionError])
-def test_every_kind_of_exception_is_explained(error: type[Exception]) -> None:
+def test_an_exception_for_every_response_blames_none(error: type[Exception]) -> None:
     def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         raise error
 
-    with pytest.raises(ObjectiveError, match=rf"^objective 'x' raised {error.__name__} while scoring response 0 "):
+    with pytest.raises(ObjectiveError, match=rf"^objective 'x' raised {error.__name__} for every response, at "):
         score({"x": broken}, PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("wrong", [[0], [13], [37], [63], [5, 6], [0, 50]])
+def test_one_of_the_failing_responses_is_named_after_a_few_retries(wrong: list[int]) -> None:
+    calls: list[int] = []
+
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        calls.append(len(responses))
+        return [1 / (int(response) not in wrong) for response in responses]
+
+    with pytest.raises(ObjectiveError, match=r"while scoring response (\d+) \('\1'\)") as caught:
+        score({"x": broken}, [""] * 64, list(map(str, range(64))))
+    assert any(f"response {row} (" in caught.value.message for row in wrong)
+    assert sum(calls[1:]) <= 64 + 4
+    assert len(calls) <= 1 + 4 + 7
+
+
+def test_the_only_response_is_named() -> None:
+    with pytest.raises(ObjectiveError, match=r"division by zero while scoring response 0 \(''\), at "):
+        score({"x": touchy}, [""], [""])
 
 
 def test_an_exception_in_a_library_names_the_line_that_called_it() -> None:
