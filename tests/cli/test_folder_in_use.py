@@ -1,0 +1,28 @@
+"""A command in the folder of a running one is refused before anything is written there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lock_holder import locked_elsewhere
+
+
+@pytest.mark.parametrize("command", ["train", "align", "train-reward", "distill", "evaluate"])
+def test_a_refused_command_leaves_the_settings_of_the_running_one_as_they_are(
+    mavis: Any, tmp_path: Path, command: str
+) -> None:
+    kept = tmp_path / "run" / ".hydra" / "config.yaml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("seed: 0\n")
+    with locked_elsewhere(tmp_path / "run"):
+        before = {path.name for path in kept.parent.parent.iterdir()}
+        ran = mavis(command, "seed=7", "output=run")
+        assert {path.name for path in kept.parent.parent.iterdir()} == before
+    assert ran.code == 2
+    assert ran.err.startswith("mavis: folder 'run' is in use by process ")
+    assert ran.err.count("\n") == 1
+    assert kept.read_text() == "seed: 0\n"
+    assert list(kept.parent.iterdir()) == [kept]
