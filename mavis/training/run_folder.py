@@ -23,6 +23,7 @@ from mavis.training.accelerate_session import check_accelerate
 from mavis.utils.files import read_json, restore_folder, write_json
 
 Report = TypeVar("Report", bound=Any)
+_FOLDER = "folder"  # the field of a report that names the folder of the model
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and its total."""
@@ -123,8 +124,21 @@ def load_finished(folder: Path, critic: HeadCritic, kind: type[Report], processe
     return read_report(folder / "report.json", kind)
 
 
+def write_report(path: Path, report: Any) -> None:
+    """Write a report; the folder that it names is stored as it is seen from the report, so that both can be moved.
+
+    Args:
+        path: of its JSON file.
+        report: a dataclass. Its `folder`, if it has one, is in the folder of that file.
+    """
+    content = asdict(report)
+    if _FOLDER in content:
+        content[_FOLDER] = Path(content[_FOLDER]).relative_to(path.parent).as_posix()
+    write_json(path, content)
+
+
 def read_report(path: Path, kind: type[Report]) -> Report:
-    """Read a report.
+    """Read a report that `write_report` wrote; a folder that it names is where it is now.
 
     Args:
         path: of its JSON file.
@@ -135,6 +149,8 @@ def read_report(path: Path, kind: type[Report]) -> Report:
     """
     content = read_json(path)
     try:
+        if _FOLDER in content:
+            content[_FOLDER] = str(path.parent / content[_FOLDER])
         return kind(**content)
     except TypeError as error:
         raise DataError(
@@ -161,7 +177,7 @@ def save_finished(folder: Path, critic: HeadCritic, report: Report, processes: P
     """
     if processes.is_main:
         critic.save_pretrained(folder / "critic")
-        write_json(folder / "report.json", asdict(report))
+        write_report(folder / "report.json", report)
     processes.barrier()
     if processes.is_main:
         return report

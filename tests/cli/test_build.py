@@ -69,12 +69,12 @@ def test_a_mapping_without_a_target_is_refused() -> None:
         build_objectives(config(scale=2.0))
 
 
-def test_an_error_in_an_objective_ends_a_command_with_objective_response_and_line(
+def test_an_error_in_an_objective_ends_a_command_with_objective_and_line(
     mavis: Any, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "broken_module.py").write_text("def broken(prompts, responses):\n    raise KeyError('lexicon')\n")
     broken = "+objectives.mine={_target_: broken_module.broken, _partial_: true}"
     ran = mavis("train", *small, broken)
     assert ran.code == 2
-    assert "mavis: objective 'mine' raised KeyError: 'lexicon' while scoring response 0 (" in ran.err
+    assert "mavis: objective 'mine' raised KeyError: 'lexicon' for every response, at " in ran.err
     assert "broken_module.py:2 in broken. Hint: " in ran.err

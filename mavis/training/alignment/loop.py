@@ -29,8 +29,7 @@ from mavis.rollouts.manifest import matches_scored_manifest, write_scored_manife
 from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
-from mavis.training.run_folder import Progress, read_report, report_reuse
-from mavis.utils.files import write_json
+from mavis.training.run_folder import Progress, read_report, report_reuse, write_report
 from mavis.utils.locks import locked_folder
 
 
@@ -153,7 +152,7 @@ def align(
             seconds=seconds,
             settings=manifest["settings"],
         )
-        write_json(run / "report.json", asdict(report))
+        write_report(run / "report.json", report)
         for name in ("checkpoint", "reference"):  # each as large as the policy, and no longer needed
             shutil.rmtree(run / name, ignore_errors=True)
         return report

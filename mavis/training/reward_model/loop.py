@@ -30,7 +30,7 @@ from mavis.training.reward_model.encoded_pairs import (
 from mavis.training.reward_model.fit import fit_pairs
 from mavis.training.reward_model.measure import length_fit, measure, share_right
 from mavis.training.reward_model.settings import AUTO, RewardModelReport, RewardModelSettings
-from mavis.training.run_folder import Progress, read_report, report_reuse
+from mavis.training.run_folder import Progress, read_report, report_reuse, write_report
 from mavis.utils.files import matches_manifest, read_json, restore_folder, write_json
 from mavis.utils.locks import locked_folder
 
@@ -153,7 +153,7 @@ def train_reward_model(
             seconds=seconds,
             settings=manifest["settings"],
         )
-        write_json(run / "report.json", asdict(report))
+        write_report(run / "report.json", report)
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
         return report
 

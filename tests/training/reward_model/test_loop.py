@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT
 from mavis.data import Pair
 from mavis.errors import DataError, MavisError, ObjectiveError, PromptError, TrainingError
 from mavis.rewards import RewardModel
-from mavis.training import RewardModelSettings, load_backbone, train_reward_model
+from mavis.training import RewardModelReport, RewardModelSettings, load_backbone, train_reward_model
 from mavis.training.reward_model import fit
 from tests.factories import word_policy, word_tokenizer
 from tests.lock_holder import locked_elsewhere
@@ -72,6 +72,7 @@ def test_a_preference_is_learnt_and_the_folder_is_an_objective(
     good, bad = objective(prompts, [p.chosen for p in fresh]), objective(prompts, [p.rejected for p in fresh])
     assert sum(g > b for g, b in zip(good, bad, strict=True)) >= 80  # 6e-10 by chance
     assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"] == report.accuracy
+    assert not [path for path in (tmp_path / "run").rglob("*.json") if str(tmp_path) in path.read_text()]
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"run.json", "report.json", "model"}
     assert not any(word in name for name in objective._loaded[0].state_dict() for word in ("lora", "original"))  # type: ignore[index]
@@ -106,6 +107,18 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert resumed.accuracy == whole.accuracy
     monkeypatch.setattr(fit, "fit_pairs", None)
     assert train("cut") == resumed
+
+
+def test_a_finished_run_that_was_moved_names_its_model_where_it_is(make_pairs: Any, tmp_path: Path) -> None:
+    def train(folder: Path) -> RewardModelReport:
+        torch.manual_seed(0)
+        settings = replace(SETTINGS, epochs=1)
+        return train_reward_model(bert(), tokenizer_of(), make_pairs(50), folder, settings)
+
+    first = train(tmp_path / "run")
+    assert first.folder == str(tmp_path / "run" / "model")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert train(tmp_path / "moved") == replace(first, folder=str(tmp_path / "moved" / "model"))
 
 
 def test_micro_batches_only_save_memory(make_pairs: Any, tmp_path: Path) -> None:
