@@ -18,6 +18,7 @@ from mavis.cli.build import (
 )
 from mavis.cli.evaluate import evaluate
 from mavis.cli.hydra_app import hydra_app, prepare_process
+from mavis.cli.overrides import literal_override
 from mavis.cli.train import train
 from mavis.utils.files import write_json
 
@@ -80,7 +81,8 @@ def _print_continuations(config: Any, policy: Any, tokenizer: Any, critic: Criti
             policy, tokenizer, [config.story], critic=critic, weights=weights, **strength, **plain(config.decoding)
         )
         print(f"\n{weights}\n  {config.story}{response.text}")
-    command = ["mavis", "generate", f"checkpoint={config.output}/critic", *policy_overrides, f"weights={next_weights}"]
+    checkpoint = literal_override("checkpoint", f"{config.output}/critic")
+    command = ["mavis", "generate", checkpoint, *policy_overrides, f"weights={next_weights}"]
     print("\ntry next:\n  " + shlex.join([*command, shown, "samples=3", f"prompt={config.story}"]))
 
 

@@ -18,6 +18,7 @@ from mavis.cli.build import (
 from mavis.cli.console import print_table, terminal_text
 from mavis.cli.hydra_app import hydra_app
 from mavis.cli.known_objectives import add_known_objectives, check_same_objectives
+from mavis.cli.overrides import literal_override
 from mavis.errors import ConfigError, DataError
 from mavis.utils.files import write_json
 
@@ -143,7 +144,8 @@ def _run(config: Any) -> None:
         weights = {name: max(weight, 0.0) for name, weight in weights.items()}
     shown = ", ".join(f"{name}: {weight:.3g}" for name, weight in weights.items())
     shared = [override for override in HydraConfig.get().overrides.task if override.startswith(_SHARED_OVERRIDES)]
-    checkpoint = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
+    quoted = [literal_override("checkpoint", folder).partition("=")[2] for folder in folders]
+    checkpoint = quoted[0] if len(quoted) == 1 else f"[{','.join(quoted)}]"
     command = ["mavis", "generate", f"checkpoint={checkpoint}", *shared, f"weights={{{shown}}}"]
     print(f"\n{folder / 'weights.json'}\n\ntry next:\n  {shlex.join([*command, f'prompt={pairs[0].prompt}'])}")
 

@@ -58,6 +58,14 @@ def test_answers_become_weights_and_a_command_that_works(mavis: Any, trained: Pa
     assert again.code == 0, again.err
 
 
+def test_the_command_works_whatever_the_critics_folder_is_called(mavis: Any, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "mine, {1} [b]")
+    ran = mavis("elicit", *ROOM, *FEW, "checkpoint='mine, {1} [b]'", stdin="1\n2\n1\n")
+    assert ran.code == 0, ran.err
+    again = mavis(*shlex.split(ran.out.strip().splitlines()[-1])[1:])
+    assert again.code == 0, again.err
+
+
 def test_a_conditioned_critic_is_not_asked_for_weights_below_zero(
     mavis: Any, small: tuple[str, ...], tmp_path: Path
 ) -> None:
