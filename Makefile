@@ -16,9 +16,9 @@ test: $(VENV)/.ready
 	$(MAKE) -j 2 check docs
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not slow'
 
-# Interruptions at random, jobs of several processes in every way, compilers, peak memory: up to two minutes each.
+# Interruptions at random, jobs of several processes, compilers, the hub, the wheel, peak memory: up to two minutes each.
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m slow
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m slow
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

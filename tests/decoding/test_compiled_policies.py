@@ -111,6 +111,7 @@ def test_compiled_passes_are_seen_by_a_critic_that_was_attached_before(
         expect_tilted(tilted_by_hand, llama, critic, seen, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilers")
 @pytest.mark.parametrize("compiled", COMPILERS)
 def test_compiled_passes_are_seen_or_refused_by_a_critic_that_is_attached_later(

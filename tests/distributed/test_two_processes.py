@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mavis.critics import Critic
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Job:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.docs.pages import ROOT
 
 SHORT = (
@@ -21,6 +23,7 @@ SHORT = (
 LEFT = ("critic/config.json", "critic/model.safetensors", "report.json", "report.csv", "front.png", "frontier.png")
 
 
+@pytest.mark.slow
 def test_demo_leaves_what_the_readme_says_and_names_a_command_that_works(
     tmp_path: Path, workspace: Path, run_mavis: Callable[[list[str]], str]
 ) -> None:

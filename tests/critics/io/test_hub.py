@@ -15,6 +15,8 @@ import torch
 
 from mavis.critics import Critic
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "hf_may_write"
 
