@@ -55,18 +55,20 @@ def kept(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def train(policy: Any, tokenizer: Any, pairs: list[Pair], folder: Path, limit: int, seed: int) -> dict[str, Any]:
-    """Train and measure one reward model; return its figures."""
+    """Train and measure one reward model; return its metrics."""
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    settings = RewardModelSettings(template="chat", held_out=0.2, max_length=256, precision="bfloat16", seed=seed)
+    settings = RewardModelSettings(
+        template="chat", held_out=0.2, max_length=256, micro_pairs=4, precision="bfloat16", seed=seed
+    )
     report = train_reward_model(policy, tokenizer, [pairs[index] for index in order[:limit]], folder, settings)
-    figures = ("accuracy", "baseline_accuracy", "gain", "log_loss", "calibration_error", "length_correlation")
+    metrics = ("accuracy", "baseline_accuracy", "gain", "log_loss", "calibration_error", "length_correlation")
     errors = ("accuracy_error", "gain_error")
     return {
         "training_pairs": report.training_pairs,
         "held_out_pairs": report.held_out_pairs,
         "held_out_prompts": report.held_out_prompts,
         "baseline": report.baseline,
-        **{name: round(getattr(report, name), 4) for name in (*figures, *errors) if getattr(report, name) is not None},
+        **{name: round(getattr(report, name), 4) for name in (*metrics, *errors) if getattr(report, name) is not None},
         "reliability": report.reliability,
         "seconds": round(report.seconds),
     }

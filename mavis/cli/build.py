@@ -136,6 +136,30 @@ def _instantiation_hint(config: Any) -> str:
     return "check its options."
 
 
+_OLD_DEFAULTS = {
+    "output": (0, None),
+    "template": ("chat", "auto"),
+    "max_length": (512, None),
+    "length_penalty": (0, None),
+}
+"""Options of reward models whose default has changed: what it was, and what it is now."""
+
+
+def _keep_old_defaults(manifest: dict[str, Any], path: Path) -> None:
+    """Take a run's own defaults where it is resumed with today's; their identity says whether rewards still hold."""
+    from mavis.utils.files import read_json
+
+    stored = read_json(path) if path.is_file() else {}
+    for name, options in manifest.items():
+        before = stored.get(name)
+        if not isinstance(before, dict) or options.get("_target_") != "mavis.rewards.RewardModel":
+            continue
+        for key, (old, new) in _OLD_DEFAULTS.items():
+            if key in options and options[key] == new and before.get(key, old) == old:
+                del options[key]
+                options |= {key: before[key]} if key in before else {}
+
+
 @contextmanager
 def locked_run(config: Any, names: Sequence[str], folder: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder, and record there how its objectives are configured.
@@ -151,6 +175,7 @@ def locked_run(config: Any, names: Sequence[str], folder: Path) -> Iterator[None
     manifest = {name: plain(config.objectives[name]) for name in names}
     path, is_main = folder / MANIFEST, join_processes().is_main
     with locked_folder(folder, is_main):
+        _keep_old_defaults(manifest, path)
         if is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
             write_json(path, manifest)
         yield

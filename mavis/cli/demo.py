@@ -32,9 +32,19 @@ _TARGET_KL = 2.0
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from mavis.evaluation import write_report
+    from mavis.utils.locks import locked_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
+    with locked_folder(folder):
+        _run_in(folder, config)
+
+
+def _run_in(folder: Path, config: Any) -> None:
+    """Train, evaluate and use a critic in a folder that no other run is using."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from mavis.evaluation import write_report
+
     evaluation_settings(config)  # errors in the last step's settings are found before the first
     read_evaluation_prompts(config.data)
     # The reference rollouts need no critic, so a second core samples them during training. Whatever that process

@@ -133,18 +133,22 @@ def update_model_card(critic: Critic, folder: str | os.PathLike[str]) -> None:
 def _run(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from mavis.distributed import join_processes
     from mavis.evaluation import write_report
+    from mavis.utils.locks import locked_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    folders = checkpoint_folders(config.checkpoint)
-    critic = load_critic(folders)
-    add_known_objectives(config, folders, critic.objectives)
-    objectives = build_objectives(config, critic.objectives)
-    check_same_objectives(objectives, folders)
-    policy, tokenizer = load_policy(config.policy)
-    is_finished = (folder / "report.json").is_file()
-    report = evaluate(config, policy, tokenizer, critic, objectives, folder / "rollouts")
-    if report is not None:
+    with locked_folder(folder, join_processes().is_main):
+        folders = checkpoint_folders(config.checkpoint)
+        critic = load_critic(folders)
+        add_known_objectives(config, folders, critic.objectives)
+        objectives = build_objectives(config, critic.objectives)
+        check_same_objectives(objectives, folders)
+        policy, tokenizer = load_policy(config.policy)
+        is_finished = (folder / "report.json").is_file()
+        report = evaluate(config, policy, tokenizer, critic, objectives, folder / "rollouts")
+        if report is None:
+            return
         if is_finished:
             print(f"rollouts of the finished run in {folder} reused", file=sys.stderr)
         if len(folders) == 1:  # the efficiency of several is that of none of them

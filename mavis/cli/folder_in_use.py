@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from omegaconf.errors import OmegaConfBaseException
 
 from mavis.distributed import launcher_rank
 from mavis.errors import DataError
@@ -24,7 +25,11 @@ class RefuseFolderInUse(Callback):
         if launcher_rank() != 0:  # writes nothing
             return
         try:
-            with locked_folder(Path(config.hydra.run.dir)):
+            folder = Path(config.hydra.run.dir)
+        except OmegaConfBaseException:  # without a folder: the command itself says what is missing
+            return
+        try:
+            with locked_folder(folder):
                 pass
         except DataError as error:  # which Hydra would turn into a warning
             print(f"mavis: {error}", file=sys.stderr)

@@ -81,7 +81,9 @@ def literal_override(name: str, text: str) -> str:
         is_plain = OverridesParser.create().parse_override(plain).value() == text
     except HydraException:
         is_plain = False
-    return plain if is_plain else quote_text(plain, (name,))
+    if text == "null":
+        return f"{name}='null'"
+    return plain if is_plain and "${" not in text else quote_text(plain, (name,))
 
 
 def exclude_shared_overrides(overrides: list[str]) -> list[str]:

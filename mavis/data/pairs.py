@@ -165,7 +165,7 @@ def _with_system_of(asked: Prompt, repeated: Sequence[list[dict[str, str]]], nam
     for turns in (as_conversation(asked), *repeated):
         if turns and _turns(turns) != _turns(as_conversation(asked)):
             raise PromptError(f"{name} has sides that repeat another prompt than its own.", "drop the row.")
-        systems |= {message["content"] for message in turns if message["role"] == "system"}
+        systems |= {message["content"].strip() for message in turns if message["role"] == "system"}
     if len(systems) > 1:
         raise PromptError(f"{name} has {len(systems)} different system messages.", "drop the row.")
     return as_conversation(asked, system=systems.pop()) if systems else asked

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,12 @@ def as_source(source: Any) -> Any:
         return os.fspath(source)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise DataError(f"source is {source!r:.60}, expected a list of rows or a name.", f"name {_KINDS}.")
-    return source
+    if hasattr(source, "columns"):  # a data frame, which iterates over their names
+        raise DataError(
+            f"source is a {type(source).__name__}, expected a list of rows or a name.",
+            "give its rows: source.to_dict('records').",
+        )
+    return list(source) if isinstance(source, Iterator) else source
 
 
 def read_rows(source: str | Sequence[Any], split: str | None = None) -> Rows:
@@ -179,19 +184,17 @@ def _csv_columns(source: str, path: Path) -> dict[str, Sequence[Any]]:
     """Read a CSV file; the library's reader would take cells such as NA or 007 for something else than text."""
     text = read_text(path, source)
     reader = csv.reader(io.StringIO(text), strict=True)
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of the whole process
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of the process, where others may be reading
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(
             f"source is {source!r}, which is not CSV: {error} in line {reader.line_num}.", "quote it."
         ) from error
-    finally:
-        csv.field_size_limit(limit)
     if not rows:
         raise DataError(f"source is {source!r}, which is empty.", "begin it with a line of column names.")
     names = rows[0][1]
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
         raise DataError(
             f"source is {source!r}, which has several columns named {', '.join(map(repr, repeated))}.",
             "give each column a name of its own.",

@@ -14,7 +14,7 @@ from mavis.critics import Critic
 from mavis.critics.group import as_critic, value_critics
 from mavis.decoding.weights import weight_rows
 from mavis.distributed import join_processes
-from mavis.errors import DataError
+from mavis.errors import DataError, WeightsError
 from mavis.evaluation.efficiency import efficiency_at, reward_limits, target_efficiencies
 from mavis.evaluation.pareto import pareto_front
 from mavis.evaluation.report import EvaluationReport
@@ -106,6 +106,11 @@ def evaluate(
         grid = simplex_grid(len(objectives), settings.divisions)
     else:
         grid = weight_rows(settings.weights, list(objectives))
+        if not bool(grid.any(1).all()):
+            raise WeightsError(
+                f"weights is {settings.weights!r}, where a choice weighs nothing.",
+                "the plain policy is always measured.",
+            )
     common = (objectives, prompts)
 
     plain = gather_columns(

@@ -78,6 +78,7 @@ def load_policy(
                     "pass the folder mavis.embedded.path() as policy.path, which takes them.",
                 )
         return embedded.load()
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_placement(dtype, device)
@@ -99,6 +100,8 @@ def load_policy(
         policy: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **({"device_map": device} if spread else {}), **shared
         )
+    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
+        raise
     except Exception as error:  # of many kinds, some of the libraries that transformers uses
         raise PolicyError(
             f"policy.path is {given!r}, which cannot be loaded: {first_sentence(error)}.",
@@ -151,24 +154,23 @@ def _merged(policy: Any, adapter: str | os.PathLike[str]) -> Any:
     Raises:
         PolicyError: if it does not fit them.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     peft = import_optional("peft", "policy.adapter", "lora")
     given, folder = os.fspath(adapter), Path(adapter).expanduser()
     try:
-        with warnings.catch_warnings(), safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is an error below
             adapted = peft.PeftModel.from_pretrained(policy, str(folder))
-            loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            odd = sorted(name for name in set(file.keys()) ^ set(loaded) if ".lora_" in name)
+            found = adapted.load_adapter(str(folder), "default")  # once more: it alone says what did not fit
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise PolicyError(
             f"policy.adapter is {given!r}, which cannot be merged: {first_sentence(error)}.", _ADAPTER_HINT
         ) from error
-    if odd:
-        where = "policy" if odd[0] in loaded else "adapter"
+    odd = dict.fromkeys(found.missing_keys, "policy") | dict.fromkeys(found.unexpected_keys, "adapter")
+    for name, where in odd.items():
         raise PolicyError(
-            f"policy.adapter is {given!r}, which does not fit the policy: {odd[0]!r} is only in the {where}.",
+            f"policy.adapter is {given!r}, which does not fit the policy: {name!r} is only in the {where}.",
             "give the policy that the adapter was trained on.",
         )
     return adapted.merge_and_unload()

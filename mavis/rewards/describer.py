@@ -28,6 +28,7 @@ _STEADY = ("numpy", "torch")  # packages that mavis itself computes with: their 
 _DEEPEST = 60  # levels of attributes, closures and globals that are followed
 _SAMPLED = 1 << 10  # elements of a large array that are hashed
 _ARRAYS_WITHIN = 2  # objects of packages within each other; further in, arrays are workspaces rather than learnt
+_NO_SLOTS = ("__dict__", "__weakref__")
 _MODULE_STATE = vars(torch.nn.Module()).keys()
 
 
@@ -80,7 +81,9 @@ class Describer:
         if isinstance(value, np.ndarray):  # of objects
             return ["array", list(value.shape), *self._each(value.flatten()[:_SAMPLED].tolist(), depth)]
         if is_own and callable(getattr(type(value), "identity", None)):
-            return ["identity", _name(value), self.describe(value.identity(), depth)]
+            own = type(value) if not _is_mavis(type(value)) and "identity" not in vars(type(value)) else None
+            code = [] if own is None else [self._describe_code(own, depth)]  # a subclass may score otherwise
+            return ["identity", _name(value), self.describe(value.identity(), depth), *code]
         if isinstance(value, Mapping | Set | list | tuple | deque):
             items = self._describe_items(value, depth)
             return [*items, "subclass", *self._describe_object(value, depth)] if is_own else items
@@ -123,6 +126,10 @@ class Describer:
             return self.describe(value, depth)
         if isinstance(value, torch.Tensor | np.ndarray):
             return self.describe(value, depth) if objects <= _ARRAYS_WITHIN else []
+        if isinstance(value, types.FunctionType) and not _is_installed(value):  # such as numpy.vectorize holds
+            return self.describe(value, depth)
+        if callable(getattr(value, "to_numpy", None)):  # tables and columns of pandas
+            return [self.describe([value.to_numpy(), [*map(str, getattr(value, "columns", ()))]], depth)]
         if id(value) in seen or depth > _DEEPEST:
             return []
         seen.add(id(value))
@@ -158,9 +165,7 @@ class Describer:
         for name, member in vars(cls).items():
             if name.startswith("__") and not isinstance(member, types.FunctionType):
                 continue
-            if isinstance(member, staticmethod | classmethod):
-                member = member.__func__
-            members[name] = member.fget if isinstance(member, property) else member
+            members[name] = _code_of(member)
         return ["class", _name(cls), self.describe(members, depth), *self._each(cls.__bases__, depth)]
 
     def _describe_function(self, function: types.FunctionType, depth: int) -> list[Any]:
@@ -173,6 +178,21 @@ class Describer:
                 used |= {f"{name}.{inner}": getattr(value, inner) for inner in sorted(names) if hasattr(value, inner)}
         cells = dict(zip(function.__code__.co_freevars, map(_cell_content, function.__closure__ or ()), strict=True))
         return ["function", code, *self._each((used, cells, function.__defaults__, function.__kwdefaults__), depth)]
+
+
+def _code_of(member: Any) -> Any:
+    """Return the functions in what a class makes of them: properties, bound and dispatched methods."""
+    if isinstance(member, staticmethod | classmethod):
+        return member.__func__
+    if isinstance(member, property):
+        return member.fget
+    if isinstance(member, functools.cached_property):
+        return member.func
+    if isinstance(member, functools.partialmethod):
+        return functools.partial(member.func, *member.args, **member.keywords)
+    if isinstance(member, functools.singledispatchmethod):
+        return dict(member.dispatcher.registry)
+    return member
 
 
 def _plain(value: Any) -> list[Any] | None:
@@ -194,7 +214,7 @@ def _plain(value: Any) -> list[Any] | None:
     if isinstance(value, torch.Tensor):
         return ["tensor", str(value.dtype), _sampled(value)]
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        sample = value.flatten()[:: max(1, value.size // _SAMPLED)]
+        sample = value.reshape(-1)[:: max(1, value.size // _SAMPLED)]
         return ["array", list(value.shape), str(value.dtype), hashlib.sha256(sample.tobytes()).hexdigest()]
     return None
 
@@ -209,9 +229,20 @@ def _sampled(tensor: torch.Tensor) -> list[Any]:
         return []
 
 
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _mangled(name: str, cls: type) -> str:
+    """Return what a private name of a class is called outside it."""
+    is_private = name.startswith("__") and not name.endswith("__")
+    return f"_{cls.__name__.lstrip('_')}{name}" if is_private else name
+
+
 def _attributes(value: Any) -> dict[str, Any]:
     """Return what an object stores."""
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    slots = [_mangled(name, cls) for cls in type(value).__mro__ for name in _slots(cls) if name not in _NO_SLOTS]
     return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 

@@ -208,7 +208,9 @@ def _failing_place(error: Exception, objective: Objective, prompts: Sequence[Pro
     tried = sorted({0, count // 3, 2 * count // 3, count - 1})
     failing = [row for row in tried if fails(range(row, row + 1))]
     if failing:
-        return "for every response" if failing == tried else named(failing[0])
+        if failing != tried:
+            return named(failing[0])
+        return "for every response" if len(tried) == count else f"for each of {len(tried)} responses tried alone"
     rows = range(count if len(tried) < count else 0)
     while len(rows) > 1:
         half = len(rows) // 2

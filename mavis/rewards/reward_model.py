@@ -28,6 +28,9 @@ _MAX_LENGTH = 512  # of a checkpoint that does not say
 _CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # suffixes of the files that make a checkpoint
 
 
+_DAMAGED = "take out that entry, or copy config.json anew from where the model was trained."
+
+
 class RewardModel:
     """Score by a reward model or classifier, from the hub or a folder.
 
@@ -263,6 +266,8 @@ class RewardModel:
                 output_loading_info=True,
                 **source,
             )
+        except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
+            raise
         except Exception as error:  # of many kinds, some of the libraries that transformers uses
             raise ObjectiveError(
                 f"reward model {self.model!r} cannot be loaded: {first_sentence(error)}.",
@@ -335,8 +340,20 @@ class RewardModel:
 
 
 def _trained_with(model: Any) -> dict[str, Any]:
-    """Return what `train_reward_model` wrote into a checkpoint's config; nothing for all others."""
-    return getattr(model.config, CONFIG_KEY, None) or {}
+    """Return what `train_reward_model` wrote into a checkpoint's config; nothing for all others.
+
+    Raises:
+        ObjectiveError: if it has been changed to what cannot be.
+    """
+    trained = getattr(model.config, CONFIG_KEY, None) or {}
+    if not isinstance(trained, dict):
+        raise ObjectiveError(f"{CONFIG_KEY} in config.json is {trained!r}, expected a mapping.", _DAMAGED)
+    if "max_length" in trained:
+        check_whole(ObjectiveError, _DAMAGED, **{f"{CONFIG_KEY}.max_length in config.json": trained["max_length"]})
+    if "length_penalty" in trained:
+        penalty = trained["length_penalty"]
+        check_number(ObjectiveError, _DAMAGED, **{f"{CONFIG_KEY}.length_penalty in config.json": penalty})
+    return trained
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:

@@ -16,12 +16,12 @@ from mavis.utils.files import has_results, matches_manifest, read_json, write_js
 _KEY, _PYTHON_KEY = "scoring", "scoring_python"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-_ADDED_SETTINGS = {"kl_label": "to_come", "min_new_tokens": 0}
-"""Settings that version 0.1 did not have, with the values that do what it did."""
+_ADDED_SETTINGS = {"kl_label": "to_come", "min_new_tokens": 0, "precision": "float32"}
+"""Settings that earlier versions did not have, with the values that do what it did."""
 
 
 def settings_manifest(settings: Any) -> dict[str, Any]:
-    """Return what identifies settings in a manifest, such that runs which version 0.1 started can resume.
+    """Return what identifies settings in a manifest, such that runs which earlier versions started can resume.
 
     Args:
         settings: a dataclass.

@@ -150,7 +150,8 @@ def read_report(path: Path, kind: type[Report]) -> Report:
     content = read_json(path)
     try:
         if _FOLDER in content:
-            content[_FOLDER] = str(path.parent / content[_FOLDER])
+            # It lies in the run; earlier versions wrote where that was, which may have been moved since.
+            content[_FOLDER] = str(path.parent / Path(content[_FOLDER]).name)
         return kind(**content)
     except TypeError as error:
         raise DataError(

@@ -1,18 +1,20 @@
-"""Objectives from a config: modules of the working directory, and hints about a `_target_` that does not work."""
+"""Objectives from a config: where their modules are found, hints about a `_target_`, and what a run records of them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from mavis.cli.build import build_objectives
-from mavis.errors import ConfigError, ObjectiveError
+from mavis.cli.build import MANIFEST, build_objectives, locked_run
+from mavis.errors import ConfigError, DataError, ObjectiveError
 from mavis.rewards import score
+from mavis.utils.files import write_json
 
 MODULE = """
 def shout(prompts, responses):
@@ -76,5 +78,28 @@ def test_an_error_in_an_objective_ends_a_command_with_objective_and_line(
     broken = "+objectives.mine={_target_: broken_module.broken, _partial_: true}"
     ran = mavis("train", *small, broken)
     assert ran.code == 2
-    assert "mavis: objective 'mine' raised KeyError: 'lexicon' for every response, at " in ran.err
+    assert "mavis: objective 'mine' raised KeyError: 'lexicon' for each of 4 responses tried alone, at " in ran.err
     assert "broken_module.py:2 in broken. Hint: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_same"),
+    [
+        ({"template": "chat", "max_length": 512}, {"template": "auto", "max_length": None}, True),
+        ({"template": "concat", "max_length": 512}, {"template": "concat", "max_length": None}, True),
+        ({"template": "chat"}, {"template": "auto", "length_penalty": None}, True),
+        ({"template": "concat", "max_length": 512}, {"template": "auto", "max_length": None}, False),
+        ({"template": "chat", "max_length": 256}, {"template": "chat", "max_length": None}, False),
+    ],
+)
+def test_runs_of_reward_models_resume_after_a_change_of_their_defaults(
+    tmp_path: Path, stored: dict[str, Any], given: dict[str, Any], is_same: bool
+) -> None:
+    target = {"_target_": "mavis.rewards.RewardModel", "model": "somewhere"}
+    write_json(tmp_path / MANIFEST, {"helpful": target | stored})
+    (tmp_path / "iteration-0").mkdir()  # results
+    (tmp_path / "iteration-0" / "report.json").write_text("{}")
+    config = OmegaConf.create({"objectives": {"helpful": target | given}})
+    with nullcontext() if is_same else pytest.raises(DataError, match="different objective settings: helpful"):
+        with locked_run(config, ["helpful"], tmp_path):
+            pass

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from mavis.errors import ConfigError
+from mavis.policies import embedded
+from mavis.utils.locks import LOCK
 from tests.lock_holder import locked_elsewhere
 
 
@@ -26,3 +29,23 @@ def test_a_refused_command_leaves_the_settings_of_the_running_one_as_they_are(
     assert ran.err.count("\n") == 1
     assert kept.read_text() == "seed: 0\n"
     assert list(kept.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("command", "stage"), [("evaluate", "mavis.evaluation.evaluate"), ("demo", "mavis.cli.demo.train")]
+)
+def test_commands_of_several_stages_hold_their_folder_throughout(
+    mavis: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, stage: str
+) -> None:
+    held: list[bool] = []
+
+    def stop(*_: object, **__: object) -> None:
+        held.append((tmp_path / "run" / LOCK).is_file())
+        raise ConfigError("that is enough.", "go on.")
+
+    monkeypatch.setattr(stage, stop)
+    checkpoint = [f"checkpoint={embedded.critic_path()}"] if command == "evaluate" else []
+    ran = mavis(command, *checkpoint, "output=run")
+    assert ran.code == 2
+    assert "that is enough" in ran.err
+    assert held == [True]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 
 from mavis.data import draw_prompts, load_prompts
@@ -330,10 +330,20 @@ def test_a_ragged_csv_file_is_an_error_that_names_the_line(tmp_path: Path) -> No
 
 
 def test_a_cell_of_a_csv_file_may_be_long(tmp_path: Path) -> None:
-    limit, text = csv.field_size_limit(), "once " * 50_000
+    text = "once " * 50_000
     (tmp_path / "prompts.csv").write_text(f"prompt,score\n{text},1\n", encoding="utf-8")
     assert load_prompts(str(tmp_path / "prompts.csv")) == [text]
-    assert csv.field_size_limit() == limit
+
+
+def test_columns_of_a_csv_file_without_a_name_are_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,score,,\nThe cat,1,,\n", encoding="utf-8")
+    assert load_prompts(str(tmp_path / "prompts.csv")) == ["The cat"]
+
+
+def test_a_data_frame_is_refused_and_an_iterator_is_read() -> None:
+    with pytest.raises(DataError, match=r"source is a DataFrame.*to_dict\('records'\)"):
+        load_prompts(pandas.DataFrame({"prompt": ["The cat"]}))
+    assert load_prompts(iter(["The cat", "A dog"])) == ["The cat", "A dog"]
 
 
 def test_columns_of_a_csv_file_that_share_a_name_are_named(tmp_path: Path) -> None:

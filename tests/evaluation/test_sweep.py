@@ -550,6 +550,8 @@ def test_weights_of_ones_own_take_the_place_of_the_grid(measure: Any, make_tiny_
 def test_weights_of_other_objectives_are_refused(measure: Any, make_tiny_critic: Any) -> None:
     with pytest.raises(WeightsError, match="weights names objective 'goood'.*did you mean 'good'"):
         measure(make_tiny_critic(), replace(SHORT, weights=[{"goood": 1.0}]))
+    with pytest.raises(WeightsError, match="where a choice weighs nothing"):
+        measure(make_tiny_critic(), replace(SHORT, weights=[{"good": 1.0}, {"good": 0.0}]))
 
 
 def test_a_grid_without_divisions_is_refused(measure: Any, make_tiny_critic: Any) -> None:

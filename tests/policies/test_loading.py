@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mavis.critics.trunk.backbone import load_trunk
 from mavis.errors import MavisError, PolicyError
@@ -144,6 +146,34 @@ def save_adapter(policy: Any, folder: Path) -> Any:
             parameter.data.normal_()
     adapted.save_pretrained(folder)
     return adapted
+
+
+def test_an_adapter_whose_names_peft_converts_is_merged(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Adapters of mixtures of experts, trained before transformers joined the experts' weights, name each of them."""
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=len(tiny_tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
+    torch.manual_seed(0)
+    policy = MixtralForCausalLM(config).eval()
+    policy.save_pretrained(tmp_path / "policy")
+    tiny_tokenizer.save_pretrained(tmp_path / "policy")
+    modules = [f"block_sparse_moe.experts.{expert}.{name}" for expert in range(2) for name in ("w1", "w2", "w3")]
+    weights = {}
+    for module in ["self_attn.q_proj", *modules]:
+        name = f"base_model.model.model.layers.0.{module}"
+        weights |= {f"{name}.lora_A.weight": torch.randn(2, 16), f"{name}.lora_B.weight": torch.randn(16, 2)}
+    (tmp_path / "adapter").mkdir()
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "w1", "w2", "w3"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"task_type": "CAUSAL_LM"}))
+    loaded: Any = load_policy(tmp_path / "policy", adapter=tmp_path / "adapter")[0]
+    before, after = policy.model.layers[0], loaded.model.layers[0]
+    query = weights["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    query = query @ weights["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    torch.testing.assert_close(after.self_attn.q_proj.weight, before.self_attn.q_proj.weight + query)
+    first = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2"
+    down = weights[f"{first}.lora_B.weight"] @ weights[f"{first}.lora_A.weight"]
+    torch.testing.assert_close(after.mlp.experts.down_proj[1], before.mlp.experts.down_proj[1] + down)
 
 
 def test_an_adapter_is_merged_into_plain_weights(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -79,6 +80,76 @@ def array_of_objects(value: int) -> Any:
 )
 def test_data_and_modules_are_their_content(make: Callable[[Any], Any], one: Any, two: Any) -> None:
     assert identity(make(one)) == identity(make(one)) != identity(make(two))
+
+
+def made_by(rule: str, kind: str) -> Any:
+    """Return an object whose method is made of a rule by what the standard library offers for that."""
+    source = f"""
+import functools
+def rule(self, *rest): return {rule}
+class Made:
+    value = functools.cached_property(rule)
+    part = functools.partialmethod(rule, 1)
+    sent = functools.singledispatchmethod(rule)
+    given = property(rule)
+class Kept:
+    {kind} = vars(Made)["{kind}"]
+"""
+    namespace: dict[str, Any] = {"__name__": "own"}
+    exec(source, namespace)
+    return namespace["Kept"]()
+
+
+@pytest.mark.parametrize("kind", ["value", "part", "sent", "given"])
+def test_the_code_of_every_kind_of_method_counts(kind: str) -> None:
+    assert identity(made_by("2", kind)) == identity(made_by("2", kind)) != identity(made_by("3", kind))
+
+
+class Slotted:
+    __slots__ = "scale"
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class Hidden:
+    __slots__ = ("__scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.__scale = scale
+
+
+@pytest.mark.parametrize("make", [Slotted, Hidden])
+def test_slots_are_attributes(make: Callable[[float], Any]) -> None:
+    assert identity(make(1.0)) == identity(make(1.0)) != identity(make(2.0))
+
+
+def test_tables_and_functions_within_objects_of_packages_count() -> None:
+    def frame(score: float) -> Any:
+        return pandas.DataFrame({"word": ["good"], "score": [score]})
+
+    def vectorised(scale: float) -> Any:
+        return np.vectorize(lambda value: scale * value)
+
+    for make in (frame, vectorised):
+        assert identity(make(1.0)) == identity(make(1.0)) != identity(make(2.0)), make
+    assert identity(frame(1.0)) != identity(frame(1.0).rename(columns={"word": "text"}))
+
+
+class Named:
+    def identity(self) -> str:
+        return "named"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [0.0] * len(responses)
+
+
+def test_a_subclass_does_not_hide_behind_the_identity_that_it_inherits() -> None:
+    class Other(Named):
+        def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            return [1.0] * len(responses)
+
+    assert objective_identity(Named()) == objective_identity(Named()) != objective_identity(Other())
 
 
 def test_the_class_of_a_container_and_of_a_module_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mavis.training import (
     distill,
     improve,
 )
+from mavis.training.run_folder import read_report
+from mavis.utils.files import write_json
 from tests.lock_holder import locked_elsewhere
 
 PROMPTS = ["Once upon a time", "The dog"]
@@ -159,3 +162,14 @@ def test_fewer_iterations_and_other_settings_are_refused(
     with pytest.raises(DataError, match=r"holds a run with different settings\."):
         run_iterations(*policy_and_tokenizer, tmp_path, iterations, beta)
     run_iterations(*policy_and_tokenizer, tmp_path, 2)
+
+
+@dataclass(frozen=True)
+class Found:
+    folder: str
+
+
+@pytest.mark.parametrize("stored", ["model", "runs/first/model", "/somewhere/else/model"])
+def test_the_folder_of_a_report_is_in_its_run_wherever_the_run_was(tmp_path: Path, stored: str) -> None:
+    write_json(tmp_path / "report.json", {"folder": stored})
+    assert read_report(tmp_path / "report.json", Found).folder == str(tmp_path / "model")

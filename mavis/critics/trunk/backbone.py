@@ -62,6 +62,8 @@ def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code:
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
+    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
+        raise
     except Exception as error:  # of many kinds, some of the libraries that transformers uses
         raise CriticError(
             f"{argument} is {name!r}, which cannot be loaded: {first_sentence(error)}.",

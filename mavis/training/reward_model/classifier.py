@@ -56,6 +56,8 @@ def load_backbone(
         with torch.random.fork_rng(), quiet():
             torch.manual_seed(0)  # some encoders have a layer that few checkpoints hold
             backbone = AutoModel.from_pretrained(given, use_safetensors=True, dtype=torch.float32, **shared)
+    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
+        raise
     except Exception as error:  # of many kinds, some of the libraries that transformers uses
         raise ObjectiveError(
             f"backbone is {given!r}, which cannot be loaded: {first_sentence(error)}.",

@@ -19,6 +19,7 @@ from mavis.policies.save import save_policy
 from mavis.rewards import RewardModel
 from mavis.rewards.classifier_inputs import padding_of, read_positions
 from mavis.rewards.reward_model import CONFIG_KEY
+from mavis.rollouts.manifest import settings_manifest
 from mavis.training.reward_model.classifier import add_adapters, build_classifier, describe_weights, merge_adapters
 from mavis.training.reward_model.encoded_pairs import (
     EncodedPair,
@@ -101,7 +102,7 @@ def train_reward_model(
     encoded, cut = encode_pairs(classifier, tokenizer, pairs, template, max_length)
     training, held_out = split_pairs(encoded, settings.held_out, settings.seed)
     manifest: dict[str, Any] = {
-        "settings": asdict(settings),
+        "settings": settings_manifest(settings),
         "backbone": describe_weights(backbone),
         "pairs": digest_pairs(encoded),
         "template": template,
@@ -151,7 +152,7 @@ def train_reward_model(
             ),
             length_penalty=trained_with["length_penalty"],
             seconds=seconds,
-            settings=manifest["settings"],
+            settings=asdict(settings),
         )
         write_report(run / "report.json", report)
         shutil.rmtree(run / "checkpoint", ignore_errors=True)

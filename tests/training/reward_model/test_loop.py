@@ -121,6 +121,11 @@ def test_a_finished_run_that_was_moved_names_its_model_where_it_is(make_pairs: A
     assert train(tmp_path / "moved") == replace(first, folder=str(tmp_path / "moved" / "model"))
 
 
+def test_a_run_that_was_begun_before_there_was_a_choice_of_precision_resumes(make_pairs: Any, tmp_path: Path) -> None:
+    train_reward_model(word_policy(), tokenizer_of(), make_pairs(60), tmp_path / "run", SETTINGS)
+    assert "precision" not in json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+
+
 def test_micro_batches_only_save_memory(make_pairs: Any, tmp_path: Path) -> None:
     def scores(micro: int | None) -> list[float]:
         settings = replace(SETTINGS, micro_pairs=micro, epochs=1)
