@@ -18,17 +18,12 @@ from mavis.rewards.identity import file_digest
 from mavis.rewards.prefix_scores import check_causal, encode_prefixes, prefix_logits
 from mavis.rewards.protocol import BATCH_TOLERANCE, check_sign
 from mavis.rewards.reward_texts import check_template, check_vocabulary, encode_texts, fill_template
-
-CONFIG_KEY = "mavis_reward"
-"""The entry of a checkpoint's config.json that says what `train_reward_model` trained it to read."""
+from mavis.rewards.trained_with import trained_with
 
 _AUTO = "auto"
 _MAX_LENGTH = 512  # of a checkpoint that does not say
 
 _CONTENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # suffixes of the files that make a checkpoint
-
-
-_DAMAGED = "take out that entry, or copy config.json anew from where the model was trained."
 
 
 class RewardModel:
@@ -239,7 +234,7 @@ class RewardModel:
         """Compute what is subtracted for the length of a response."""
         penalty = self.length_penalty
         if penalty is None:
-            penalty = _trained_with(model).get("length_penalty", 0.0)
+            penalty = trained_with(model).get("length_penalty", 0.0)
         return float(penalty) * characters / 100
 
     def _logits(self, model: Any, padding_id: int | None, texts: list[list[int]]) -> torch.Tensor:
@@ -293,7 +288,7 @@ class RewardModel:
 
     def _resolve(self, model: Any) -> None:
         """Take what was left to the checkpoint from its config."""
-        trained = _trained_with(model)
+        trained = trained_with(model)
         template = check_template(trained.get("template", "chat"))
         if self.template == _AUTO:
             self.template = template
@@ -337,23 +332,6 @@ class RewardModel:
                 f"max_length is {self.max_length}, but reward model {self.model!r} reads {positions} tokens.",
                 f"use max_length={positions} or less.",
             )
-
-
-def _trained_with(model: Any) -> dict[str, Any]:
-    """Return what `train_reward_model` wrote into a checkpoint's config; nothing for all others.
-
-    Raises:
-        ObjectiveError: if it has been changed to what cannot be.
-    """
-    trained = getattr(model.config, CONFIG_KEY, None) or {}
-    if not isinstance(trained, dict):
-        raise ObjectiveError(f"{CONFIG_KEY} in config.json is {trained!r}, expected a mapping.", _DAMAGED)
-    if "max_length" in trained:
-        check_whole(ObjectiveError, _DAMAGED, **{f"{CONFIG_KEY}.max_length in config.json": trained["max_length"]})
-    if "length_penalty" in trained:
-        penalty = trained["length_penalty"]
-        check_number(ObjectiveError, _DAMAGED, **{f"{CONFIG_KEY}.length_penalty in config.json": penalty})
-    return trained
 
 
 def _indices(output: int | Sequence[int]) -> tuple[int, ...]:

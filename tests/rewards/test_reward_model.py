@@ -335,24 +335,6 @@ def test_a_checkpoint_is_read_as_it_was_trained(make_folder: Any) -> None:
     assert (as_trained.template, as_trained.max_length) == ("concat", 3)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_length": "512"}, "mavis_reward.max_length in config.json is '512', expected a whole number"),
-        ({"max_length": 0}, "mavis_reward.max_length in config.json is 0, expected a whole number ≥ 1"),
-        ({"length_penalty": None}, "mavis_reward.length_penalty in config.json is None, expected a finite number"),
-        ({"template": 3}, "template is 3"),
-    ],
-)
-def test_what_a_checkpoint_cannot_have_been_trained_with_is_refused(
-    make_folder: Any, settings: dict[str, Any], message: str
-) -> None:
-    folder = trained_with(make_folder(chat_template=CHAT_TEMPLATE), **settings)
-    with pytest.raises(ObjectiveError) as caught:
-        RewardModel(folder)(PROMPTS, RESPONSES)
-    assert message in str(caught.value)
-
-
 def test_what_is_given_goes_before_what_the_checkpoint_was_trained_with(make_folder: Any) -> None:
     plain = make_folder(chat_template=CHAT_TEMPLATE, name="plain")
     folder = trained_with(make_folder(chat_template=CHAT_TEMPLATE), template="concat", max_length=3, length_penalty=2.0)

@@ -18,7 +18,7 @@ from mavis.errors import DataError
 from mavis.policies.save import save_policy
 from mavis.rewards import RewardModel
 from mavis.rewards.classifier_inputs import padding_of, read_positions
-from mavis.rewards.reward_model import CONFIG_KEY
+from mavis.rewards.trained_with import CONFIG_KEY
 from mavis.rollouts.manifest import settings_manifest
 from mavis.training.reward_model.classifier import add_adapters, build_classifier, describe_weights, merge_adapters
 from mavis.training.reward_model.encoded_pairs import (
