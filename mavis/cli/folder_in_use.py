@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mavis.distributed import launcher_rank
 from mavis.errors import DataError
+from mavis.utils.files import refuse_model_folder
 from mavis.utils.locks import locked_folder
 
 
@@ -29,6 +30,7 @@ class RefuseFolderInUse(Callback):
         except OmegaConfBaseException:  # without a folder: the command itself says what is missing
             return
         try:
+            refuse_model_folder(folder)
             with locked_folder(folder):
                 pass
         except DataError as error:  # which Hydra would turn into a warning

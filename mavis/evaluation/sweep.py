@@ -98,6 +98,7 @@ def evaluate(
     check_objectives(critic, objectives)
     if not prompts:
         raise DataError("prompts is empty.", "give at least one prompt that was not trained on.")
+    critic.fingerprint.check(policy)
     settings.sampling.check(policy)
     check_prompts_fit(policy, tokenizer, prompts, settings.sampling.max_new_tokens, critic.max_positions)
     processes = join_processes(states_device(policy))

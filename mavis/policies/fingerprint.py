@@ -86,7 +86,7 @@ class Fingerprint:
             raise CriticError(
                 f"critic was made for a policy with hidden size {self.hidden_size} and {self.vocab_size} tokens, but "
                 f"policy ({other.model_type}) has hidden size {other.hidden_size} and {other.vocab_size} tokens.",
-                "attach the critic to the policy it was trained on, or train one with for_policy(policy, ...).",
+                "choose the policy that the critic was trained for, or train a critic for this one.",
             )
         added = applied_vectors(policy)
         # The weights that vectors change may not be among the sampled ones.

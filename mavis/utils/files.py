@@ -262,6 +262,22 @@ def matches_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any], 
     return True
 
 
+def refuse_model_folder(folder: Path) -> None:
+    """Refuse to run in the folder of a critic or a model: whatever else lies there is lost when that is written anew.
+
+    Args:
+        folder: in which a run is to be started.
+
+    Raises:
+        DataError: if it holds one.
+    """
+    if (folder / "config.json").is_file():
+        raise DataError(
+            f"folder {str(folder)!r} holds a critic or a model; a run in it would be lost when that is written again.",
+            "name a new output folder.",
+        )
+
+
 def has_results(folder: Path) -> bool:
     """Whether a run has finished anything in its folder: a shard of rollouts, a checkpoint or a report."""
     return any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,13 @@ def test_commands_of_several_stages_hold_their_folder_throughout(
     assert ran.code == 2
     assert "that is enough" in ran.err
     assert held == [True]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_folder_of_a_critic_is_no_output(mavis: Any, tmp_path: Path, command: str) -> None:
+    shutil.copytree(embedded.critic_path(), tmp_path / "critic")
+    before = sorted(path.name for path in (tmp_path / "critic").iterdir())
+    ran = mavis(command, "output=critic")
+    assert ran.code == 2
+    assert ran.err.startswith("mavis: folder 'critic' holds a critic or a model; a run in it would be lost")
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == before

@@ -22,6 +22,7 @@ from mavis.critics import Critic, HiddenStateCritic
 from mavis.errors import ConfigError, CriticError, DataError, WeightsError
 from mavis.evaluation import EvaluationReport, EvaluationSettings, evaluate, write_report
 from mavis.evaluation.sweep_rollouts import reference_rollouts
+from mavis.policies.fingerprint import Fingerprint
 from mavis.rollouts import RolloutSettings
 
 PROMPTS = ["once upon a time", "the dog", "she said"]
@@ -557,6 +558,15 @@ def test_weights_of_other_objectives_are_refused(measure: Any, make_tiny_critic:
 def test_a_grid_without_divisions_is_refused(measure: Any, make_tiny_critic: Any) -> None:
     with pytest.raises(WeightsError, match="divisions"):
         measure(make_tiny_critic(), replace(SHORT, divisions=0))
+
+
+def test_the_critic_of_another_policy_is_refused_before_anything_is_sampled(
+    measure: Any, tiny_policy: Any, tmp_path: Path
+) -> None:
+    critic = HiddenStateCritic(("good", "brevity"), replace(Fingerprint.of(tiny_policy), hidden_size=7), 8)
+    with pytest.raises(CriticError, match="critic was made for a policy with hidden size 7"):
+        measure(critic, SHORT)
+    assert not list(tmp_path.rglob("plan.json"))
 
 
 def test_no_prompts_is_an_error(measure: Any, make_tiny_critic: Any) -> None:

@@ -82,6 +82,28 @@ def test_two_runs_cannot_share_a_folder(
     assert not list(tmp_path.rglob(".mavis*"))
 
 
+@pytest.mark.parametrize("run", [run_improve, run_distill, run_align])
+def test_no_run_is_started_in_the_folder_of_a_critic(
+    policy_and_tokenizer: tuple[Any, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    new_critic(policy_and_tokenizer[0]).save_pretrained(tmp_path / "critic")
+    before = sorted(path.name for path in (tmp_path / "critic").iterdir())
+    with pytest.raises(DataError, match="critic' holds a critic or a model; a run in it would be lost"):
+        run(*policy_and_tokenizer, tmp_path / "critic", Brevity())
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == before
+
+
+def test_a_finished_run_keeps_what_an_evaluation_has_measured(
+    policy_and_tokenizer: tuple[Any, Any], tmp_path: Path
+) -> None:
+    run_improve(*policy_and_tokenizer, tmp_path, Brevity())
+    critic = mavis.Critic.from_pretrained(tmp_path / "critic")
+    critic.about["efficiency"] = measured = [{"weights": {"short": 1.0}, "kl": 1.0, "efficiency": 0.5}]
+    critic.save_pretrained(tmp_path / "critic")
+    run_improve(*policy_and_tokenizer, tmp_path, Brevity())
+    assert mavis.Critic.from_pretrained(tmp_path / "critic").about["efficiency"] == measured
+
+
 def test_finished_rollouts_are_read_while_another_run_reads_them(
     policy_and_tokenizer: tuple[Any, Any], tmp_path: Path
 ) -> None:

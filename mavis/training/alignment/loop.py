@@ -30,6 +30,7 @@ from mavis.rollouts.policy_kl import response_kl
 from mavis.rollouts.replay import Sequences
 from mavis.training.alignment.settings import AlignReport, AlignSettings
 from mavis.training.run_folder import Progress, read_report, report_reuse, write_report
+from mavis.utils.files import refuse_model_folder
 from mavis.utils.locks import locked_folder
 
 
@@ -102,6 +103,7 @@ def align(
     row = _weights(weights, list(objectives))
     _check(policy, tokenizer, prompts, evaluation_prompts, settings)
     manifest = _manifest(policy, objectives, row, prompts, evaluation_prompts, settings)
+    refuse_model_folder(run)
     with locked_folder(run):
         resumed = matches_scored_manifest(run / "run.json", manifest, objectives, "an alignment with different")
         if resumed and (run / "report.json").is_file():

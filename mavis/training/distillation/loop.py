@@ -31,6 +31,7 @@ from mavis.training.metrics import Log, MetricLogger, record_training
 from mavis.training.regression import draw_held_out, fit_regression
 from mavis.training.rollout_tensors import ShardedRollouts, concatenate_rollouts, shard_indices
 from mavis.training.run_folder import Progress, load_finished, open_run, report_reuse, save_finished
+from mavis.utils.files import refuse_model_folder
 from mavis.utils.locks import locked_folder
 
 
@@ -116,6 +117,7 @@ def distill(
     student.fingerprint = Fingerprint.of(policy)
     processes = join_processes(states_device(policy))
     run, report_progress = Path(folder), (progress if processes.is_main else None) or (lambda stage, done, total: None)
+    refuse_model_folder(run)
     with locked_folder(run, processes.is_main):
         open_run(run, student, prompts, settings, processes, objectives={}, teachers=critic_digest(teacher))
         record_training(student, policy, prompts, settings)

@@ -21,6 +21,7 @@ from mavis.training.improvement.settings import ImprovementSettings
 from mavis.training.improvement.stages import ImprovementStages
 from mavis.training.metrics import Log
 from mavis.training.run_folder import Progress
+from mavis.utils.files import refuse_model_folder
 from mavis.utils.locks import locked_folder
 
 
@@ -118,6 +119,7 @@ def improve(
     check_objectives(critic, objectives)
     check_prompts(prompts)
     check_prompts_fit(policy, tokenizer, prompts, settings.sampling.max_new_tokens, critic.max_positions)
+    refuse_model_folder(Path(folder))
     with locked_folder(Path(folder), join_processes(states_device(policy)).is_main):
         stages = ImprovementStages.start(
             policy,

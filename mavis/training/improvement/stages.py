@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mavis.critics import Critic
 from mavis.critics.head_critic import HeadCritic
 from mavis.distributed import ProcessGroup, join_processes
 from mavis.errors import ConfigError, warn_user
@@ -21,7 +22,7 @@ from mavis.policies.fingerprint import Fingerprint
 from mavis.policies.generation_config import end_token_ids
 from mavis.policies.token_embeddings import token_embeddings
 from mavis.rewards import Objective
-from mavis.rollouts.collect import collect
+from mavis.rollouts.collect import collect, critic_digest
 from mavis.rollouts.sampler import GenerateSampler, Sampler, sampler_identity
 from mavis.training.improvement.calibrate import calibrate
 from mavis.training.improvement.features import Features, extract
@@ -273,8 +274,17 @@ class ImprovementStages:
                 progress=partial(self.report_progress, "calibration"),
             )
         if self.processes.is_main:
+            self._keep_efficiency()
             self.critic.save_pretrained(self.folder / "critic")
         self.processes.barrier()  # so that every process can read the critic when improve returns
+
+    def _keep_efficiency(self) -> None:
+        """Keep what an evaluation of the same critic has measured, which is saved beside it."""
+        place = self.folder / "critic"
+        if place.is_dir():
+            before = Critic.from_pretrained(place)
+            if "efficiency" in before.about and critic_digest(before) == critic_digest(self.critic):
+                self.critic.about["efficiency"] = before.about["efficiency"]
 
     def _place(self, iteration: int) -> Path:
         return self.folder / f"iteration-{iteration}"

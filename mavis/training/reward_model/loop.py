@@ -32,7 +32,7 @@ from mavis.training.reward_model.fit import fit_pairs
 from mavis.training.reward_model.measure import length_fit, measure, share_right
 from mavis.training.reward_model.settings import AUTO, RewardModelReport, RewardModelSettings
 from mavis.training.run_folder import Progress, read_report, report_reuse, write_report
-from mavis.utils.files import matches_manifest, read_json, restore_folder, write_json
+from mavis.utils.files import matches_manifest, read_json, refuse_model_folder, restore_folder, write_json
 from mavis.utils.locks import locked_folder
 
 _PENALTY_PAIRS = 512  # training pairs that the slope on length is measured on
@@ -107,6 +107,7 @@ def train_reward_model(
         "pairs": digest_pairs(encoded),
         "template": template,
     }
+    refuse_model_folder(run)
     with locked_folder(run):
         resumed = matches_manifest(run / "run.json", manifest, "a reward model with different")
         restore_folder(run / "model")
