@@ -14,7 +14,7 @@ from mavis.policies.devices import DEVICE_MAPS, check_placement
 from mavis.policies.generation_config import end_token_ids
 from mavis.policies.gguf import SMOLLM2, smollm2_file, unpack_gguf
 from mavis.policies.limits import embedding_rows
-from mavis.policies.names import check_source
+from mavis.policies.names import check_source, load_errors
 from mavis.utils.files import describe_pickles, read_json, restore_folder
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def load_policy(
                     "pass the folder mavis.embedded.path() as policy.path, which takes them.",
                 )
         return embedded.load()
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_placement(dtype, device)
@@ -95,18 +94,12 @@ def load_policy(
     source = str(folder) if folder.exists() else given
     spread = str(device) in DEVICE_MAPS
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    hint = "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve."
+    with load_errors(f"policy.path is {given!r}, which", PolicyError, hint):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         policy: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **({"device_map": device} if spread else {}), **shared
         )
-    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
-        raise
-    except Exception as error:  # of many kinds, some of the libraries that transformers uses
-        raise PolicyError(
-            f"policy.path is {given!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
-        ) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedding_rows(policy):
         if tokenizer.eos_token_id is None:
             raise PolicyError(

@@ -1,8 +1,10 @@
-"""Names of policies and of repositories on the hub."""
+"""Names of policies and of repositories on the hub, and what is said of those that cannot be loaded."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,26 @@ def check_source(source: str, argument: str, kind: type[MavisError], revision: s
             f"{argument} is {source!r}, which does not exist, and the hub has no such model: {first_sentence(error)}.",
             hint,
         ) from error
+
+
+@contextmanager
+def load_errors(subject: str, kind: type[MavisError], hint: str) -> Iterator[None]:
+    """Say of whatever a library raises while it loads a model what could not be loaded.
+
+    Args:
+        subject: the beginning of the message, such as `policy.path is 'a', which`.
+        kind: of the error.
+        hint: of the error.
+
+    Raises:
+        MavisError: of class `kind`, for anything that is raised within; only a lack of memory, which is not the model's
+            fault, is passed on.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds, some of the libraries that transformers uses
+        raise kind(f"{subject} cannot be loaded: {first_sentence(error)}.", hint) from error

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from mavis.errors import ObjectiveError, check_number, check_whole, first_sentence, warn_user
+from mavis.errors import ObjectiveError, check_number, check_whole, warn_user
 from mavis.policies.chat import Prompt
 from mavis.policies.limits import embedding_rows
-from mavis.policies.names import check_source
+from mavis.policies.names import check_source, load_errors
 from mavis.rewards.classifier_inputs import pad_texts, padding_of, read_positions
 from mavis.rewards.identity import file_digest
 from mavis.rewards.prefix_scores import check_causal, encode_prefixes, prefix_logits
@@ -252,7 +252,8 @@ class RewardModel:
             "revision": self.revision or "main",
             "trust_remote_code": self.trust_remote_code,
         }
-        try:
+        hint = "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files."
+        with load_errors(f"reward model {self.model!r}", ObjectiveError, hint):
             tokenizer = AutoTokenizer.from_pretrained(self.model, truncation_side=self.truncation_side, **source)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 self.model,
@@ -261,13 +262,6 @@ class RewardModel:
                 output_loading_info=True,
                 **source,
             )
-        except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
-            raise
-        except Exception as error:  # of many kinds, some of the libraries that transformers uses
-            raise ObjectiveError(
-                f"reward model {self.model!r} cannot be loaded: {first_sentence(error)}.",
-                "give a hub id or a folder with config.json, model.safetensors and the tokenizer's files.",
-            ) from error
         self._resolve(model)
         self._check_fit(model, tokenizer, sorted(loading["missing_keys"]))
         if model.dtype not in (torch.float32, torch.float64):

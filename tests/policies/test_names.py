@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mavis
 from mavis.critics.trunk.backbone import load_trunk
 from mavis.errors import MavisError, PolicyError
 from mavis.policies import load_policy
-from mavis.policies.names import check_source
+from mavis.policies.names import check_source, load_errors
 from mavis.rewards import RewardModel
 
 
@@ -64,3 +65,17 @@ def test_names_on_the_hub_pass_without_a_request(requests: list[str], tmp_path: 
     for name in ("owner/name", "gpt2", "outputs", str(tmp_path)):
         check_source(name, "policy.path", PolicyError)
     assert not requests
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_not_blamed_on_the_model(error: type[Exception]) -> None:
+    with pytest.raises(error), load_errors("policy.path is 'a', which", PolicyError, "give another."):
+        raise error
+
+
+def test_what_else_is_raised_while_loading_names_the_model() -> None:
+    with pytest.raises(PolicyError) as caught, load_errors("policy.path is 'a', which", PolicyError, "give another."):
+        raise KeyError("config")
+    assert str(caught.value).startswith("policy.path is 'a', which cannot be loaded: ")
+    assert str(caught.value).endswith("Hint: give another.")
+    assert isinstance(caught.value.__cause__, KeyError)

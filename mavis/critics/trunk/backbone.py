@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
-from mavis.errors import CriticError, first_sentence
+from mavis.errors import CriticError
 from mavis.policies.embeddings import plain_weight
-from mavis.policies.names import check_source
+from mavis.policies.names import check_source, load_errors
 
 
 def build_config(backbone: Mapping[str, Any]) -> PreTrainedConfig:
@@ -58,17 +58,12 @@ def load_trunk(source: str | os.PathLike[str], argument: str, trust_remote_code:
     """
     name = _resolve(source)
     check_source(name, argument, CriticError)
-    try:
+    with load_errors(
+        f"{argument} is {name!r}, which", CriticError, "give a folder with config.json and *.safetensors, or a hub id."
+    ):
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
-        raise
-    except Exception as error:  # of many kinds, some of the libraries that transformers uses
-        raise CriticError(
-            f"{argument} is {name!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json and *.safetensors, or a hub id.",
-        ) from error
 
 
 def _resolve(source: str | os.PathLike[str]) -> str:

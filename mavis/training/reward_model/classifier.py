@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mavis.errors import ObjectiveError, first_sentence, import_optional
-from mavis.policies.names import check_source
+from mavis.policies.names import check_source, load_errors
 
 _HINT = "give a decoder or encoder that transformers has a sequence classifier of, such as Llama, Qwen or BERT."
 
@@ -51,18 +51,15 @@ def load_backbone(
     given = os.path.expanduser(os.fspath(path))
     check_source(given, "backbone", ObjectiveError, revision)
     shared: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    with load_errors(
+        f"backbone is {given!r}, which",
+        ObjectiveError,
+        "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(given, **shared)
         with torch.random.fork_rng(), quiet():
             torch.manual_seed(0)  # some encoders have a layer that few checkpoints hold
             backbone = AutoModel.from_pretrained(given, use_safetensors=True, dtype=torch.float32, **shared)
-    except (MemoryError, torch.OutOfMemoryError):  # which is not the model's fault
-        raise
-    except Exception as error:  # of many kinds, some of the libraries that transformers uses
-        raise ObjectiveError(
-            f"backbone is {given!r}, which cannot be loaded: {first_sentence(error)}.",
-            "give a folder with config.json, *.safetensors and a tokenizer, or a model id that the hub can serve.",
-        ) from error
     return backbone.to(device).eval(), tokenizer
 
 
