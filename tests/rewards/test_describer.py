@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -20,6 +17,7 @@ import torch
 
 from mavis.rewards import objective_identity
 from mavis.rewards.describer import _package_version
+from tests.hash_seeds import printed_under_hash_seeds
 
 
 class Holder:
@@ -323,12 +321,4 @@ def test_what_differs_between_processes_is_left_out(tmp_path: Path, tiny_tokeniz
         "assert m.MEMO and list(map(i, objectives.values())) == before\n"
         "print(before)"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert len(said) == 1
+    assert len(printed_under_hash_seeds(code, tmp_path)) == 1

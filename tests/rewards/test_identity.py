@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from mavis.rewards import (
     score,
 )
 from mavis.rewards.identity import depends_on_python, is_as_in_first_release, keep_identities
+from tests.hash_seeds import printed_under_hash_seeds
 
 MODULE = '''
 import re
@@ -234,15 +233,7 @@ def test_the_identity_is_the_same_in_every_process(tmp_path: Path) -> None:
         "import my_objectives as m; from mavis.rewards import Brevity, objective_identity as i; "
         "print(i(m.objective), i(m.Objective(2)), i(m.make(3)), i(m.table), i(Brevity()))"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert len(said) == 1
+    assert len(printed_under_hash_seeds(code, tmp_path)) == 1
 
 
 def test_only_objectives_with_code_of_ones_own_depend_on_the_version_of_python(load: Load) -> None:
