@@ -156,8 +156,9 @@ def _keep_old_defaults(manifest: dict[str, Any], path: Path) -> None:
             continue
         for key, (old, new) in _OLD_DEFAULTS.items():
             if key in options and options[key] == new and before.get(key, old) == old:
-                del options[key]
-                options |= {key: before[key]} if key in before else {}
+                options.pop(key)
+                if key in before:
+                    options[key] = before[key]
 
 
 @contextmanager
@@ -175,9 +176,10 @@ def locked_run(config: Any, names: Sequence[str], folder: Path) -> Iterator[None
     manifest = {name: plain(config.objectives[name]) for name in names}
     path, is_main = folder / MANIFEST, join_processes().is_main
     with locked_folder(folder, is_main):
-        _keep_old_defaults(manifest, path)
-        if is_main and not matches_manifest(path, manifest, "a run with different objective settings:"):
-            write_json(path, manifest)
+        if is_main:
+            _keep_old_defaults(manifest, path)
+            if not matches_manifest(path, manifest, "a run with different objective settings:"):
+                write_json(path, manifest)
         yield
 
 

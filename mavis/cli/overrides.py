@@ -76,13 +76,13 @@ def literal_override(name: str, text: str) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if text == "null":  # which `quote_text` leaves as it is
+        return f"{name}='null'"
     plain = f"{name}={text}"
     try:
         is_plain = OverridesParser.create().parse_override(plain).value() == text
     except HydraException:
         is_plain = False
-    if text == "null":
-        return f"{name}='null'"
     return plain if is_plain and "${" not in text else quote_text(plain, (name,))
 
 

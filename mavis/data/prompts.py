@@ -70,10 +70,10 @@ def load_prompts(
     """
     given = {name: value for name, value in (("first_words", first_words), ("limit", limit)) if value is not None}
     check_whole(DataError, "leave it out to keep everything.", **given)
-    rows = read_rows(as_source(source), split)
-    is_list = not isinstance(source, str | os.PathLike)
+    origin = as_source(source)
+    rows = read_rows(origin, split)
     name = _column(rows, column)
-    found = _parse(rows, name, chat, strict=is_list)
+    found = _parse(rows, name, chat, strict=not isinstance(origin, str))
     as_chat = chat is True or any(map(is_conversation, found))
     if as_chat and first_words is not None:
         raise DataError(f"first_words is {first_words}, but the prompts are conversations.", "leave first_words out.")
@@ -91,7 +91,7 @@ def load_prompts(
             unique.setdefault(prompt_key(prompt), prompt)
         prompts = list(unique.values())
     if not prompts:
-        shown = "an empty list" if is_list else rows.name
+        shown = "an empty list" if not isinstance(origin, str) else rows.name
         raise DataError(f"prompts come from {shown}, which holds no prompt.", "give at least one line of text.")
     if report is not None:
         texts = sum(not is_conversation(prompt) for prompt in found)
